@@ -1,0 +1,71 @@
+"""The front door: from a model to its lazy form and back. The one place that states the order of the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lazy_compile.config import LazyConfig
+from lazy_compile.errors import ConfigError
+from lazy_compile.module import LazyModule
+from lazy_compile.pass_manager import PassManager
+from lazy_compile.passes.canonicalize import Canonicalize
+from lazy_compile.passes.discover_branches import DiscoverBranches
+from lazy_compile.passes.insert_gates import InsertGates
+from lazy_compile.passes.outline_branches import OutlineBranches
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def gating_pipeline(config: LazyConfig) -> PassManager:
+    """From a captured program to a gated one."""
+    return PassManager(
+        [
+            Canonicalize(),
+            DiscoverBranches(conv_branches=config.conv_branches),
+            OutlineBranches(),
+            InsertGates(),
+        ]
+    )
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    config: LazyConfig | None = None,
+    **options: Any,
+) -> LazyModule:
+    """Make a diffusion transformer lazy.
+
+    Args:
+        model: any denoiser. It is not modified, and its parameters are shared.
+        example_inputs: arguments of one call, by name or by position, to capture with now. None captures at the first
+            call. Shapes, dtypes and devices matter; values do not.
+        config: all options; or give them by name: ``transform(model, reuse="last")``.
+
+    Raises:
+        ConfigError: the model or an option is not of the expected kind.
+        CaptureError: the model cannot be turned into a graph.
+        NoBranchError: nothing in it can be gated.
+    """
+    if isinstance(model, LazyModule):
+        raise ConfigError("this model is lazy already; use restore() to get the original back")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"transform() takes a torch.nn.Module; seen {type(model).__name__}")
+    if config is not None and options:
+        raise ConfigError(f"give either config or options by name, not both; seen both config and {', '.join(options)}")
+    lazy = LazyModule(model, chosen := config or LazyConfig.from_dict(options), gating_pipeline(chosen))
+    if isinstance(example_inputs, Mapping):
+        lazy.capture(**example_inputs)
+    elif example_inputs is not None:
+        lazy.capture(*example_inputs)
+    return lazy
+
+
+def restore(lazy: LazyModule) -> nn.Module:
+    """The original model, untouched."""
+    if not isinstance(lazy, LazyModule):
+        raise ConfigError(f"restore() takes what transform() returned; seen {type(lazy).__name__}")
+    return lazy.original

@@ -1,0 +1,60 @@
+"""Options of a transformation: what is gated, how a reused output is formed, and when reuse is forbidden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from lazy_compile.errors import ConfigError
+
+ReuseArm = Literal["last", "linear"]
+BatchRule = Literal["per_sample", "all_reuse", "majority", "any_reuse"]
+
+
+@dataclass(frozen=True)
+class LazyConfig:
+    """How a model is made lazy.
+
+    Attributes:
+        reuse: what a skipped branch returns. ``"linear"`` extrapolates from its last two computed outputs over the
+            step index, ``"last"`` repeats the last one (LazyDiT). Linear keeps one more tensor per output.
+        warmup_steps: the first steps of a trajectory that always compute; at least 1, since nothing is cached before.
+        max_reuse_age: a branch that was reused this many steps in a row computes at the next one. None: no limit.
+        batch_rule: ``"per_sample"`` decides for every row of the batch and computes only the rows that need it. The
+            others take one decision per call: ``"all_reuse"`` reuses only if every row would, ``"any_reuse"`` if one
+            would, ``"majority"`` if more than half would. Branches whose rows cannot be separated fall back to ``"all_reuse"``.
+        conv_branches: also gate residual branches made of dense convolutions (the ResNet blocks of a U-Net).
+        timestep_input: the name of the forward argument that carries the timestep. None finds it in the graph.
+        max_captures: how many graphs (one per set of shapes that cannot share one) are kept, least recently used first.
+    """
+
+    reuse: ReuseArm = "linear"
+    warmup_steps: int = 1
+    max_reuse_age: int | None = None
+    batch_rule: BatchRule = "per_sample"
+    conv_branches: bool = False
+    timestep_input: str | None = None
+    max_captures: int = 8
+
+    def __post_init__(self) -> None:
+        _require_one_of("reuse", self.reuse, get_args(ReuseArm))
+        _require_one_of("batch_rule", self.batch_rule, get_args(BatchRule))
+        if self.warmup_steps < 1:
+            raise ConfigError(f"warmup_steps is {self.warmup_steps}; at least 1 step must compute to fill the caches")
+        if self.max_reuse_age is not None and self.max_reuse_age < 1:
+            raise ConfigError(f"max_reuse_age is {self.max_reuse_age}; use 1 or more, or None for no limit")
+        if self.max_captures < 1:
+            raise ConfigError(f"max_captures is {self.max_captures}; use 1 or more")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LazyConfig:
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _require_one_of(option: str, seen: object, allowed: tuple[str, ...]) -> None:
+    if seen not in allowed:
+        raise ConfigError(f"{option} is {seen!r}; expected one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,66 @@
+"""Which node depends on which, as bit sets over the node order: one pass over the graph, then each question is one AND."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import fx
+
+
+class Dataflow:
+    """Reachability of one graph, fixed at construction.
+
+    A set of nodes is an ``int`` whose bit ``k`` stands for the ``k``-th node of the graph.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.position = {node: position for position, node in enumerate(self.nodes)}
+        self._ancestors = [0] * len(self.nodes)
+        self._descendants = [0] * len(self.nodes)
+        for position, node in enumerate(self.nodes):
+            reached = 1 << position
+            for argument in node.all_input_nodes:
+                reached |= self._ancestors[self.position[argument]]
+            self._ancestors[position] = reached
+        for position in reversed(range(len(self.nodes))):
+            reached = 1 << position
+            for user in self.nodes[position].users:
+                reached |= self._descendants[self.position[user]]
+            self._descendants[position] = reached
+
+    def bits(self, nodes: Iterable[fx.Node]) -> int:
+        result = 0
+        for node in nodes:
+            result |= 1 << self.position[node]
+        return result
+
+    def members(self, bits: int) -> Iterator[fx.Node]:
+        """The nodes of a set, in graph order."""
+        while bits:
+            lowest = bits & -bits
+            yield self.nodes[lowest.bit_length() - 1]
+            bits ^= lowest
+
+    def ancestors(self, node: fx.Node) -> int:
+        """Everything that ``node`` depends on, itself included."""
+        return self._ancestors[self.position[node]]
+
+    def descendants(self, node: fx.Node) -> int:
+        """Everything that depends on ``node``, itself included."""
+        return self._descendants[self.position[node]]
+
+    def depends(self, node: fx.Node, on: fx.Node) -> bool:
+        return bool(self.ancestors(node) >> self.position[on] & 1)
+
+    def region(self, source: fx.Node, sink: fx.Node) -> int:
+        """Every node on a path from ``source`` to ``sink``, the source left out; empty if there is none."""
+        return (self.descendants(source) ^ (1 << self.position[source])) & self.ancestors(sink)
+
+    def hull(self, bits: int) -> int:
+        """The smallest set around ``bits`` that holds every node between two of its members."""
+        above = below = 0
+        for node in self.members(bits):
+            above |= self.ancestors(node)
+            below |= self.descendants(node)
+        return above & below

@@ -1,0 +1,91 @@
+"""What a branch is, read from the operators in its body."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from lazy_compile.branch import BranchKind
+from lazy_compile.dataflow import Dataflow
+from lazy_compile.operators import (
+    ACTIVATIONS,
+    CONVOLUTIONS,
+    PRODUCTS,
+    SDPA,
+    is_dense_convolution,
+    is_heavy,
+    operator_name,
+)
+
+_JOINS_APART = frozenset({"cat", "add", "stack"})
+
+
+def classify(
+    flow: Dataflow, body: Sequence[fx.Node], entries: Sequence[fx.Node], skips: int, activations: int
+) -> BranchKind:
+    """Name a body.
+
+    An attention core is a softmax attention, or a product of two tensors that both carry activations. Without one the
+    body is an MLP, or a convolution block if it mixes channels over several positions.
+
+    Args:
+        flow: reachability of the graph.
+        body: its nodes, in graph order.
+        entries: its inputs that depend on a skip connection.
+        skips: how many different skip connections it is added to.
+        activations: bit set of the nodes that depend on the model's inputs, and not on parameters alone.
+    """
+    from_entries = 0
+    for entry in entries:
+        from_entries |= flow.descendants(entry)
+    cores = [node for node in body if _is_attention_core(flow, node, activations)]
+    if not cores:
+        dense = any(is_dense_convolution(node) for node in body)
+        only_convolutions = all(operator_name(node) in CONVOLUTIONS for node in body if is_heavy(node))
+        return BranchKind.CONV if dense and only_convolutions else BranchKind.MLP
+    if _has_parallel_mlp(flow, body, cores):
+        return BranchKind.PARALLEL
+    if all(_reads_a_side_input(flow, core, from_entries) for core in cores):
+        return BranchKind.CROSS_ATTENTION
+    projects_another_stream = any(
+        is_heavy(node)
+        and not from_entries >> flow.position[node] & 1
+        and any(flow.depends(core, node) for core in cores)
+        for node in body
+    )
+    return BranchKind.JOINT_ATTENTION if skips > 1 or projects_another_stream else BranchKind.SELF_ATTENTION
+
+
+def _is_attention_core(flow: Dataflow, node: fx.Node, activations: int) -> bool:
+    if operator_name(node) in SDPA:
+        return True
+    operands = node.all_input_nodes
+    both = all(activations >> flow.position[operand] & 1 for operand in operands)
+    return operator_name(node) in PRODUCTS and len(operands) == 2 and both
+
+
+def _reads_a_side_input(flow: Dataflow, core: fx.Node, from_entries: int) -> bool:
+    operands = core.all_input_nodes[1:3] if operator_name(core) in SDPA else core.all_input_nodes
+    return any(not from_entries >> flow.position[operand] & 1 for operand in operands)
+
+
+def _has_parallel_mlp(flow: Dataflow, body: Sequence[fx.Node], cores: Sequence[fx.Node]) -> bool:
+    """An activation function beside the attention that meets it in a concatenation or sum, or not at all.
+
+    One that meets it in a product is a gate of the attention's output.
+    """
+    after_core = flow.bits(())
+    before_core = 0
+    for core in cores:
+        after_core |= flow.descendants(core)
+        before_core |= flow.ancestors(core)
+    inside = flow.bits(body)
+    for node in body:
+        position = flow.position[node]
+        if operator_name(node) not in ACTIVATIONS or (after_core | before_core) >> position & 1:
+            continue
+        meeting = next(flow.members(flow.descendants(node) & after_core & inside), None)
+        if meeting is None or operator_name(meeting) in _JOINS_APART:
+            return True
+    return False

@@ -1,0 +1,136 @@
+"""What the passes know about ATen operators: which are heavy, which only pass a value on, and what each costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+SDPA = frozenset({"scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"})
+PRODUCTS = frozenset({"mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "dot", "mv", "_scaled_mm", "_int_mm"})
+CONVOLUTIONS = frozenset({"convolution", "conv1d", "conv2d", "conv3d", "conv_transpose2d"})
+GROUPED = frozenset({"grouped_mm", "_grouped_mm"})
+HEAVY = SDPA | PRODUCTS | CONVOLUTIONS | GROUPED | {"linear"}
+
+PASSTHROUGH = frozenset(
+    {
+        "_to_copy", "to", "type_as", "alias", "clone", "contiguous", "detach", "dropout",
+        "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "permute",
+        "transpose", "t", "slice",
+    }
+)  # fmt: skip
+"""Operators that hand on the same values in another shape, type or place: a skip connection is seen through them."""
+
+ACTIVATIONS = frozenset(
+    {"gelu", "silu", "relu", "relu6", "tanh", "sigmoid", "erf", "hardswish", "mish", "leaky_relu", "elu"}
+)
+SOFTMAX = frozenset({"softmax", "_softmax"})
+
+
+def operator_name(node: fx.Node) -> str:
+    """``"linear"`` for ``aten.linear.default``; empty for what is not an operator call."""
+    if node.op != "call_function":
+        return ""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    return getattr(target, "__name__", "")
+
+
+def is_heavy(node: fx.Node) -> bool:
+    return operator_name(node) in HEAVY
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake tensor, symbolic size or tuple that export recorded for a node."""
+    return node.meta.get("val")
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape at capture, dynamic sizes by their example value; None for what is not a tensor."""
+    value = value_of(node)
+    return tuple(size_hint(size) for size in value.shape) if isinstance(value, Tensor) else None
+
+
+def size_hint(size: Any) -> int:
+    """The value that a possibly symbolic size had at capture."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return 1 if hint is None else int(hint)
+
+
+def macs(node: fx.Node) -> int:
+    """Multiply-accumulates of one call at the captured shape; 0 for operators that are not heavy."""
+    name = operator_name(node)
+    if name not in HEAVY:
+        return 0
+    return _MACS.get(name, _product_macs)(node)
+
+
+def _shapes(node: fx.Node) -> list[tuple[int, ...]]:
+    return [shape for argument in node.all_input_nodes if (shape := shape_of(argument)) is not None]
+
+
+def _linear_macs(node: fx.Node) -> int:
+    return math.prod(shape_of(node) or ()) * (_operand_shape(node, 0) or (0,))[-1]
+
+
+def _product_macs(node: fx.Node) -> int:
+    left, right = (0, 1) if operator_name(node) not in ("addmm", "baddbmm") else (1, 2)
+    lhs, rhs = _operand_shape(node, left), _operand_shape(node, right)
+    output = shape_of(node)
+    if lhs is None or rhs is None or output is None:
+        return 0
+    return math.prod(output) * lhs[-1]
+
+
+def _einsum_macs(node: fx.Node) -> int:
+    equation, operands = node.args[0], node.args[1]
+    if not isinstance(equation, str) or not isinstance(operands, Sequence) or "." in equation:
+        return 0
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(equation.replace(" ", "").split("->")[0].split(","), operands, strict=True):
+        shape = shape_of(operand) if isinstance(operand, fx.Node) else None
+        sizes.update(zip(letters, shape or (), strict=False))
+    return math.prod(sizes.values())
+
+
+def _attention_macs(node: fx.Node) -> int:
+    query, key, value = (_operand_shape(node, position) or (0, 0) for position in range(3))
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _convolution_macs(node: fx.Node) -> int:
+    weight, output = _operand_shape(node, 1), shape_of(node)
+    if weight is None or output is None:
+        return 0
+    if operator_name(node) == "conv_transpose2d":
+        return math.prod(_operand_shape(node, 0) or (0,)) * math.prod(weight[1:])
+    return math.prod(output) * math.prod(weight[1:])
+
+
+def _operand_shape(node: fx.Node, position: int) -> tuple[int, ...] | None:
+    argument = node.args[position] if position < len(node.args) else None
+    return shape_of(argument) if isinstance(argument, fx.Node) else None
+
+
+_MACS: dict[str, Callable[[fx.Node], int]] = {
+    "linear": _linear_macs,
+    "einsum": _einsum_macs,
+    **dict.fromkeys(SDPA, _attention_macs),
+    **dict.fromkeys(CONVOLUTIONS, _convolution_macs),
+}
+
+
+def is_dense_convolution(node: fx.Node) -> bool:
+    """A convolution that mixes channels over more than one position; pointwise and depthwise ones are token MLPs."""
+    if operator_name(node) not in CONVOLUTIONS:
+        return False
+    weight, output = _operand_shape(node, 1), shape_of(node)
+    return weight is not None and output is not None and math.prod(weight[2:]) > 1 and weight[1] > 1

@@ -1,0 +1,114 @@
+"""Rules that decide at run time whether a branch computes or reuses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lazy_compile.branch import ResidualBranch
+from lazy_compile.errors import ConfigError
+from lazy_compile.gate import GateRow, GateTable, compute_logit, should_compute
+from lazy_compile.schedule import CacheSchedule
+
+
+@dataclass(frozen=True)
+class GateQuery:
+    """The question that a branch puts to the policy.
+
+    Attributes:
+        branch: who asks.
+        entries: its modulated inputs.
+        step: index of the sampler step in this trajectory, from 0.
+        timestep: the model's time input, or the step index where the model has none.
+        memory: a dictionary of this stream, emptied at every new trajectory, for rules that accumulate.
+    """
+
+    branch: ResidualBranch
+    entries: Sequence[Tensor]
+    step: int
+    timestep: float
+    memory: dict[str, object]
+
+
+class Policy(ABC):
+    """Decides; the runtime still computes where nothing is cached, in the warm-up, and at ``max_reuse_age``."""
+
+    @abstractmethod
+    def should_compute(self, query: GateQuery) -> bool | Tensor:
+        """True or False for the whole call, or ``bool[B]`` with one decision per row."""
+
+    def check(self, branches: Sequence[ResidualBranch]) -> None:
+        """Raise :class:`ConfigError` if this policy was made for another model."""
+
+
+@dataclass(frozen=True)
+class AlwaysCompute(Policy):
+    """Never reuses: the transformed model equals the original bit for bit."""
+
+    def should_compute(self, query: GateQuery) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Scheduled(Policy):
+    """Follows a :class:`CacheSchedule` by step index; steps beyond its end compute."""
+
+    schedule: CacheSchedule
+
+    def should_compute(self, query: GateQuery) -> bool:
+        if query.step >= self.schedule.steps:
+            return True
+        return bool(self.schedule.should_compute[query.step, query.branch.index])
+
+    def check(self, branches: Sequence[ResidualBranch]) -> None:
+        if self.schedule.branches != len(branches):
+            raise ConfigError(
+                f"the schedule has {self.schedule.branches} branches, the model has {len(branches)}; "
+                "plan a schedule for this model"
+            )
+
+
+@dataclass(frozen=True)
+class Learned(Policy):
+    """Asks the calibrated gates.
+
+    Attributes:
+        table: from calibration.
+        shift: added to every compute logit: the quality dial. Positive computes more, negative reuses more.
+    """
+
+    table: GateTable
+    shift: float = 0.0
+    _rows: dict[tuple[float, torch.device], list[tuple[Tensor, Tensor]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def should_compute(self, query: GateQuery) -> Tensor:
+        weight, bias = self._gates(query.timestep, query.entries[0].device)[query.branch.index]
+        return should_compute(compute_logit(query.branch, query.entries, weight, bias) + self.shift)
+
+    def check(self, branches: Sequence[ResidualBranch]) -> None:
+        features = tuple(branch.gate_features for branch in branches)
+        if self.table.features != features:
+            raise ConfigError(
+                f"the gate table is for {len(self.table.features)} branches with {sum(self.table.features)} features, "
+                f"the model has {len(branches)} with {sum(features)}; calibrate gates for this model"
+            )
+
+    def _gates(self, timestep: float, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        key = (timestep, device)
+        if key not in self._rows:
+            if len(self._rows) >= 4096:
+                self._rows.clear()
+            self._rows[key] = split_row(self.table.row(timestep), self.table.features, device)
+        return self._rows[key]
+
+
+def split_row(row: GateRow, features: Sequence[int], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """``(weight, bias)`` of every branch, on ``device``."""
+    weights = row.weight.to(device).split(list(features))
+    return list(zip(weights, row.bias.to(device).unbind(), strict=True))

@@ -1,0 +1,191 @@
+"""The rule that finds residual branches in a graph, by dataflow alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from lazy_compile.dataflow import Dataflow
+from lazy_compile.operators import PASSTHROUGH, is_dense_convolution, is_heavy, operator_name, value_of
+
+_ADDS = frozenset({"add", "add_", "sub", "addcmul"})
+
+
+@dataclass
+class Candidate:
+    """A residual add, or several that share a body.
+
+    Attributes:
+        adds: the residual adds.
+        skips: where each skip connection comes from, seen through casts and views.
+        heavy: bit set of the heavy operators that belong to this candidate and to no inner one.
+        body: bit set of the nodes to compute or reuse: everything between two of the heavy operators.
+        refusal: why it is not a branch; empty if it is one.
+    """
+
+    adds: list[fx.Node]
+    skips: list[fx.Node]
+    heavy: int
+    body: int = 0
+    refusal: str = ""
+    inner: list[fx.Node] = field(default_factory=list)
+
+
+def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: bool) -> list[Candidate]:
+    """All candidates in graph order, refused ones included.
+
+    1. A *residual add* is an addition of two tensors of equal shape, floating and of rank 3 or more (or packed tokens
+       of rank 2), one of which, the *skip*, is an ancestor of the other, directly or seen through casts, views and
+       earlier residual adds.
+    2. Its *region* is every node on a path from the skip to the other operand. Without a heavy operator in the region
+       the add is arithmetic (a tanh formula, say) and not looked at further.
+    3. Inner adds come first in graph order. An outer add owns the heavy operators that no inner branch has claimed.
+    4. Adds whose regions share a heavy operator, neither inside the other's region, are one candidate.
+    5. The *body* is the convex hull of the owned heavy operators. If it holds another residual add, the candidate is a
+       container and refused.
+    6. The body also takes heavy operators that feed nothing but it and do not depend on the skip (keys and values of a
+       text), with what lies between, back to the nearest residual add or other body.
+    """
+    heavy_bits = flow.bits(node for node in flow.nodes if is_heavy(node))
+    candidates: list[Candidate] = []
+    owner: dict[fx.Node, Candidate] = {}
+    for add in flow.nodes:
+        found = _skip_and_value(flow, add, owner, batch_symbol)
+        if found is None:
+            continue
+        skip, value = found
+        region = flow.region(skip, value)
+        heavy = region & heavy_bits
+        inner = [node for node in owner if region >> flow.position[node] & 1]
+        for node in inner:
+            heavy &= ~owner[node].heavy
+        if not heavy:
+            continue
+        sibling = next((item for item in candidates if item.heavy & heavy and not item.refusal), None)
+        if sibling is None:
+            candidate = Candidate([add], [skip], heavy, inner=inner)
+            candidate.refusal = _refuse_convolutions(flow, heavy, conv_branches)
+            candidates.append(candidate)
+        else:
+            candidate = sibling
+            candidate.adds.append(add)
+            candidate.skips.append(skip)
+            candidate.heavy |= heavy
+            candidate.inner += inner
+        if not candidate.refusal.startswith("convolution"):
+            owner[add] = candidate
+            candidate.body = flow.hull(candidate.heavy)
+            candidate.refusal = _refuse_container(flow, candidate, owner)
+    taken = flow.bits(owner)
+    for candidate in candidates:
+        taken |= 0 if candidate.refusal else candidate.body
+    for candidate in candidates:
+        if not candidate.refusal:
+            candidate.body |= _exclusive_producers(flow, candidate, heavy_bits, taken)
+            taken |= candidate.body
+    _refuse_entangled(flow, candidates)
+    return candidates
+
+
+def _skip_and_value(
+    flow: Dataflow, add: fx.Node, owner: dict[fx.Node, Candidate], batch_symbol: str | None
+) -> tuple[fx.Node, fx.Node] | None:
+    if operator_name(add) not in _ADDS or not _is_token_stream(add, batch_symbol):
+        return None
+    operands = [argument for argument in add.all_input_nodes if _same_shape(argument, add)]
+    if operator_name(add) == "addcmul" and isinstance(add.args[0], fx.Node):
+        pairs = [(add.args[0], other) for other in add.all_input_nodes[1:]]
+    elif len(operands) == 2:
+        pairs = [(operands[0], operands[1]), (operands[1], operands[0])]
+    else:
+        return None
+    for distance in range(_FARTHEST_SKIP):
+        for skip, value in pairs:
+            origins = _origins(skip, owner)
+            origin = next((node for position, node in enumerate(origins) if position == distance), None)
+            if origin is not None and origin is not value and flow.depends(value, on=origin):
+                return origin, value
+    return None
+
+
+_FARTHEST_SKIP = 16
+
+
+def _origins(skip: fx.Node, owner: dict[fx.Node, Candidate]) -> Iterator[fx.Node]:
+    """The skip itself, then what it is a cast or view of, then what earlier residual adds were added to."""
+    while True:
+        yield skip
+        if operator_name(skip) in PASSTHROUGH and isinstance(skip.args[0], fx.Node):
+            skip = skip.args[0]
+        elif skip in owner:
+            candidate = owner[skip]
+            skip = candidate.skips[candidate.adds.index(skip)]
+        else:
+            return
+
+
+def _is_token_stream(node: fx.Node, batch_symbol: str | None) -> bool:
+    value = value_of(node)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    packed_tokens = value.dim() == 2 and batch_symbol is not None and str(value.shape[0]) != batch_symbol
+    return value.dim() >= 3 or packed_tokens
+
+
+def _same_shape(argument: fx.Node, add: fx.Node) -> bool:
+    value = value_of(argument)
+    return isinstance(value, Tensor) and str(value.shape) == str(value_of(add).shape)
+
+
+def _refuse_convolutions(flow: Dataflow, heavy: int, conv_branches: bool) -> str:
+    if not conv_branches and all(is_dense_convolution(node) for node in flow.members(heavy)):
+        return "convolution block; gate it with conv_branches=True"
+    return ""
+
+
+def _refuse_container(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node, Candidate]) -> str:
+    held = [node for node in owner if candidate.body >> flow.position[node] & 1 and node not in candidate.adds]
+    if held:
+        return f"container: {len(held)} residual adds lie between its operators ({held[0].name}, ...)"
+    return ""
+
+
+def _exclusive_producers(flow: Dataflow, candidate: Candidate, heavy_bits: int, taken: int) -> int:
+    """Heavy operators outside the body that feed only it, and the nodes from them to it."""
+    forbidden = taken
+    for skip in candidate.skips:
+        forbidden |= flow.descendants(skip)
+    exclusive = 0
+    frontier = [argument for node in flow.members(candidate.body) for argument in node.all_input_nodes]
+    while frontier:
+        node = frontier.pop()
+        bit = 1 << flow.position[node]
+        if node.op != "call_function" or (forbidden | exclusive) & bit or isinstance(value_of(node), torch.SymInt):
+            continue
+        if not flow.bits(node.users) & ~(candidate.body | exclusive):
+            exclusive |= bit
+            frontier.extend(node.all_input_nodes)
+    return flow.bits(node for node in flow.members(exclusive) if flow.ancestors(node) & exclusive & heavy_bits)
+
+
+def _refuse_entangled(flow: Dataflow, candidates: list[Candidate]) -> None:
+    """Refuse a body that both feeds another and is fed by it: neither could run first."""
+    branches = [candidate for candidate in candidates if not candidate.refusal]
+    for position, later in enumerate(branches):
+        above = below = 0
+        for node in flow.members(later.body):
+            above |= flow.ancestors(node)
+            below |= flow.descendants(node)
+        for earlier in branches[:position]:
+            if above & earlier.body and below & earlier.body and not later.refusal:
+                later.refusal = "entangled: it both feeds and reads the body of another branch"
+
+
+def common_path(paths: list[str]) -> str:
+    """The longest module path that all of these lie under."""
+    parts = [path.split(".") for path in paths if path]
+    return ".".join(os.path.commonprefix(parts)) if parts else ""

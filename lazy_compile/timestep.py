@@ -1,0 +1,175 @@
+"""Finding the model's time input, and following a trajectory by its values alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from lazy_compile.errors import ConfigError
+from lazy_compile.operators import operator_name, value_of
+from lazy_compile.program import Program, Role
+from lazy_compile.runtime import CacheState
+
+MAX_STREAMS = 8
+"""Calls in a row with one timestep that count as parallel streams (conditional, unconditional, ...) of a trajectory."""
+
+_TIME_WORDS = ("timestep", "timesteps", "time", "t", "sigma", "noise_level")
+
+
+def find_timestep_input(program: Program, wanted: str | None) -> int | None:
+    """Position of the time input among the user's tensors; None if the model has none.
+
+    It is the scalar, or vector of one value per row, that a sinusoidal embedding reads. Where several are embedded so
+    (FLUX embeds its guidance too), the argument's name decides, then the order.
+
+    Raises:
+        ConfigError: ``wanted`` names no tensor input.
+    """
+    users = [
+        (node, item.name)
+        for node, item in zip(program.placeholders, program.inputs, strict=True)
+        if item.role is Role.USER
+    ]
+    names = [name for _, name in users]
+    if wanted is not None:
+        if wanted not in names:
+            raise ConfigError(f"timestep_input is {wanted!r}; the tensor inputs of this model are {', '.join(names)}")
+        return names.index(wanted)
+    small = [position for position, (node, _) in enumerate(users) if _is_small(node)]
+    embedded = [position for position in small if _reaches_sinusoid(users[position][0])]
+    candidates = embedded or [p for p in small if names[p].rpartition(".")[2] in _TIME_WORDS]
+    named = [position for position in candidates if names[position].rpartition(".")[2] in _TIME_WORDS]
+    return next(iter(named or candidates), None)
+
+
+def _is_small(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dim() <= 1
+
+
+def _reaches_sinusoid(source: fx.Node) -> bool:
+    frontier, seen = [source], {source}
+    while frontier:
+        for user in frontier.pop().users:
+            value = value_of(user)
+            if user in seen or not isinstance(value, Tensor) or value.dim() > 3:
+                continue
+            if operator_name(user) in ("sin", "cos"):
+                return True
+            if operator_name(user) in _ELEMENTWISE:
+                seen.add(user)
+                frontier.append(user)
+    return False
+
+
+_ELEMENTWISE = frozenset(
+    {
+        "_to_copy", "to", "expand", "view", "reshape", "unsqueeze", "squeeze", "slice", "select", "flatten", "repeat",
+        "mul", "div", "add", "sub", "rsub", "neg", "einsum", "outer", "cat", "clone", "contiguous", "matmul", "type_as",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class Trajectory:
+    """Where a caller stands: which step of which trajectory, and which of its parallel streams.
+
+    The first call starts a trajectory. A call with another timestep is the next step, unless it moves back towards the
+    noisier end: then a new trajectory starts. A call with the same timestep is the same step of the next stream, so
+    that classifier-free guidance may call twice. Time is taken to fall along a trajectory until two moves in a row show
+    that this model's time rises.
+    """
+
+    streams: list[CacheState] = field(default_factory=list)
+    timestep: float | None = None
+    step: int = -1
+    turn: int = 0
+    direction: int = -1
+    against: int = 0
+
+    def advance(self, timestep: float | None) -> tuple[CacheState, int, bool]:
+        """The caches and the step index of this call, and whether it starts a trajectory."""
+        started = self.timestep is None and self.step < 0
+        if timestep is None:
+            self.step += 1
+        elif started:
+            self.step = 0
+        elif timestep == self.timestep:
+            self.turn += 1
+            started = self.turn >= MAX_STREAMS
+        else:
+            started = self._moves_back(timestep)
+            self.step, self.turn = self.step + 1, 0
+        if started:
+            self.streams.clear()
+            self.step = self.turn = 0
+        self.timestep = timestep
+        if self.turn >= len(self.streams):
+            self.streams.append(CacheState())
+        return self.streams[self.turn], self.step, started
+
+    def _moves_back(self, timestep: float) -> bool:
+        assert self.timestep is not None
+        move = 1 if timestep > self.timestep else -1
+        if move == self.direction:
+            self.against = 0
+            return False
+        self.against += 1
+        if self.against >= 2:
+            self.direction, self.against = move, 0
+            return False
+        return True
+
+    def reset(self) -> None:
+        """Forget the caches; the next call starts a trajectory."""
+        self.streams.clear()
+        self.timestep, self.step, self.turn = None, -1, 0
+
+
+_current_stream: ContextVar[str] = ContextVar("lazy_compile_stream", default="")
+
+
+@contextmanager
+def use_stream(name: str) -> Iterator[None]:
+    token = _current_stream.set(name)
+    try:
+        yield
+    finally:
+        _current_stream.reset(token)
+
+
+class Trajectories:
+    """The trajectories of one model: one for each thread and each named stream in it."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    @property
+    def _by_stream(self) -> dict[str, Trajectory]:
+        if not hasattr(self._local, "by_stream"):
+            self._local.by_stream = {}
+        result: dict[str, Trajectory] = self._local.by_stream
+        return result
+
+    def current(self) -> Trajectory:
+        return self._by_stream.setdefault(_current_stream.get(), Trajectory())
+
+    def reset(self) -> None:
+        for trajectory in self._by_stream.values():
+            trajectory.reset()
+
+    @property
+    def bytes(self) -> int:
+        return sum(state.bytes for trajectory in self._by_stream.values() for state in trajectory.streams)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trajectories:
+        return Trajectories()
+
+    def __reduce__(self) -> tuple[type[Trajectories], tuple[()]]:
+        return Trajectories, ()

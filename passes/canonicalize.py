@@ -1,0 +1,95 @@
+"""Bring a captured graph into one normal form by dropping what computes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from lazy_compile.operators import operator_name, value_of
+from lazy_compile.pass_manager import GraphPass
+from lazy_compile.program import Program
+
+_END = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Canonicalize(GraphPass):
+    """Remove operators that hand on their input unchanged, and checks that would pin a dtype or device.
+
+    ::
+
+        %slice   = aten.slice(%x, 0, 0, MAX)             |
+        %clone   = aten.clone(%slice)                    |   %out = aten.linear(%x, ...)
+        %div     = aten.div(%clone, 1.0)                 |
+        %out     = aten.linear(%div, ...)                |
+
+    The graph must be functional (``ExportedProgram.run_decompositions({})`` sees to that): with nothing written in
+    place, a copy and its source cannot be told apart, so the copy can go. Rules:
+
+    1. A node is dropped if its value has the shape, dtype and device of its input and its operator is an alias, a
+       detach, a plain clone, a copy to the same type, a dropout in evaluation mode, a slice or expand of everything, a
+       multiplication or division by one.
+    2. ``_assert_*`` nodes go: they pin what the shape guards of the capture already decide.
+    3. Whatever nobody uses goes. Results that the caller receives keep their copies, so that he may write to them.
+
+    Numerics are preserved bit for bit.
+    """
+
+    def apply(self, program: Program) -> bool:
+        modified = False
+        returned = set(program.graph.output_node().all_input_nodes)
+        for node in list(program.graph.nodes):
+            if operator_name(node).startswith("_assert_"):
+                program.graph.erase_node(node)
+                modified = True
+            elif node not in returned and _is_noop(node):
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                node.replace_all_uses_with(source)
+                program.graph.erase_node(node)
+                modified = True
+        return _erase_dead(program.graph) or modified
+
+
+def _is_noop(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if node.op != "call_function" or not isinstance(source, fx.Node) or not _same_description(node, source):
+        return False
+    name, rest = operator_name(node), node.args[1:]
+    if name in ("alias", "detach", "expand"):
+        return True
+    if name in ("clone", "_to_copy"):
+        return node.kwargs.get("memory_format") in (None, torch.preserve_format)
+    if name == "dropout":
+        return rest[1] is False
+    if name == "slice":
+        return _slices_everything(node)
+    if name in ("mul", "div"):
+        return rest[0] == 1 and "rounding_mode" not in node.kwargs
+    return False
+
+
+def _same_description(node: fx.Node, source: fx.Node) -> bool:
+    after, before = value_of(node), value_of(source)
+    return (
+        isinstance(after, Tensor)
+        and isinstance(before, Tensor)
+        and (after.dtype, after.device) == (before.dtype, before.device)
+        and (str(after.shape), str(after.stride())) == (str(before.shape), str(before.stride()))
+    )
+
+
+def _slices_everything(node: fx.Node) -> bool:
+    start, end, step = (*node.args[2:], None, None, None)[:3]
+    return start in (None, 0) and end in (None, _END) and step in (None, 1)
+
+
+def _erase_dead(graph: fx.Graph) -> bool:
+    modified = False
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "call_module", "get_attr") and not node.users:
+            graph.erase_node(node)
+            modified = True
+    return modified

@@ -1,0 +1,129 @@
+"""Find the residual branches of a model by the structure of its graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from lazy_compile.branch import BranchTensor, Refusal, ResidualBranch
+from lazy_compile.dataflow import Dataflow
+from lazy_compile.kinds import classify
+from lazy_compile.lazy_branch import TAG
+from lazy_compile.operators import CONVOLUTIONS, is_heavy, macs, operator_name, shape_of, value_of
+from lazy_compile.pass_manager import GraphPass
+from lazy_compile.program import Program, Role
+from lazy_compile.residual import Candidate, common_path, find_candidates
+from lazy_compile.rows import batch_axis, batch_symbol, why_rows_mix
+
+
+@dataclass(frozen=True)
+class DiscoverBranches(GraphPass):
+    """Tag the nodes of every residual branch and describe it; nothing else is touched.
+
+    ::
+
+        %modulated = ...                                      entry: what the gate reads
+        %q, %k, %v = linear(%modulated, ...)         [branch 0]
+        %a   = scaled_dot_product_attention(...)     [branch 0]
+        %o   = linear(%a, ...)                       [branch 0]   output: what is cached
+        %g   = mul(%gate_msa, %o)
+        %add = add(%x, %g)                                    residual add
+
+    The body is the convex hull of a branch's heavy operators, so norms and adaLN modulation before it, and output gate,
+    residual scale and post-norm behind it, run at every step. ``lazy_compile.residual`` states the rule.
+
+    Numerics are preserved: the graph is not edited.
+    """
+
+    conv_branches: bool = False
+
+    def apply(self, program: Program) -> bool:
+        before = (program.branches, program.refusals)
+        flow = Dataflow(program.graph)
+        symbol = batch_symbol(program)
+        candidates = find_candidates(flow, batch_symbol=symbol, conv_branches=self.conv_branches)
+        accepted = sorted(
+            (c for c in candidates if not c.refusal), key=lambda c: flow.position[next(flow.members(c.body))]
+        )
+        for index, candidate in enumerate(accepted):
+            for node in flow.members(candidate.body):
+                node.meta[TAG] = index
+        names = _unique([_path(flow, candidate.heavy) for candidate in accepted])
+        activations = _activations(flow, program)
+        program.branches = tuple(
+            _describe(flow, candidate, index, name, symbol, activations)
+            for index, (candidate, name) in enumerate(zip(accepted, names, strict=True))
+        )
+        program.refusals = tuple(
+            Refusal(candidate.adds[0].name, _path(flow, candidate.heavy), candidate.refusal)
+            for candidate in candidates
+            if candidate.refusal
+        )
+        return (program.branches, program.refusals) != before
+
+
+def _describe(
+    flow: Dataflow, candidate: Candidate, index: int, name: str, symbol: str | None, activations: int
+) -> ResidualBranch:
+    body = list(flow.members(candidate.body))
+    inside = set(body)
+    inputs = list(dict.fromkeys(node for member in body for node in member.all_input_nodes if node not in inside))
+    outputs = [node for node in body if isinstance(value_of(node), Tensor) and set(node.users) - inside]
+    from_skip = 0
+    for skip in candidate.skips:
+        from_skip |= flow.descendants(skip)
+    entries = [node for node in inputs if from_skip >> flow.position[node] & 1 and isinstance(value_of(node), Tensor)]
+    reason = why_rows_mix(body, inputs, outputs, symbol)
+    return ResidualBranch(
+        index=index,
+        name=name,
+        kind=classify(flow, body, entries, len(set(candidate.skips)), activations),
+        path=_path(flow, candidate.heavy),
+        macs=sum(macs(node) for node in body),
+        entries=tuple(_border(node, symbol, _channel_axis(node, inside)) for node in entries),
+        outputs=tuple(_border(node, symbol, -1) for node in outputs),
+        row_separable=not reason,
+        why_not_separable=reason,
+    )
+
+
+def _border(node: fx.Node, symbol: str | None, channel_axis: int) -> BranchTensor:
+    value = value_of(node)
+    shape = shape_of(node) or ()
+    size = value.element_size()
+    for length in shape:
+        size *= length
+    return BranchTensor(
+        node.name, shape, str(value.dtype).removeprefix("torch."), batch_axis(value, symbol), channel_axis, size
+    )
+
+
+def _channel_axis(entry: fx.Node, inside: set[fx.Node]) -> int:
+    """Channels come second where a convolution reads the entry, else last."""
+    readers = [user for user in entry.users if user in inside]
+    return 1 if any(operator_name(user) in CONVOLUTIONS for user in readers) else -1
+
+
+def _activations(flow: Dataflow, program: Program) -> int:
+    result = 0
+    for node, item in zip(program.placeholders, program.inputs, strict=True):
+        if item.role is Role.USER:
+            result |= flow.descendants(node)
+    return result
+
+
+def _path(flow: Dataflow, heavy: int) -> str:
+    return common_path([node.meta.get("module_path", "") for node in flow.members(heavy) if is_heavy(node)])
+
+
+def _unique(paths: Sequence[str]) -> list[str]:
+    """Each path once; further branches of the same path get a number, branches without one a name."""
+    seen: Counter[str] = Counter()
+    names = []
+    for path in (path or "branch" for path in paths):
+        seen[path] += 1
+        names.append(path if seen[path] == 1 else f"{path}#{seen[path]}")
+    return names

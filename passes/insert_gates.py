@@ -1,0 +1,51 @@
+"""Put a gate and a cache around every outlined branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from lazy_compile.lazy_branch import TAG, LazyBranch
+from lazy_compile.operators import value_of
+from lazy_compile.pass_manager import GraphPass
+from lazy_compile.program import Program, ProgramInput, Role
+from lazy_compile.rows import batch_axis, batch_symbol
+
+
+@dataclass(frozen=True)
+class InsertGates(GraphPass):
+    """Every branch asks the denoising step, a new input of the graph, whether it computes or reuses.
+
+    ::
+
+        %branch_0 = branch_0(%modulated, %w_q, ...)      |   %lazy_step = placeholder
+                                                         |   %lazy_branch_0 = lazy_branch_0(%lazy_step, %modulated, ...)
+
+    1. The step is passed explicitly, so that the graph holds no state: threads, streams and calibration differ only in
+       the step that they pass.
+    2. A branch without an entry has nothing that a gate could read; discovery never yields one.
+
+    Numerics are preserved bit for bit while every branch computes.
+    """
+
+    def apply(self, program: Program) -> bool:
+        calls = [node for node in program.graph.find_nodes(op="call_module") if str(node.target).startswith("branch_")]
+        if not calls:
+            return False
+        symbol = batch_symbol(program)
+        with program.graph.inserting_after(program.placeholders[-1]):
+            step = program.graph.placeholder(Role.LAZY_STEP.value)
+        program.inputs = (*program.inputs, ProgramInput(Role.LAZY_STEP, step.name))
+        for call in calls:
+            branch = program.branches[call.meta[TAG]]
+            body = program.graph_module.get_submodule(str(call.target))
+            assert isinstance(body, fx.GraphModule)
+            values = [value_of(node) for node in body.graph.find_nodes(op="placeholder")]
+            axes = tuple(batch_axis(value, symbol) if isinstance(value, Tensor) else None for value in values)
+            name = f"lazy_branch_{branch.index}"
+            program.graph_module.add_submodule(name, LazyBranch(body, branch, axes))
+            program.graph_module.delete_submodule(str(call.target))
+            call.target = name
+            call.args = (step, *call.args)
+        return True

@@ -1,0 +1,99 @@
+"""Move the body of every discovered branch into a submodule with explicit inputs and outputs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx.passes.tools_common import stable_topological_sort
+
+from lazy_compile.branch import ResidualBranch
+from lazy_compile.lazy_branch import TAG
+from lazy_compile.operators import value_of
+from lazy_compile.pass_manager import GraphPass
+from lazy_compile.program import Program
+from lazy_compile.rows import axis_of_size
+
+
+@dataclass(frozen=True)
+class OutlineBranches(GraphPass):
+    """One submodule per branch.
+
+    ::
+
+        %q = linear(%modulated, %w_q)        [branch 0]  |   %branch_0 = branch_0(%modulated, %w_q, ..., %w_o)
+        ...                                              |   %out      = getitem(%branch_0, 0)
+        %o = linear(%a, %w_o)                [branch 0]  |   %gated    = mul(%gate_msa, %out)
+        %gated = mul(%gate_msa, %o)                      |
+
+    1. Inputs are every tensor that the body reads, parameters included; outputs every tensor that is read outside.
+    2. A size that the body reads is measured again inside, from one of its own inputs, so that the body also serves a
+       part of the batch.
+    3. Nodes are put in a topological order that keeps the old one where it can. The hull is convex, so one exists.
+
+    Numerics are preserved bit for bit.
+    """
+
+    def apply(self, program: Program) -> bool:
+        members: dict[int, list[fx.Node]] = {branch.index: [] for branch in program.branches}
+        for node in program.graph.nodes:
+            if node.op == "call_function" and TAG in node.meta:
+                members[node.meta[TAG]].append(node)
+        for branch in program.branches:
+            if members[branch.index]:
+                _outline(program, branch, members[branch.index])
+        modified = any(members.values())
+        if modified:
+            stable_topological_sort(program.graph_module)
+        return modified
+
+
+def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) -> None:
+    inside = set(body)
+    external = dict.fromkeys(node for member in body for node in member.all_input_nodes if node not in inside)
+    tensors = [node for node in external if not isinstance(value_of(node), torch.SymInt)]
+    by_name = {node.name: node for node in body}
+    outputs = [by_name[output.name] for output in branch.outputs]
+
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in tensors:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = {"val": value_of(node)}
+    inputs = list(tensors)
+    for size in (node for node in external if isinstance(value_of(node), torch.SymInt)):
+        found = next(((node, axis) for node in tensors if (axis := axis_of_size(node, size)) is not None), None)
+        if found is None:
+            copies[size] = graph.placeholder(size.name)
+            inputs.append(size)
+        else:
+            copies[size] = graph.call_function(torch.ops.aten.sym_size.int, (copies[found[0]], found[1]))
+        copies[size].meta = {"val": value_of(size)}
+    _placeholders_first(graph)
+    for node in body:
+        copies[node] = graph.node_copy(node, lambda argument: copies[argument])
+    graph.output(tuple(copies[node] for node in outputs)).meta = {"val": tuple(value_of(node) for node in outputs)}
+    name = f"branch_{branch.index}"
+    program.graph_module.add_submodule(name, fx.GraphModule({}, graph))
+
+    with program.graph.inserting_after(body[-1]):
+        call = program.graph.call_module(name, tuple(inputs))
+    call.meta = {"val": tuple(value_of(node) for node in outputs), TAG: branch.index}
+    after = call
+    for position, node in enumerate(outputs):
+        with program.graph.inserting_after(after):
+            after = program.graph.call_function(operator.getitem, (call, position))
+        after.meta = {key: value for key, value in node.meta.items() if key != TAG}
+        for user in [user for user in node.users if user not in inside]:
+            user.replace_input_with(node, after)
+    for node in reversed(body):
+        program.graph.erase_node(node)
+
+
+def _placeholders_first(graph: fx.Graph) -> None:
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    for earlier, later in zip(placeholders, placeholders[1:], strict=False):
+        earlier.append(later)
