@@ -9,6 +9,7 @@
 from lazy_compile.branch import BranchKind as BranchKind
 from lazy_compile.branch import Refusal as Refusal
 from lazy_compile.branch import ResidualBranch as ResidualBranch
+from lazy_compile.compiler import load as load
 from lazy_compile.compiler import restore as restore
 from lazy_compile.compiler import transform as transform
 from lazy_compile.config import LazyConfig as LazyConfig

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -17,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lazy_compile.errors import CaptureError, LazyCompileError
+from lazy_compile.operators import note_example_sizes, value_of
 from lazy_compile.program import Program, Role
 
 
@@ -80,14 +82,15 @@ class Capture:
             self._verdicts[shapes] = self._sizes_match(shapes) and self._guards_hold(tensors)
         return self._verdicts[shapes]
 
+    @property
+    def fake_tensors(self) -> list[Tensor]:
+        """What the program knows of the user's tensors: types, and sizes that may be symbolic."""
+        pairs = zip(self.program.placeholders, self.program.inputs, strict=True)
+        return [value_of(node) for node, item in pairs if item.role is Role.USER]
+
     def _sizes_match(self, shapes: Sequence[torch.Size]) -> bool:
-        fakes = [
-            node.meta["val"]
-            for node, item in zip(self.program.placeholders, self.program.inputs, strict=True)
-            if item.role is Role.USER
-        ]
         bound: dict[str, int] = {}
-        for fake, shape in zip(fakes, shapes, strict=True):
+        for fake, shape in zip(self.fake_tensors, shapes, strict=True):
             if fake.dim() != len(shape):
                 return False
             for expected, seen in zip(fake.shape, shape, strict=True):
@@ -107,7 +110,7 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> 
     An example batch of 1 is repeated to 2 first, since export specialises the sizes 0 and 1.
 
     Raises:
-        CaptureError: every rung failed; the message names the reason of each.
+        CaptureError: every rung failed; the message names the reason of the first.
     """
     attempts: list[str] = []
     doubled = _with_batch_of_two(tensors)
@@ -118,19 +121,25 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> 
                 with _quiet_evaluation(model):
                     exported = export(flat, example).run_decompositions({})
                 program = Program.from_exported(exported, parameter_prefix="model.")
-                return Capture(program, rung, tuple(attempts), flat.output.spec, _compile_guards(exported))
+                program.name_users(layout.names)
             except LazyCompileError:
                 raise
             except Exception as error:
                 attempts.append(f"{rung}: {_first_line(error)}")
+                continue
+            captured = Capture(program, rung, tuple(attempts), flat.output.spec, _compile_guards(exported))
+            if captured.accepts(tensors):
+                note_example_sizes(captured.fake_tensors, [tensor.shape for tensor in tensors])
+                return captured
+            attempts.append(f"{rung}: the graph of a batch of 2 serves no other")
     raise CaptureError(
-        f"{type(model).__name__} could not be captured; {attempts[0]}. Check that the example inputs run through the "
-        "model, and that forward() does not branch on the values of tensors"
+        f"{type(model).__name__} could not be captured; {attempts[0].rstrip('.')}. Check that the example inputs run "
+        "through the model, and that forward() does not branch on the values of tensors"
     )
 
 
 class _Structure:
-    """How the model's return value is built: noted while it is traced. Export would undo a change to a plain attribute."""
+    """How the model's return value is built, noted while it is traced: export would undo a change to an attribute."""
 
     spec: pytree.TreeSpec
 
@@ -189,14 +198,14 @@ def _compile_guards(exported: ExportedProgram) -> CodeType | None:
 def _quiet_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and without export's chatter; the model's own flags come back afterwards."""
     training = [module for module in model.modules() if module.training]
-    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx")]
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("_export", "export", "fx", "_subclasses.fake_tensor")]
     levels = [logger.level for logger in loggers]
     try:
         for module in training:
             module.training = False
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
+from lazy_compile.artifact import read
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ConfigError
 from lazy_compile.module import LazyModule
@@ -54,13 +56,30 @@ def transform(
         raise ConfigError("this model is lazy already; use restore() to get the original back")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"transform() takes a torch.nn.Module; seen {type(model).__name__}")
+    if config is not None and not isinstance(config, LazyConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; expected LazyConfig(...), or give options by name")
     if config is not None and options:
         raise ConfigError(f"give either config or options by name, not both; seen both config and {', '.join(options)}")
     lazy = LazyModule(model, chosen := config or LazyConfig.from_dict(options), gating_pipeline(chosen))
-    if isinstance(example_inputs, Mapping):
-        lazy.capture(**example_inputs)
-    elif example_inputs is not None:
-        lazy.capture(*example_inputs)
+    _capture_example(lazy, example_inputs)
+    return lazy
+
+
+def load(
+    directory: str | Path, model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any] | None = None
+) -> LazyModule:
+    """Make ``model`` lazy again, with the options, policy and gates that :meth:`LazyModule.save` wrote.
+
+    Raises:
+        ArtifactError: the folder is damaged, or was made for another model.
+    """
+    artifact = read(directory)
+    lazy = transform(model, config=artifact.config)
+    artifact.check_model(model)
+    _capture_example(lazy, example_inputs)
+    if example_inputs is not None:
+        artifact.check_branches(lazy.branches)
+    lazy.policy = artifact.policy
     return lazy
 
 
@@ -69,3 +88,14 @@ def restore(lazy: LazyModule) -> nn.Module:
     if not isinstance(lazy, LazyModule):
         raise ConfigError(f"restore() takes what transform() returned; seen {type(lazy).__name__}")
     return lazy.original
+
+
+def _capture_example(lazy: LazyModule, example_inputs: Mapping[str, Any] | Sequence[Any] | None) -> None:
+    if isinstance(example_inputs, Mapping):
+        lazy.capture(**example_inputs)
+    elif isinstance(example_inputs, list | tuple):
+        lazy.capture(*example_inputs)
+    elif example_inputs is not None:
+        raise ConfigError(
+            f"example_inputs is a {type(example_inputs).__name__}; expected arguments by name in a dictionary, or a tuple"
+        )

@@ -22,7 +22,8 @@ class LazyConfig:
         max_reuse_age: a branch that was reused this many steps in a row computes at the next one. None: no limit.
         batch_rule: ``"per_sample"`` decides for every row of the batch and computes only the rows that need it. The
             others take one decision per call: ``"all_reuse"`` reuses only if every row would, ``"any_reuse"`` if one
-            would, ``"majority"`` if more than half would. Branches whose rows cannot be separated fall back to ``"all_reuse"``.
+            would, ``"majority"`` if more than half would. Branches whose rows cannot be separated take one decision
+            per call, from the mean over the whole batch.
         conv_branches: also gate residual branches made of dense convolutions (the ResNet blocks of a U-Net).
         timestep_input: the name of the forward argument that carries the timestep. None finds it in the graph.
         max_captures: how many graphs (one per set of shapes that cannot share one) are kept, least recently used first.

@@ -1,4 +1,4 @@
-"""Which node depends on which, as bit sets over the node order: one pass over the graph, then each question is one AND."""
+"""Which node depends on which, as bit sets over the node order: after one pass, each question is one AND."""
 
 from __future__ import annotations
 

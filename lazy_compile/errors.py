@@ -1,4 +1,7 @@
-"""Every error that lazy_compile raises on purpose. Each message says what was seen, what was expected and what to do next."""
+"""Every error that lazy_compile raises on purpose.
+
+Each message says what was seen, what was expected and what to do next.
+"""
 
 from __future__ import annotations
 

@@ -32,6 +32,17 @@ def pool_entry(entry: Tensor, batch_axis: int | None, channel_axis: int) -> Tens
     return pooled.flatten(2).mean(2) if pooled.dim() > 2 else pooled
 
 
+def pool(branch: ResidualBranch, entries: Sequence[Tensor]) -> Tensor:
+    """What a gate reads, ``float32[B, gate_features]``: the pooled entries, concatenated."""
+    return torch.cat(
+        [
+            pool_entry(entry, spec.batch_axis if branch.row_separable else None, spec.channel_axis)
+            for entry, spec in zip(entries, branch.entries, strict=True)
+        ],
+        dim=1,
+    )
+
+
 def compute_logit(branch: ResidualBranch, entries: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     """``mean_over_tokens(entries) . weight + bias``.
 
@@ -44,11 +55,8 @@ def compute_logit(branch: ResidualBranch, entries: Sequence[Tensor], weight: Ten
     Returns:
         ``float32[B]``, or ``float32[1]`` for a branch whose rows cannot be separated.
     """
-    pooled = [
-        pool_entry(entry, spec.batch_axis if branch.row_separable else None, spec.channel_axis)
-        for entry, spec in zip(entries, branch.entries, strict=True)
-    ]
-    return torch.cat(pooled, dim=1) @ weight.to(pooled[0]) + bias.to(pooled[0])
+    pooled = pool(branch, entries)
+    return pooled @ weight.to(pooled) + bias.to(pooled)
 
 
 def should_compute(logit: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,15 +25,24 @@ from lazy_compile.operators import macs
 from lazy_compile.pass_manager import PassManager
 from lazy_compile.policy import AlwaysCompute, Policy
 from lazy_compile.program import Program, Role
-from lazy_compile.runtime import LazyStats, PolicyStep
+from lazy_compile.runtime import CacheState, LazyStats, PolicyStep
 from lazy_compile.timestep import Trajectories, find_timestep_input, use_stream
 
 logger = logging.getLogger("lazy_compile")
 
+_CAPTURING = threading.RLock()
+"""torch.export changes global state: one capture at a time, and none while another thread looks for its graph."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class LazyGraph:
-    """One capture of the model, compiled: what calls of one layout, dtype, device and family of shapes run on."""
+    """One capture of the model, compiled: what calls of one layout, dtype, device and family of shapes run on.
+
+    Attributes:
+        timestep_position: which of the tensor inputs is the time input; None if none is.
+        types: dtypes and devices of the tensor inputs, and autocast.
+        sources: where each parameter, buffer and constant is looked up at every call, in graph order.
+    """
 
     layout: CallLayout
     captured: Capture
@@ -39,6 +50,7 @@ class LazyGraph:
     timestep_position: int | None
     types: tuple[Any, ...]
     total_macs: int
+    sources: tuple[tuple[Mapping[str, Tensor | None], str], ...]
 
     def serves(self, layout: CallLayout, tensors: Sequence[Tensor], types: tuple[Any, ...]) -> bool:
         return types == self.types and layout == self.layout and self.captured.accepts(tensors)
@@ -52,6 +64,37 @@ class LazyGraph:
     def run(self, state: Sequence[Tensor], tensors: Sequence[Tensor], step: LazyStep) -> Any:
         outputs = self.program.graph_module(*state, *tensors, step)
         return pytree.tree_unflatten(list(outputs), self.captured.output_spec)
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of a lazy model, placed in its trajectory and not yet answered.
+
+    Attributes:
+        caches: the slots of this call's stream.
+        step: index of the sampler step in its trajectory.
+        timestep: the time input, or the step index where the model has none.
+    """
+
+    graph: LazyGraph
+    state: Sequence[Tensor]
+    tensors: Sequence[Tensor]
+    caches: CacheState
+    step: int
+    timestep: float
+
+    def run(self, step: LazyStep) -> Any:
+        """The model's own return value, with every branch doing as ``step`` decides."""
+        return self.graph.run(self.state, self.tensors, step)
+
+    def for_training(self) -> ModelCall:
+        """The same call with tensors that autograd may keep, should a sampler run under inference mode."""
+        tensors = [tensor.clone() if tensor.is_inference() else tensor for tensor in self.tensors]
+        return replace(self, tensors=tensors)
+
+    def run_flat(self, step: LazyStep) -> list[Tensor]:
+        """The tensors of the return value."""
+        return [leaf for leaf in pytree.tree_leaves(self.run(step)) if isinstance(leaf, Tensor)]
 
 
 class LazyModule(nn.Module):
@@ -73,9 +116,10 @@ class LazyModule(nn.Module):
         self.training = original.training
         self._pipeline = pipeline
         self._policy: Policy = AlwaysCompute()
+        self._drive: Callable[[ModelCall], Any] = self._follow_policy
         self._graphs: list[LazyGraph] = []
         self._trajectories = Trajectories()
-        self._stats: LazyStats | None = None
+        self._stats: dict[tuple[str, ...], LazyStats] = {}
         self._environment: tuple[Any, ...] = ()
         self._signature = inspect.signature(original.forward)
 
@@ -84,17 +128,29 @@ class LazyModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One denoising step, under the current policy; arguments and result are those of the original."""
         graph, tensors = self._graph_for(args, kwargs)
-        trajectory = self._trajectories.current()
         timestep = graph.timestep(tensors)
-        state, index, started = trajectory.advance(timestep)
+        state, index, started = self._trajectories.current().advance(timestep)
         if started and self._environment != self._observe_environment():
             self._graphs.clear()
             graph, tensors = self._graph_for(args, kwargs)
-        self.stats.calls += 1
-        step = PolicyStep(
-            self._policy, self.config, state, self.stats, index, float(index) if timestep is None else timestep
-        )
-        return graph.run(self._state_of(graph), tensors, step)
+        now = float(index) if timestep is None else timestep
+        return self._drive(ModelCall(graph, self._state_of(graph), tensors, state, index, now))
+
+    def _follow_policy(self, call: ModelCall) -> Any:
+        stats = self._stats_of(call.graph)
+        stats.calls += 1
+        return call.run(PolicyStep(self._policy, self.config, call.caches, stats, call.step, call.timestep))
+
+    @contextmanager
+    def driven_by(self, driver: Callable[[ModelCall], Any]) -> Iterator[None]:
+        """Within this context ``driver`` answers every call, so that a sampler can be observed or steered."""
+        self.reset()
+        self._drive = driver
+        try:
+            yield
+        finally:
+            self._drive = self._follow_policy
+            self.reset()
 
     def evaluate(self, step: LazyStep, *args: Any, **kwargs: Any) -> Any:
         """One call in which ``step`` decides what every branch does, outside any trajectory."""
@@ -147,14 +203,12 @@ class LazyModule(nn.Module):
             policy.check(self.branches)
         self._policy = policy
         self.reset()
+        self._stats = None
 
     @property
     def stats(self) -> LazyStats:
-        """What was reused since the last :meth:`reset_stats`."""
-        if self._stats is None:
-            self.reset_stats()
-        assert self._stats is not None
-        return self._stats
+        """What was reused since the last :meth:`reset_stats`, by graphs with the same branches as the latest."""
+        return self._stats_of(self.graph)
 
     @property
     def cache_bytes(self) -> int:
@@ -174,9 +228,7 @@ class LazyModule(nn.Module):
         self._trajectories.reset()
 
     def reset_stats(self) -> None:
-        graph = self.graph
-        branch_macs = np.array([branch.macs for branch in graph.program.branches], dtype=np.float64)
-        self._stats = LazyStats(branch_macs, graph.total_macs, captures=len(self._graphs))
+        self._stats.clear()
 
     def stream(self, name: str) -> AbstractContextManager[None]:
         """Calls inside this context belong to a trajectory of their own, named ``name``."""
@@ -187,6 +239,22 @@ class LazyModule(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.original.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As part of another module: the names of the state are those of the original, see :meth:`state_dict`."""
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            state_dict[f"{prefix}original.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the options, the policy and its gates to a folder, without the weights; ``lazy_compile.load`` reads it.
+
+        Raises:
+            ConfigError: nothing was captured yet.
+            ArtifactError: the folder cannot be written to.
+        """
+        from lazy_compile.artifact import save
+
+        save(self, directory)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -206,13 +274,14 @@ class LazyModule(nn.Module):
     def _graph_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LazyGraph, list[Tensor]]:
         layout, tensors = CallLayout.of(*self._bind(args, kwargs))
         types = _types_of(tensors)
-        for position, graph in enumerate(reversed(self._graphs)):
-            if graph.serves(layout, tensors, types):
-                if position:
-                    self._graphs.remove(graph)
-                    self._graphs.append(graph)
-                return graph, tensors
-        return self._compile(layout, tensors, types), tensors
+        with _CAPTURING:
+            for position, graph in enumerate(reversed(self._graphs)):
+                if graph.serves(layout, tensors, types):
+                    if position:
+                        self._graphs.remove(graph)
+                        self._graphs.append(graph)
+                    return graph, tensors
+            return self._compile(layout, tensors, types), tensors
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call with every argument by name, so that its spelling does not matter."""
@@ -225,14 +294,18 @@ class LazyModule(nn.Module):
         kinds = {parameter.kind for parameter in self._signature.parameters.values()}
         if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}:
             return args, kwargs
+        bound.apply_defaults()
         arguments = dict(bound.arguments)
         for name, parameter in self._signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(arguments.pop(name, {}))
+                arguments.update(sorted(arguments.pop(name).items()))
         return (), arguments
 
     def _compile(self, layout: CallLayout, tensors: Sequence[Tensor], types: tuple[Any, ...]) -> LazyGraph:
         captured = capture(self.original, layout, tensors)
+        environment = self._observe_environment()
+        if environment != self._environment:
+            self._graphs, self._environment = [], environment
         if self._graphs:
             logger.info("captured another graph, for inputs %s", [tuple(tensor.shape) for tensor in tensors])
         timestep = find_timestep_input(captured.program, self.config.timestep_input)
@@ -251,28 +324,52 @@ class LazyModule(nn.Module):
                 f"({reasons or 'no addition joins a skip connection with heavy operators'})"
             )
         self._policy.check(program.branches)
-        graph = LazyGraph(layout, captured, program, timestep, types, total)
+        graph = LazyGraph(layout, captured, program, timestep, types, total, tuple(self._sources(program)))
         self._graphs = [*self._graphs, graph][-self.config.max_captures :]
-        self._environment = self._observe_environment()
-        if self._stats is None or len(self._stats.branch_macs) != len(program.branches):
-            self.reset_stats()
         return graph
 
-    def _state_of(self, graph: LazyGraph) -> list[Tensor]:
+    def _stats_of(self, graph: LazyGraph) -> LazyStats:
+        names = tuple(branch.name for branch in graph.program.branches)
+        if names not in self._stats:
+            branch_macs = np.array([branch.macs for branch in graph.program.branches], dtype=np.float64)
+            self._stats[names] = LazyStats(branch_macs, graph.total_macs)
+        self._stats[names].captures = len(self._graphs)
+        return self._stats[names]
+
+    def _state_of(self, graph: LazyGraph) -> list[Any]:
         """Current parameters, buffers and constants in graph order: a weight that was changed takes effect."""
-        values = []
-        for item in graph.program.inputs:
-            if item.role in (Role.PARAMETER, Role.BUFFER):
-                owner, _, leaf = item.name.rpartition(".")
-                values.append(getattr(self.original.get_submodule(owner), leaf))
+        return [values[name] for values, name in graph.sources]
+
+    def _sources(self, program: Program) -> Iterator[tuple[Mapping[str, Tensor | None], str]]:
+        for item in program.inputs:
+            owner, _, leaf = item.name.rpartition(".")
+            if item.role is Role.PARAMETER:
+                yield self.original.get_submodule(owner)._parameters, leaf
+            elif item.role is Role.BUFFER:
+                yield self.original.get_submodule(owner)._buffers, leaf
             elif item.role is Role.CONSTANT:
-                values.append(graph.program.constants[item.name])
-        return values
+                yield program.constants, item.name
 
     def _observe_environment(self) -> tuple[Any, ...]:
-        """What a graph silently depends on: the modules that the model is made of, and the types of its parameters."""
-        modules = tuple(map(id, self.original.modules()))
+        """What a graph silently depends on: modules, their plain attributes and hooks, and the types of parameters."""
+        modules = tuple((id(module), *_attributes(module)) for module in self.original.modules())
         return modules, tuple((parameter.dtype, parameter.device) for parameter in self.original.parameters())
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A capture is always made in evaluation mode, and parameters are looked up at every call: both may change."""
+    for name, value in vars(module).items():
+        if name not in ("training", "_parameters", "_buffers", "_modules"):
+            yield name, _snapshot(value)
+
+
+def _snapshot(value: Any) -> Any:
+    """Numbers, texts and what is made of them by value, everything else by identity."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_snapshot, value))
+    if isinstance(value, dict):
+        return tuple((key, _snapshot(item)) for key, item in value.items())
+    return value if isinstance(value, bool | int | float | str) else id(value)
 
 
 def _types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,16 @@ def operator_name(node: fx.Node) -> str:
         return ""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__
-    return getattr(target, "__name__", "")
+        return str(target.overloadpacket.__name__)
+    return str(getattr(target, "__name__", ""))
+
+
+def origins(node: fx.Node) -> Iterator[fx.Node]:
+    """The node, then what it is a cast or view of, as far back as that goes."""
+    yield node
+    while operator_name(node) in PASSTHROUGH and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        yield node
 
 
 def is_heavy(node: fx.Node) -> bool:
@@ -57,12 +65,25 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(size_hint(size) for size in value.shape) if isinstance(value, Tensor) else None
 
 
+def note_example_sizes(fakes: Sequence[Tensor], shapes: Sequence[torch.Size]) -> None:
+    """Let :func:`size_hint` tell the sizes of the caller's tensors where a capture was made with others."""
+    for fake, shape in zip(fakes, shapes, strict=True):
+        for size, length in zip(fake.shape, shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                _example_sizes(size.node.shape_env)[size.node.expr] = length
+
+
 def size_hint(size: Any) -> int:
-    """The value that a possibly symbolic size had at capture."""
+    """The value that a possibly symbolic size had in the example call."""
     if isinstance(size, int):
         return size
-    hint = size.node.hint
-    return 1 if hint is None else int(hint)
+    example = size.node.expr.subs(_example_sizes(size.node.shape_env))
+    return int(example) if example.is_number else int(size.node.hint or 1)
+
+
+def _example_sizes(shape_env: Any) -> dict[Any, int]:
+    sizes: dict[Any, int] = shape_env.__dict__.setdefault("_lazy_compile_example_sizes", {})
+    return sizes
 
 
 def macs(node: fx.Node) -> int:

@@ -45,8 +45,9 @@ class GraphPass(ABC):
             raise PassError(
                 f"pass {self.name}: {len(result.inputs)} inputs described, {len(result.placeholders)} exist"
             )
-        if not modified and _text(program) != _text(result):
-            raise PassError(f"pass {self.name} changed the program but reported modified=False")
+        if modified != (_description(program) != _description(result)):
+            truth = "left the program as it was" if modified else "changed the program"
+            raise PassError(f"pass {self.name} {truth} but reported modified={modified}")
         result.graph_module.recompile()
         return PassResult(result, modified)
 
@@ -73,5 +74,6 @@ class PassManager:
         return program
 
 
-def _text(program: Program) -> tuple[str, object, object]:
-    return str(program.graph), program.branches, program.inputs
+def _description(program: Program) -> tuple[object, ...]:
+    modules = [(name, id(module)) for name, module in program.graph_module.named_children()]
+    return str(program.graph), modules, program.inputs, program.branches, program.refusals

@@ -41,7 +41,7 @@ class Policy(ABC):
     def should_compute(self, query: GateQuery) -> bool | Tensor:
         """True or False for the whole call, or ``bool[B]`` with one decision per row."""
 
-    def check(self, branches: Sequence[ResidualBranch]) -> None:
+    def check(self, branches: Sequence[ResidualBranch]) -> None:  # noqa: B027, not every policy belongs to a model
         """Raise :class:`ConfigError` if this policy was made for another model."""
 
 
@@ -101,11 +101,12 @@ class Learned(Policy):
 
     def _gates(self, timestep: float, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         key = (timestep, device)
-        if key not in self._rows:
+        gates = self._rows.get(key)
+        if gates is None:
             if len(self._rows) >= 4096:
                 self._rows.clear()
-            self._rows[key] = split_row(self.table.row(timestep), self.table.features, device)
-        return self._rows[key]
+            gates = self._rows[key] = split_row(self.table.row(timestep), self.table.features, device)
+        return gates
 
 
 def split_row(row: GateRow, features: Sequence[int], device: torch.device) -> list[tuple[Tensor, Tensor]]:

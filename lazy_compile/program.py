@@ -132,6 +132,13 @@ class Program:
                 values.append(next(remaining))
         return values
 
+    def name_users(self, names: Sequence[str]) -> None:
+        """Name the user's inputs, in order: export knows them by position only."""
+        remaining = iter(names)
+        self.inputs = tuple(
+            ProgramInput(item.role, next(remaining)) if item.role is Role.USER else item for item in self.inputs
+        )
+
     def fake_inputs(self) -> list[Any]:
         return [node.meta.get("val") for node in self.placeholders]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from lazy_compile.dataflow import Dataflow
 from lazy_compile.operators import PASSTHROUGH, is_dense_convolution, is_heavy, operator_name, value_of
 
-_ADDS = frozenset({"add", "add_", "sub", "addcmul"})
+_ADDS = frozenset({"add", "add_", "sub", "addcmul", "lerp"})
+_SCALINGS = frozenset({"mul", "div"})
 
 
 @dataclass
@@ -39,8 +40,8 @@ def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: 
     """All candidates in graph order, refused ones included.
 
     1. A *residual add* is an addition of two tensors of equal shape, floating and of rank 3 or more (or packed tokens
-       of rank 2), one of which, the *skip*, is an ancestor of the other, directly or seen through casts, views and
-       earlier residual adds.
+       of rank 2), one of which, the *skip*, is an ancestor of the other, directly or seen through casts, views,
+       scaling by a constant and earlier residual adds.
     2. Its *region* is every node on a path from the skip to the other operand. Without a heavy operator in the region
        the add is arithmetic (a tanh formula, say) and not looked at further.
     3. Inner adds come first in graph order. An outer add owns the heavy operators that no inner branch has claimed.
@@ -99,7 +100,7 @@ def _skip_and_value(
     operands = [argument for argument in add.all_input_nodes if _same_shape(argument, add)]
     if operator_name(add) == "addcmul" and isinstance(add.args[0], fx.Node):
         pairs = [(add.args[0], other) for other in add.all_input_nodes[1:]]
-    elif len(operands) == 2:
+    elif len(operands) >= 2 and operands[:2] == add.all_input_nodes[:2]:
         pairs = [(operands[0], operands[1]), (operands[1], operands[0])]
     else:
         return None
@@ -116,11 +117,13 @@ _FARTHEST_SKIP = 16
 
 
 def _origins(skip: fx.Node, owner: dict[fx.Node, Candidate]) -> Iterator[fx.Node]:
-    """The skip itself, then what it is a cast or view of, then what earlier residual adds were added to."""
+    """The skip itself, then what it is a cast, view or multiple of, then what earlier residual adds were added to."""
     while True:
         yield skip
         if operator_name(skip) in PASSTHROUGH and isinstance(skip.args[0], fx.Node):
             skip = skip.args[0]
+        elif operator_name(skip) in _SCALINGS and not isinstance(skip.args[1], fx.Node):
+            (skip,) = skip.all_input_nodes
         elif skip in owner:
             candidate = owner[skip]
             skip = candidate.skips[candidate.adds.index(skip)]
@@ -137,8 +140,12 @@ def _is_token_stream(node: fx.Node, batch_symbol: str | None) -> bool:
 
 
 def _same_shape(argument: fx.Node, add: fx.Node) -> bool:
+    """Symbolic sizes are never 1, so two of them that stand in one addition are equal, however they are written."""
     value = value_of(argument)
-    return isinstance(value, Tensor) and str(value.shape) == str(value_of(add).shape)
+    if not isinstance(value, Tensor) or value.dim() != value_of(add).dim():
+        return False
+    pairs = zip(value.shape, value_of(add).shape, strict=True)
+    return all(a == b if isinstance(a, int) and isinstance(b, int) else type(a) is type(b) for a, b in pairs)
 
 
 def _refuse_convolutions(flow: Dataflow, heavy: int, conv_branches: bool) -> str:
@@ -187,5 +194,5 @@ def _refuse_entangled(flow: Dataflow, candidates: list[Candidate]) -> None:
 
 def common_path(paths: list[str]) -> str:
     """The longest module path that all of these lie under."""
-    parts = [path.split(".") for path in paths if path]
-    return ".".join(os.path.commonprefix(parts)) if parts else ""
+    levels = zip(*(path.split(".") for path in paths if path), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))

@@ -8,16 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.operators import CONVOLUTIONS, PRODUCTS, SDPA, SOFTMAX, operator_name, value_of
+from lazy_compile.operators import value_of
 from lazy_compile.program import Program, Role
-
-_ALONG_AXIS = SOFTMAX | frozenset(
-    {
-        "mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "logsumexp", "prod",
-        "norm", "linalg_vector_norm", "cumsum", "cumprod", "sort", "topk", "argsort", "flip", "roll", "median", "any", "all",
-        "log_softmax", "softmin",
-    }
-)  # fmt: skip
+from lazy_compile.row_places import Place, RowPlaces, RowsMix, involves
 
 
 def batch_symbol(program: Program) -> str | None:
@@ -52,60 +45,46 @@ def axis_of_size(tensor: fx.Node, size: fx.Node) -> int | None:
 
 
 def why_rows_mix(
-    body: Iterable[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], symbol: str | None
+    body: Iterable[fx.Node],
+    inputs: Sequence[fx.Node],
+    entries: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    symbol: str | None,
 ) -> str:
     """Empty if every row of ``outputs`` depends only on the same row of ``inputs``; else the reason."""
     if symbol is None:
         return "the batch size is fixed in this graph"
-    for role, nodes in (("input", inputs), ("output", outputs)):
-        for node in nodes:
-            value = value_of(node)
-            if isinstance(value, Tensor) and _involves(value.shape, symbol) and batch_axis(value, symbol) is None:
-                return f"{role} {node.name} has its rows folded into another axis, {_describe(value.shape)}"
+    places: dict[fx.Node, Place] = {}
     for node in inputs:
-        size = value_of(node)
-        if isinstance(size, torch.SymInt) and _involves([size], symbol):
-            if all(axis_of_size(other, node) is None for other in inputs):
-                return f"the size {size} is computed from the batch outside the branch"
+        value = value_of(node)
+        axis = batch_axis(value, symbol) if isinstance(value, Tensor) else None
+        if axis is not None:
+            places[node] = Place(axis)
+        elif isinstance(value, Tensor) and involves(value.shape, symbol):
+            return f"input {node.name} has its rows folded into another axis, {_describe(value.shape)}"
+        elif node in entries:
+            return f"entry {node.name} has no batch axis"
+        elif isinstance(value, torch.SymInt) and involves([value], symbol) and not _measurable(node, inputs):
+            return f"the size {value} is computed from the batch outside the branch"
+    rows = RowPlaces(symbol, places)
+    try:
+        for node in body:
+            rows.follow(node)
+    except RowsMix as reason:
+        return str(reason)
     for node in outputs:
-        if batch_axis(value_of(node), symbol) is None:
+        axis = batch_axis(value_of(node), symbol)
+        if axis is None or rows.place(node) != Place(axis):
             return f"output {node.name} has no batch axis"
-    for node in body:
-        if _mixes(node, symbol):
-            return f"{operator_name(node)} ({node.name}) works across the rows of the batch"
     return ""
+
+
+def _measurable(size: fx.Node, inputs: Sequence[fx.Node]) -> bool:
+    return any(axis_of_size(node, size) is not None for node in inputs)
 
 
 def _symbol(size: Any) -> str | None:
     return str(size) if isinstance(size, torch.SymInt) and str(size).isidentifier() else None
-
-
-def _involves(sizes: Iterable[Any], symbol: str) -> bool:
-    return any(isinstance(size, torch.SymInt) and symbol in map(str, size.node.expr.free_symbols) for size in sizes)
-
-
-def _mixes(node: fx.Node, symbol: str) -> bool:
-    name = operator_name(node)
-    operands = [value for argument in node.all_input_nodes if isinstance(value := value_of(argument), Tensor)]
-    if not operands:
-        return False
-    first = operands[0]
-    if name in SDPA:
-        return any(_involves(value.shape[-2:], symbol) for value in operands[:3])
-    if name == "linear" or name in ("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"):
-        return _involves(first.shape[-1:], symbol)
-    if name in PRODUCTS and name != "einsum":
-        left = operands[1] if name in ("addmm", "baddbmm") and len(operands) > 2 else first
-        return _involves(left.shape[-1:], symbol)
-    if name in CONVOLUTIONS:
-        return _involves(first.shape[1:], symbol)
-    if name in _ALONG_AXIS:
-        axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        if axes is None or axes == []:
-            return _involves(first.shape, symbol)
-        chosen = axes if isinstance(axes, list | tuple) else [axes]
-        return any(_involves([first.shape[axis]], symbol) for axis in chosen if isinstance(axis, int))
-    return False
 
 
 def _describe(sizes: Iterable[Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,9 @@ from lazy_compile.policy import GateQuery, Policy
 
 Rows = npt.NDArray[np.bool_]
 
+_RECORDING = threading.Lock()
+"""Threads that run one model share its statistics."""
+
 
 @dataclass
 class CacheSlot:
@@ -27,7 +31,7 @@ class CacheSlot:
         previous: the ones computed before, for linear extrapolation; None until there are any.
         computed_at: ``int64[rows]``, the step at which each row was last computed.
         computed_before: ``int64[rows]``, the step of ``previous``; -1 where there is none.
-        signature: shapes, dtypes and devices of the inputs that it was computed from.
+        signature: the branch, and the types of its entries and outputs: only a call that agrees may reuse it.
     """
 
     values: tuple[Tensor, ...]
@@ -88,7 +92,9 @@ class LazyStats:
     def _reused_share(self) -> npt.NDArray[np.float64]:
         width = len(self.branch_macs)
         asked = self.evaluated.reshape(-1, width).sum(axis=0)
-        return np.divide(self.reused.reshape(-1, width).sum(axis=0), asked, out=np.zeros(width), where=asked > 0)
+        reused = self.reused.reshape(-1, width).sum(axis=0)
+        share: npt.NDArray[np.float64] = np.divide(reused, asked, out=np.zeros(width), where=asked > 0)
+        return share
 
     @property
     def reuse_table(self) -> npt.NDArray[np.float64]:
@@ -101,6 +107,10 @@ class LazyStats:
         return self.mixed / self.decided if self.decided else 0.0
 
     def record(self, step: int, branch: int, computes: Rows) -> None:
+        with _RECORDING:
+            self._record(step, branch, computes)
+
+    def _record(self, step: int, branch: int, computes: Rows) -> None:
         if step >= len(self.reused):
             missing = ((0, step + 1 - len(self.reused)), (0, 0))
             width = len(self.branch_macs)
@@ -127,7 +137,7 @@ class PolicyStep:
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index = branch.branch.index
-        signature = _signature(branch.entries(inputs))
+        signature = _signature(branch, inputs)
         slot = self.state.slots.get(index)
         if slot is not None and slot.signature != signature:
             slot = None
@@ -222,5 +232,6 @@ def _usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
-def _signature(entries: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple((entry.shape, entry.dtype, entry.device) for entry in entries)
+def _signature(branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    entries = ((entry.shape, entry.dtype, entry.device) for entry in branch.entries(inputs))
+    return branch.branch.name, *entries, *(output.dtype for output in branch.branch.outputs)

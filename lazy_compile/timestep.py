@@ -25,7 +25,7 @@ _TIME_WORDS = ("timestep", "timesteps", "time", "t", "sigma", "noise_level")
 def find_timestep_input(program: Program, wanted: str | None) -> int | None:
     """Position of the time input among the user's tensors; None if the model has none.
 
-    It is the scalar, or vector of one value per row, that a sinusoidal embedding reads. Where several are embedded so
+    It is the scalar, or tensor of one value per row, that a sinusoidal embedding reads. Where several are embedded so
     (FLUX embeds its guidance too), the argument's name decides, then the order.
 
     Raises:
@@ -50,7 +50,7 @@ def find_timestep_input(program: Program, wanted: str | None) -> int | None:
 
 def _is_small(node: fx.Node) -> bool:
     value = value_of(node)
-    return isinstance(value, Tensor) and value.dim() <= 1
+    return isinstance(value, Tensor) and all(isinstance(size, int) and size == 1 for size in value.shape[1:])
 
 
 def _reaches_sinusoid(source: fx.Node) -> bool:
@@ -58,7 +58,7 @@ def _reaches_sinusoid(source: fx.Node) -> bool:
     while frontier:
         for user in frontier.pop().users:
             value = value_of(user)
-            if user in seen or not isinstance(value, Tensor) or value.dim() > 3:
+            if user in seen or not isinstance(value, Tensor) or value.dim() > 5:
                 continue
             if operator_name(user) in ("sin", "cos"):
                 return True
@@ -123,8 +123,16 @@ class Trajectory:
         self.against += 1
         if self.against >= 2:
             self.direction, self.against = move, 0
+            self._undo_restart()
             return False
         return True
+
+    def _undo_restart(self) -> None:
+        """The move before this one was a step, not a restart."""
+        self.step += 1
+        for state in self.streams:
+            for slot in state.slots.values():
+                slot.computed_at = slot.computed_at + 1
 
     def reset(self) -> None:
         """Forget the caches; the next call starts a trajectory."""

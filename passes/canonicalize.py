@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.operators import operator_name, value_of
+from lazy_compile.operators import operator_name, origins, value_of
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program
 
@@ -29,17 +29,19 @@ class Canonicalize(GraphPass):
     place, a copy and its source cannot be told apart, so the copy can go. Rules:
 
     1. A node is dropped if its value has the shape, dtype and device of its input and its operator is an alias, a
-       detach, a plain clone, a copy to the same type, a dropout in evaluation mode, a slice or expand of everything, a
-       multiplication or division by one.
+       plain clone, a copy to the same type, a dropout in evaluation mode, a slice or expand of everything, a squeeze
+       of an axis that is not 1, a multiplication or division by one. A detach stays: gradients would flow where the
+       model stops them.
     2. ``_assert_*`` nodes go: they pin what the shape guards of the capture already decide.
-    3. Whatever nobody uses goes. Results that the caller receives keep their copies, so that he may write to them.
+    3. Whatever nobody uses goes. Results that the caller receives, and what they are views of, keep their copies, so
+       that he may write to them.
 
     Numerics are preserved bit for bit.
     """
 
     def apply(self, program: Program) -> bool:
         modified = False
-        returned = set(program.graph.output_node().all_input_nodes)
+        returned = {origin for node in program.graph.output_node().all_input_nodes for origin in origins(node)}
         for node in list(program.graph.nodes):
             if operator_name(node).startswith("_assert_"):
                 program.graph.erase_node(node)
@@ -58,7 +60,7 @@ def _is_noop(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(source, fx.Node) or not _same_description(node, source):
         return False
     name, rest = operator_name(node), node.args[1:]
-    if name in ("alias", "detach", "expand"):
+    if name in ("alias", "expand", "squeeze"):
         return True
     if name in ("clone", "_to_copy"):
         return node.kwargs.get("memory_format") in (None, torch.preserve_format)
@@ -67,7 +69,7 @@ def _is_noop(node: fx.Node) -> bool:
     if name == "slice":
         return _slices_everything(node)
     if name in ("mul", "div"):
-        return rest[0] == 1 and "rounding_mode" not in node.kwargs
+        return isinstance(rest[0], int | float) and rest[0] == 1 and "rounding_mode" not in node.kwargs
     return False
 
 

@@ -76,7 +76,7 @@ def _describe(
     for skip in candidate.skips:
         from_skip |= flow.descendants(skip)
     entries = [node for node in inputs if from_skip >> flow.position[node] & 1 and isinstance(value_of(node), Tensor)]
-    reason = why_rows_mix(body, inputs, outputs, symbol)
+    reason = why_rows_mix(body, inputs, entries, outputs, symbol)
     return ResidualBranch(
         index=index,
         name=name,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from lazy_compile.lazy_branch import TAG, LazyBranch
-from lazy_compile.operators import value_of
+from lazy_compile.operators import operator_name, origins, value_of
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program, ProgramInput, Role
 from lazy_compile.rows import batch_axis, batch_symbol
@@ -25,6 +26,8 @@ class InsertGates(GraphPass):
     1. The step is passed explicitly, so that the graph holds no state: threads, streams and calibration differ only in
        the step that they pass.
     2. A branch without an entry has nothing that a gate could read; discovery never yields one.
+    3. An output of the model that is an output of a branch, or a view of one, is copied: the caller may write to it,
+       and the cache must not change.
 
     Numerics are preserved bit for bit while every branch computes.
     """
@@ -48,4 +51,15 @@ class InsertGates(GraphPass):
             program.graph_module.delete_submodule(str(call.target))
             call.target = name
             call.args = (step, *call.args)
+        _copy_what_is_returned(program.graph, set(calls))
         return True
+
+
+def _copy_what_is_returned(graph: fx.Graph, branches: set[fx.Node]) -> None:
+    output = graph.output_node()
+    for node in output.all_input_nodes:
+        if any(origin.args[0] in branches for origin in origins(node) if operator_name(origin) == "getitem"):
+            with graph.inserting_before(output):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+            copy.meta = dict(node.meta)
+            output.replace_input_with(node, copy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import fx
@@ -95,5 +96,5 @@ def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) 
 
 def _placeholders_first(graph: fx.Graph) -> None:
     placeholders = list(graph.find_nodes(op="placeholder"))
-    for earlier, later in zip(placeholders, placeholders[1:], strict=False):
+    for earlier, later in pairwise(placeholders):
         earlier.append(later)

@@ -7,19 +7,19 @@ Transformers"), trained to predict the noise and sampled by DDIM with classifier
 from __future__ import annotations
 
 import json
-import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lazy_compile.errors import ArtifactError, import_optional
+from lazy_compile.progress import OnProgress, no_progress, progress_bars
+from lazy_compile.storage import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -74,7 +74,7 @@ def train_digits_dit(
     steps: int = DIT_TRAINING_STEPS,
     batch: int = 64,
     learning_rate: float = 1e-3,
-    progress: bool = True,
+    on_progress: OnProgress = no_progress,
 ) -> None:
     """Train `model` in place to predict the noise; it ends with the moving average of its weights.
 
@@ -94,7 +94,7 @@ def train_digits_dit(
 
     # Eval mode: in train mode each block would drop labels by a draw of its own, not together.
     model.eval()
-    for _ in track(range(steps), "training digits DiT", console=Console(stderr=True), disable=not progress):
+    for step in range(steps):
         rows = torch.randint(len(images), (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < LABEL_DROPOUT
         stratified = torch.arange(batch) + torch.rand(batch, generator=generator)
@@ -109,6 +109,7 @@ def train_digits_dit(
         optimizer.step()
         warmup_then_decay.step()
         average.step(model.parameters())
+        on_progress("training", step + 1, steps)
     average.copy_to(model.parameters())
 
 
@@ -222,36 +223,22 @@ def _mean_and_covariance_root(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def save_checkpoint(model: nn.Module, path: Path, *, seed: int, steps: int) -> None:
     """Write the weights as safetensors, whole or not at all; the header says which training they come from."""
-    from safetensors.torch import save
-
     # One entry: safetensors writes several in an order that changes from run to run.
-    metadata = {"training": json.dumps({"seed": seed, "steps": steps, "torch": torch.__version__})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(save(model.state_dict(), metadata))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    training = json.dumps({"seed": seed, "steps": steps, "torch": torch.__version__})
+    save_tensors(path, model.state_dict(), {"training": training})
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Read the weights into `model`; a damaged file, or one of another model, is an `ArtifactError`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    remedy = "delete it to train again, or name another file"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is not a readable safetensors file ({error}); {remedy}") from error
+    tensors, _ = load_tensors(path)
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     differing = sorted(name for name in found | expected if found.get(name) != expected.get(name))
     if differing:
+        name = differing[0]
         raise ArtifactError(
-            f"{path} is not a checkpoint of this {type(model).__name__}: {len(differing)} tensors differ, first "
-            f"{differing[0]!r}: saw {found.get(differing[0])}, expected {expected.get(differing[0])}; {remedy}"
+            f"{path} is not a checkpoint of this {type(model).__name__}: {len(differing)} tensors differ, "
+            f"first {name!r}: saw {found.get(name)}, expected {expected.get(name)}; delete it to train again"
         )
     model.load_state_dict(tensors)
 
@@ -266,8 +253,9 @@ def load_or_train_digits_dit(
         return model
     if progress:
         missing = "no checkpoint given" if checkpoint is None else f"no checkpoint at {checkpoint}"
-        Console(stderr=True).print(f"{missing}: training the digits model, about five minutes on two cores")
-    train_digits_dit(model, seed=seed, steps=steps, progress=progress)
+        print(f"{missing}: training the digits model, about five minutes on two cores", file=sys.stderr)
+    with progress_bars(progress) as on_progress:
+        train_digits_dit(model, seed=seed, steps=steps, on_progress=on_progress)
     if checkpoint is not None:
         save_checkpoint(model, checkpoint, seed=seed, steps=steps)
     return model

@@ -1,0 +1,1 @@
+"""Lowering to other runtimes, and running there. Their packages are imported when a function needs them."""

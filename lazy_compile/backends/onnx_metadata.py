@@ -1,0 +1,109 @@
+"""What an exported model says about itself, so that a runtime needs nothing but the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lazy_compile.branch import BranchKind, BranchTensor, ResidualBranch
+from lazy_compile.config import BatchRule, ReuseArm
+from lazy_compile.errors import ArtifactError
+
+KEY = "lazy_compile"
+"""The entry of ``ModelProto.metadata_props``; its value is JSON."""
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input of the user: its name, and the one shape and dtype that the file was exported for."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """A cache slot: the input, the output that is its next value, and what it holds before the first step."""
+
+    input: str
+    output: str
+    shape: tuple[int, ...]
+    dtype: str
+    initial: float
+
+
+@dataclass(frozen=True)
+class OnnxMetadata:
+    """The contract of an exported model, beside its graph.
+
+    Attributes:
+        model: class of the original.
+        branches: the gated branches in the order of ``gate_bias`` and ``compute_logits``.
+        inputs: the user's inputs, in the order of the original's arguments.
+        outputs: the model's own outputs; None for one that is no tensor.
+        slots: all cache slots.
+        reuse: what a branch returns that does not compute.
+        batch_rule: how the decisions of the rows are joined.
+        arguments: names of the original's positional arguments, in order.
+        timestep_input: which input carries the timestep; None if the model has none.
+        output_spec: how to build the original's return value from flat outputs, as ``treespec_dumps`` writes it; empty
+            if it cannot be written.
+        total_macs: of one dense evaluation.
+    """
+
+    model: str
+    branches: tuple[ResidualBranch, ...]
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str | None, ...]
+    slots: tuple[SlotSpec, ...]
+    reuse: ReuseArm
+    batch_rule: BatchRule
+    arguments: tuple[str, ...]
+    timestep_input: str | None
+    output_spec: str
+    total_macs: int
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)}, default=lambda kind: kind.value)
+
+    @classmethod
+    def parse(cls, properties: Mapping[str, str]) -> OnnxMetadata:
+        """
+        Raises:
+            ArtifactError: the model was written by something else, or its description is damaged.
+        """
+        if KEY not in properties:
+            raise ArtifactError("this ONNX file was not written by export_onnx: it does not describe its branches")
+        try:
+            values = json.loads(properties[KEY])
+            if values.pop("version") != VERSION:
+                raise ValueError(f"its version is not {VERSION}")
+            values["branches"] = tuple(_branch(item) for item in values["branches"])
+            values["inputs"] = tuple(InputSpec(**_tuples(item)) for item in values["inputs"])
+            values["slots"] = tuple(SlotSpec(**_tuples(item)) for item in values["slots"])
+            return cls(**_tuples(values))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"the description inside this ONNX file is damaged ({error!r}); export the model again"
+            ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _branch(values: dict[str, Any]) -> ResidualBranch:
+    for role in ("entries", "outputs"):
+        values[role] = tuple(BranchTensor(**_tuples(item)) for item in values[role])
+    return ResidualBranch(**{**values, "kind": BranchKind(values["kind"])})
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

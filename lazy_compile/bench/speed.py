@@ -1,0 +1,145 @@
+"""How much time reuse saves: a gated model against the dense one, side by side in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lazy_compile.compiler import transform
+from lazy_compile.errors import import_optional
+from lazy_compile.module import LazyModule
+from lazy_compile.policy import Scheduled
+from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.schedule import CacheSchedule
+from lazy_compile.storage import save_json
+
+REUSE = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One runtime at one share of scheduled reuse.
+
+    Attributes:
+        time_ratio: median time of a gated step over that of a dense one, steps taken in turn.
+        ideal_ratio: MACs spent over dense MACs, always-on parts included.
+        efficiency: measured speed-up over the ideal, ``ideal_ratio / time_ratio``.
+    """
+
+    runtime: str
+    reuse: float
+    time_ratio: float
+    ideal_ratio: float
+    efficiency: float
+
+
+def dit_b2(layers: int = 12) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A model of the shape of DiT-B/2 at 256 tokens and batch 2, with random weights, and inputs for it."""
+    diffusers = import_optional("diffusers", "diffusers")
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=12, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=layers,
+        sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 32, 32),
+        "timestep": torch.tensor([500, 500]),
+        "class_labels": torch.tensor([1, 2]),
+        "return_dict": False,
+    }
+    return model, inputs
+
+
+def run(
+    output: str | Path | None = None,
+    *,
+    runtimes: Sequence[str] = ("eager", "onnxruntime"),
+    repeats: int = 15,
+    layers: int = 12,
+    on_progress: OnProgress = no_progress,
+) -> list[SpeedRow]:
+    """Measure every runtime at every share of reuse; writes ``bench.json`` into ``output`` if that is given."""
+    model, inputs = dit_b2(layers)
+    lazy = transform(model, inputs)
+    rows = []
+    for runtime in runtimes:
+        dense, gated = _PAIRS[runtime](model, lazy, inputs)
+        for position, reuse in enumerate(REUSE):
+            schedule = rotating_schedule(reuse, repeats + _WARM_STEPS, len(lazy.branches))
+            rows.append(_measure(runtime, reuse, dense, gated(schedule), lazy, schedule, repeats))
+            on_progress(f"timing {runtime}", position + 1, len(REUSE))
+    if output is not None:
+        save_json(Path(output) / "bench.json", {"rows": [asdict(row) for row in rows]})
+    return rows
+
+
+_WARM_STEPS = 3
+
+
+def rotating_schedule(reuse: float, steps: int, branches: int) -> CacheSchedule:
+    """The asked share of branches reused in every step after the first ones, another set of them each time."""
+    table = np.ones((steps, branches), dtype=bool)
+    count = round(reuse * branches)
+    for step in range(_WARM_STEPS, steps):
+        spread = (np.arange(count) * branches // max(count, 1) + step) % branches
+        table[step, spread] = False
+    return CacheSchedule(table)
+
+
+def _measure(
+    runtime: str,
+    reuse: float,
+    dense: Callable[[], None],
+    gated_steps: Iterator[None],
+    lazy: LazyModule,
+    schedule: CacheSchedule,
+    repeats: int,
+) -> SpeedRow:
+    for _ in range(_WARM_STEPS):
+        dense()
+        next(gated_steps)
+    times: dict[str, list[float]] = {"dense": [], "gated": []}
+    for _ in range(repeats):
+        times["dense"].append(_seconds(dense))
+        times["gated"].append(_seconds(lambda: next(gated_steps)))
+    ratio = statistics.median(times["gated"]) / statistics.median(times["dense"])
+    timed = schedule.should_compute[_WARM_STEPS:]
+    macs = np.array([branch.macs for branch in lazy.branches], dtype=np.float64)
+    ideal = 1.0 - float((~timed * macs).sum()) / (len(timed) * lazy.graph.total_macs)
+    return SpeedRow(runtime, reuse, ratio, ideal, ideal / ratio)
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _eager(
+    model: torch.nn.Module, lazy: LazyModule, inputs: dict[str, Any]
+) -> tuple[Callable[[], None], Callable[[CacheSchedule], Iterator[None]]]:
+    def dense() -> None:
+        with torch.inference_mode():
+            model(**inputs)
+
+    def gated(schedule: CacheSchedule) -> Iterator[None]:
+        lazy.policy = Scheduled(schedule)
+        for step in range(schedule.steps):
+            timestep = inputs["timestep"] - step
+            with torch.inference_mode():
+                lazy(**{**inputs, "timestep": timestep})
+            yield
+
+    return dense, gated
+
+
+_PAIRS: dict[str, Callable[..., tuple[Callable[[], None], Callable[[CacheSchedule], Iterator[None]]]]] = {
+    "eager": _eager,
+}

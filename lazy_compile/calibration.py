@@ -1,0 +1,104 @@
+"""Training the gates, and nothing but the gates, until a target share of the work is saved."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lazy_compile.effects import EffectTable, Sampler
+from lazy_compile.errors import ConfigError
+from lazy_compile.gate import GateTable
+from lazy_compile.gate_trainer import CalibrationConfig as CalibrationConfig
+from lazy_compile.gate_trainer import GateTrainer
+from lazy_compile.gate_trainer import StepPair as StepPair
+from lazy_compile.module import LazyModule
+from lazy_compile.policy import Learned
+from lazy_compile.progress import OnProgress, no_progress
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration did.
+
+    Attributes:
+        table: the gates; the model follows them now.
+        lazy_ratio: measured on a trajectory, like ``compute_ratio``.
+        planned_error: change of the final samples (root mean square) under the gates as planned, before training.
+        trained_error: the same after training; the better of the two tables is kept.
+        kept: ``"trained"`` or ``"planned"``.
+        history: one record per iteration.
+    """
+
+    table: GateTable
+    lazy_ratio: float
+    compute_ratio: float
+    planned_error: float
+    trained_error: float
+    kept: str
+    seconds: float
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def calibrate(
+    lazy: LazyModule,
+    config: CalibrationConfig,
+    *,
+    sample: Sampler,
+    data: Iterable[StepPair] | None = None,
+    effects: EffectTable | None = None,
+    checkpoint: str | Path | None = None,
+    on_progress: OnProgress = no_progress,
+) -> CalibrationReport:
+    """Plan, train the deviation from the plan, and set the ratio exactly; base weights stay as they are.
+
+    1. The effect of every reuse on the final sample is measured, and the best fixed schedule under the target planned.
+       Its decisions, with their margins, are the initial biases: the gates start as that schedule.
+    2. The weights are trained on the soft mix ``y = c f(Z) + (1 - c) reuse`` with ``c = sigmoid(compute_logit)``; the
+       lazy loss ``rho * sum(c)`` pays for computing. They learn how samples deviate from the plan.
+    3. All biases are shifted alike until the measured ratio is the target. The planned and the trained table are run on
+       noise that neither has seen, and the one that changes the final samples less is kept.
+
+    Args:
+        lazy: a transformed model; its policy is set to the new gates.
+        config: target and training options.
+        sample: runs a trajectory.
+        data: pairs for ``objective="paper"``.
+        effects: from :func:`~lazy_compile.effects.measure_effects`, to share between several targets.
+        checkpoint: a file to resume from and to write to. An interrupted run that is started again with it ends at the
+            same gates as one that was not interrupted.
+        on_progress: see :mod:`lazy_compile.progress`.
+
+    Raises:
+        ConfigError: an option is missing, or the target cannot be reached.
+        ArtifactError: the checkpoint belongs to another model or other options.
+    """
+    if config.objective == "paper" and data is None:
+        raise ConfigError("objective='paper' needs data: an iterable of StepPair; or use objective='rollout'")
+    start = time.monotonic()
+    trainer = GateTrainer(
+        lazy,
+        config,
+        sample,
+        effects=effects,
+        checkpoint=Path(checkpoint) if checkpoint else None,
+        on_progress=on_progress,
+    )
+    trained = trainer.train(iter(data) if data is not None else None)
+    candidates = {"planned": trainer.initial, "trained": trained} if config.iterations else {"planned": trained}
+    results = {name: trainer.settle(table) for name, table in candidates.items()}
+    kept = min(results, key=lambda name: results[name].error)
+    best = results[kept]
+    lazy.policy = Learned(best.table)
+    return CalibrationReport(
+        table=best.table,
+        lazy_ratio=best.lazy_ratio,
+        compute_ratio=best.compute_ratio,
+        planned_error=results["planned"].error,
+        trained_error=results["trained"].error if config.iterations else math.nan,
+        kept=kept,
+        seconds=time.monotonic() - start,
+        history=trainer.history,
+    )

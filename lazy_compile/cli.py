@@ -1,0 +1,72 @@
+"""The command line, ``lazy-compile VERB MODEL``: its verbs, an example of each, and what its exit codes mean."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from lazy_compile.cli_prepare import calibrate, export, inspect, plan
+from lazy_compile.cli_use import demo, report, run, speed, verify
+from lazy_compile.errors import LazyCompileError
+
+INTERRUPTED = 130
+
+
+class OneLineErrors(TyperGroup):
+    """Turns errors raised on purpose into one line and their exit code; any other keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LazyCompileError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def exit_codes() -> dict[int, str]:
+    """What each exit code means."""
+    kinds = sorted(LazyCompileError.__subclasses__(), key=lambda kind: kind.exit_code)
+    meanings = {kind.exit_code: (kind.__doc__ or "").strip().splitlines()[0] for kind in kinds}
+    return {0: "Done.", 1: "Something unforeseen.", **meanings, INTERRUPTED: "Interrupted."}
+
+
+app = typer.Typer(
+    name="lazy-compile",
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help=(
+        "Make diffusion transformers lazy: find their attention and MLP branches, learn when a branch may reuse what "
+        "it produced at an earlier denoising step, export the result.\n\n"
+        "MODEL is package.module:factory (a function that returns a torch.nn.Module, or the module and a dict of "
+        "example inputs), a diffusers folder (dir or dir#subfolder), or a .pt2 file."
+    ),
+    epilog="\n\n".join(["Exit codes:", *(f"{code} - {meaning}" for code, meaning in exit_codes().items())]),
+)
+bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
+
+for group, verb, example in (
+    (app, inspect, "inspect my.models:dit --shape hidden_states:2x4x32x32 --shape timestep:2 --why-not"),
+    (app, calibrate, "calibrate my.models:dit --target-lazy-ratio 0.4 --output gates"),
+    (app, plan, "plan my.models:dit --compute-ratio 0.6 --sampler my.models:sampler --output schedule"),
+    (app, export, "export my.models:dit --gates gates --output model.onnx"),
+    (app, run, "run my.models:dit --gates gates --onnx model.onnx --output samples.npy"),
+    (app, verify, "verify my.models:dit --gates gates --onnx model.onnx"),
+    (app, report, "report build/demo/summary.json --output report.html"),
+    (bench, speed, "bench speed --output build/bench"),
+    (app, demo, "demo --output build/demo"),
+):
+    group.command(epilog=f"Example: lazy-compile {example}")(verb)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,203 @@
+"""The verbs that look at a model and make something of it: inspect, calibrate, plan, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lazy_compile import cli_options as given
+from lazy_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lazy_compile.effects import Sampler as SampleFunction
+    from lazy_compile.module import LazyModule, ModelCall
+
+
+def inspect(
+    model: given.Model,
+    shape: given.Shapes = None,
+    options: given.Options = None,
+    why_not: Annotated[
+        bool, typer.Option("--why-not", help="Also list what was looked at and not gated, with the reason.")
+    ] = False,
+    after: Annotated[
+        str | None, typer.Option(metavar="PASS", help="Print the graph as it is after this pass instead.")
+    ] = None,
+    device: given.Device = "cpu",
+    json: given.Json = False,
+) -> None:
+    """Show the branches of a model: what they are, what they cost, and what caching them takes."""
+    from lazy_compile.cli_models import load_lazy, load_model
+    from lazy_compile.cli_tables import branch_table, inspection, inspection_summary, refusal_table, show
+
+    lazy = load_lazy(load_model(model, shape or (), device), None, options or ())
+    if after is not None:
+        graph = _graph_after(lazy, after)
+        show({"model": model, "after": after, "graph": graph}, json, graph)
+        return
+    values = inspection(model, lazy)
+    refusals = [refusal_table(values)] if why_not and values["refusals"] else []
+    show(values, json, branch_table(values), inspection_summary(values), *refusals)
+
+
+def calibrate(
+    model: given.Model,
+    output: given.Folder,
+    target_lazy_ratio: given.LazyRatio = None,
+    target_compute_ratio: given.ComputeRatio = None,
+    objective: Annotated[str, typer.Option(help="rollout needs only a sampler; paper needs --data.")] = "rollout",
+    iterations: Annotated[int | None, typer.Option(min=0, help="Optimiser steps; 0 keeps the plan.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the gates.")] = None,
+    knots: Annotated[
+        int | None, typer.Option(help="Rows of the gate table, interpolated; by default one per step.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="MODULE:FACTORY", help="Function that returns an iterable of StepPair.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File to resume from, written as training goes.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and what it costs.")] = False,
+    sampler: given.Sampler = None,
+    scheduler: given.Scheduler = "ddim",
+    steps: given.Steps = None,
+    shape: given.Shapes = None,
+    options: given.Options = None,
+    seed: given.Seed = 0,
+    device: given.Device = "cpu",
+    json: given.Json = False,
+) -> None:
+    """Learn when each branch may reuse, until a target share is saved. The model's weights stay as they are."""
+    from lazy_compile import calibration
+    from lazy_compile.cli_models import find_function, load_lazy, load_model, load_sampler
+    from lazy_compile.cli_tables import facts, plain, show
+    from lazy_compile.progress import progress_bars
+
+    chosen: dict[str, Any] = {
+        "target_lazy_ratio": target_lazy_ratio, "target_compute_ratio": target_compute_ratio, "objective": objective,
+        "iterations": iterations, "learning_rate": learning_rate, "knots": knots, "seed": seed,
+    }  # fmt: skip
+    config = calibration.CalibrationConfig(**{name: value for name, value in chosen.items() if value is not None})
+    pairs = None if data is None else find_function(data)()
+    named = load_model(model, shape or (), device)
+    lazy = load_lazy(named, None, options or ())
+    sample = load_sampler(sampler, named, lazy, steps, scheduler)
+    if dry_run:
+        work = calibration_work(lazy, sample, config)
+        show(work, json, f"would calibrate {len(lazy.branches)} branches and write {output}", facts(work))
+        return
+    with progress_bars(not json) as on_progress:
+        report = calibration.calibrate(
+            lazy, config, sample=sample, data=pairs, checkpoint=checkpoint, on_progress=on_progress
+        )
+    lazy.save(output)
+    values = {key: value for key, value in plain(report).items() if key not in ("table", "history")}
+    values["output"] = str(output)
+    show(values, json, facts(values))
+
+
+def plan(
+    model: given.Model,
+    output: given.Folder,
+    lazy_ratio: given.LazyRatio = None,
+    compute_ratio: given.ComputeRatio = None,
+    sampler: given.Sampler = None,
+    scheduler: given.Scheduler = "ddim",
+    steps: given.Steps = None,
+    shape: given.Shapes = None,
+    options: given.Options = None,
+    seed: given.Seed = 0,
+    device: given.Device = "cpu",
+    json: given.Json = False,
+) -> None:
+    """Find the fixed schedule that changes the samples least under a budget."""
+    from lazy_compile import planning
+    from lazy_compile.cli_models import load_lazy, load_model, load_sampler
+    from lazy_compile.cli_tables import facts, reuse_picture, show
+    from lazy_compile.policy import Scheduled
+    from lazy_compile.progress import progress_bars
+
+    budget = planning.Budget(lazy_ratio, compute_ratio)
+    named = load_model(model, shape or (), device)
+    lazy = load_lazy(named, None, options or ())
+    sample = load_sampler(sampler, named, lazy, steps, scheduler)
+    with progress_bars(not json) as on_progress:
+        schedule = planning.plan(lazy, sample, budget, seed=seed, on_progress=on_progress)
+    lazy.policy = Scheduled(schedule)
+    lazy.save(output)
+    values = {
+        "steps": schedule.steps,
+        "lazy_ratio": schedule.lazy_ratio,
+        "compute_ratio": schedule.compute_ratio([branch.macs for branch in lazy.branches], lazy.graph.total_macs),
+        "output": str(output),
+    }
+    show(
+        values | {"should_compute": schedule.to_json()["should_compute"]},
+        json,
+        reuse_picture([branch.name for branch in lazy.branches], (~schedule.should_compute).astype(float).tolist()),
+        facts(values),
+    )
+
+
+def export(
+    model: given.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    gates: given.Gates = None,
+    shape: given.Shapes = None,
+    options: given.Options = None,
+    device: given.Device = "cpu",
+    json: given.Json = False,
+) -> None:
+    """Write an ONNX model in which every branch is an If node, with its caches as inputs and outputs."""
+    from lazy_compile.backends.onnx import export_onnx
+    from lazy_compile.cli_models import load_lazy, load_model, require_inputs
+    from lazy_compile.cli_tables import facts, plain, show
+
+    named = load_model(model, shape or (), device)
+    lazy = load_lazy(named, gates, options or ())
+    values = plain(export_onnx(lazy, output, require_inputs(named)))
+    show(values, json, facts(values))
+
+
+def calibration_work(lazy: LazyModule, sample: SampleFunction, config: Any) -> dict[str, Any]:
+    """How many evaluations of the model each stage of a calibration takes."""
+    steps, branches = count_steps(lazy, sample, config.seed), len(lazy.branches)
+    tables = 2 if config.iterations else 1
+    work = {
+        "measuring effects": steps + (steps - 1) + branches * steps * (steps - 1) // 2,
+        "training gates": config.iterations * (2 * steps if config.objective == "rollout" else 3),
+        "setting the ratio (at most)": tables * 13 * steps,
+    }
+    return {"branches": branches, "steps": steps, **work, "evaluations (at most)": sum(work.values())}
+
+
+def count_steps(lazy: LazyModule, sample: SampleFunction, seed: int) -> int:
+    """The steps of a trajectory, found with a single evaluation: its answer is given again at every later call."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    from lazy_compile.effects import DenseStep
+
+    answers: list[Any] = []
+    steps = 0
+
+    def answer(call: ModelCall) -> Any:
+        nonlocal steps
+        steps = max(steps, call.step + 1)
+        if not answers:
+            answers.append(call.run(DenseStep()))
+        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, answers[0])
+
+    with torch.no_grad(), lazy.driven_by(answer):
+        sample(lazy, seed)
+    return steps
+
+
+def _graph_after(lazy: LazyModule, wanted: str) -> str:
+    from lazy_compile.compiler import gating_pipeline
+
+    pipeline = gating_pipeline(lazy.config)
+    names = [item.name for item in pipeline.passes]
+    if wanted not in names:
+        raise ConfigError(f"--after {wanted}: there is no such pass; the passes are {', '.join(names)}")
+    return str(pipeline.run(lazy.graph.captured.program, until=wanted).graph)

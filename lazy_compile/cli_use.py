@@ -1,0 +1,132 @@
+"""The verbs that run and judge what was made: run, verify, report, bench speed, demo."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lazy_compile import cli_options as given
+
+Onnx = Annotated[Path | None, typer.Option(help="The ONNX file that export wrote for this model.")]
+
+
+def run(
+    model: given.Model,
+    gates: given.Gates = None,
+    onnx: Onnx = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A .npy file for the samples.")] = None,
+    sampler: given.Sampler = None,
+    scheduler: given.Scheduler = "ddim",
+    steps: given.Steps = None,
+    seed: given.Seed = 0,
+    shape: given.Shapes = None,
+    options: given.Options = None,
+    device: given.Device = "cpu",
+    json: given.Json = False,
+) -> None:
+    """Sample one trajectory, in PyTorch or (with --onnx) in ONNX Runtime, and say what was saved."""
+    import numpy as np
+    import torch
+
+    from lazy_compile.cli_models import load_lazy, load_model, load_sampler
+    from lazy_compile.cli_tables import facts, reuse_picture, show, size
+    from lazy_compile.storage import atomic_path
+
+    named = load_model(model, shape or (), device)
+    lazy = load_lazy(named, gates, options or ())
+    sample = load_sampler(sampler, named, lazy, steps, scheduler)
+    denoiser: Any = lazy
+    if onnx is not None:
+        from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
+
+        denoiser = OnnxDenoiser(OnnxRunner(onnx), lazy.policy, lazy.config)
+    denoiser.reset_stats()
+    start = time.perf_counter()
+    with torch.no_grad():
+        samples = sample(denoiser, seed)
+    seconds = time.perf_counter() - start
+    stats = denoiser.stats
+    values = {
+        "runtime": "PyTorch" if onnx is None else "ONNX Runtime",
+        "policy": type(lazy.policy).__name__,
+        "steps": len(stats.evaluated),
+        "seconds": seconds,
+        "lazy_ratio": stats.lazy_ratio,
+        "compute_ratio": stats.compute_ratio,
+        "decisions_varying_between_samples": stats.decisions_varying_between_samples,
+        "cache": size(lazy.cache_bytes if onnx is None else sum(stream.bytes for stream in denoiser.runner.streams)),
+        "samples": "x".join(map(str, samples.shape)),
+    }
+    if output is not None:
+        with atomic_path(output) as temporary, temporary.open("wb") as file:
+            np.save(file, samples.float().cpu().numpy())
+        values["output"] = str(output)
+    show(
+        values | {"reuse": stats.reuse_table.tolist()},
+        json,
+        reuse_picture([branch.name for branch in lazy.branches], stats.reuse_table.tolist()),
+        facts(values),
+    )
+
+
+def verify(
+    model: given.Model,
+    gates: given.Gates = None,
+    onnx: Onnx = None,
+    sampler: given.Sampler = None,
+    scheduler: given.Scheduler = "ddim",
+    steps: given.Steps = None,
+    seed: given.Seed = 0,
+    shape: given.Shapes = None,
+    options: given.Options = None,
+    device: given.Device = "cpu",
+    json: given.Json = False,
+) -> None:
+    """Hold a lazy model against its original: bitwise while all compute, a random schedule, the exported model."""
+    from lazy_compile.cli_models import load_lazy, load_model, load_sampler
+    from lazy_compile.cli_tables import check_table, plain, show
+    from lazy_compile.verify import compare
+
+    named = load_model(model, shape or (), device)
+    lazy = load_lazy(named, gates, options or ())
+    comparison = compare(lazy, load_sampler(sampler, named, lazy, steps, scheduler), onnx=onnx, seed=seed)
+    checks = [plain(check) for check in comparison.checks]
+    show({"model": model, "passed": comparison.passed, "checks": checks}, json, check_table(comparison))
+    comparison.require()
+
+
+def report(
+    source: Annotated[Path, typer.Argument(help="A summary.json, or a folder that calibrate or plan wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    json: given.Json = False,
+) -> None:
+    """Write a self-contained HTML page about a comparison, or about calibrated gates."""
+    from lazy_compile.cli_tables import facts, show
+    from lazy_compile.report import write_report
+
+    values = {"source": str(source), "output": str(write_report(source, output))}
+    show(values, json, facts(values))
+
+
+def speed(output: given.Folder = Path("build/bench"), json: given.Json = False) -> None:
+    """Time gated models against dense ones, side by side, and write bench.json."""
+    from lazy_compile.bench.speed import run as measure
+    from lazy_compile.cli_tables import plain, show, speed_table
+    from lazy_compile.progress import progress_bars
+
+    with progress_bars(not json) as on_progress:
+        rows = [plain(row) for row in measure(output, on_progress=on_progress)]
+    show({"rows": rows, "output": str(output)}, json, speed_table(rows), f"written to {output}")
+
+
+def demo(output: given.Folder = Path("build/demo"), json: given.Json = False) -> None:
+    """The whole story on scanned digits: inspect, calibrate, compare with fewer steps, export, run. Takes minutes."""
+    from lazy_compile.cli_tables import facts, result_table, show
+    from lazy_compile.demo.run import run_demo
+
+    summary = run_demo(output, progress=not json)
+    written = {"report": output / "report.html", "summary": output / "summary.json"}
+    show(summary, json, result_table(summary), facts(written))

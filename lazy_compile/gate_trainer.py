@@ -1,0 +1,374 @@
+"""The training loop of calibration: gates, optimiser, the price of computing, and how far it has come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lazy_compile.effects import DenseStep, EffectTable, Sampler, measure_effects
+from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.gate import GateTable
+from lazy_compile.module import LazyModule, ModelCall
+from lazy_compile.planning import Budget, PlannedReuse, plan_reuse
+from lazy_compile.policy import Learned, split_row
+from lazy_compile.progress import OnProgress
+from lazy_compile.runtime import CacheState
+from lazy_compile.soft_step import SoftStep
+from lazy_compile.storage import load_tensors, save_tensors
+
+Objective = Literal["rollout", "paper"]
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How gates are trained.
+
+    Attributes:
+        target_lazy_ratio: share of branch evaluations to reuse; give this or ``target_compute_ratio``.
+        target_compute_ratio: MACs to spend over the dense model's, always-on parts included.
+        objective: ``"rollout"`` follows the student's own trajectory from noise and needs a sampler; ``"paper"`` takes
+            pairs of consecutive steps from data, with the cache of a full pass (LazyDiT, arXiv 2412.12444).
+        iterations: optimiser steps. A rollout iteration is one trajectory, a paper iteration one pair; 0: keep the plan.
+        learning_rate: of AdamW.
+        knots: rows of the gate table, interpolated over the time input between them; None keeps one row per step.
+        rho: price of computing in the lazy loss; None takes it from the plan, where it balances the target.
+        seed: the first noise seed; every iteration uses the next.
+        checkpoint_every: iterations between two checkpoints.
+    """
+
+    target_lazy_ratio: float | None = None
+    target_compute_ratio: float | None = None
+    objective: Objective = "rollout"
+    iterations: int = 12
+    learning_rate: float = 5e-4
+    knots: int | None = None
+    rho: float | None = None
+    seed: int = 0
+    checkpoint_every: int = 2
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise ConfigError(f"objective is {self.objective!r}; expected 'rollout' or 'paper'")
+        if self.iterations < 0 or self.checkpoint_every < 1:
+            raise ConfigError("iterations must be 0 or more, and checkpoint_every 1 or more")
+        if self.knots is not None and self.knots < 2:
+            raise ConfigError(f"knots is {self.knots}; use 2 or more, or None for one row per step")
+        _ = self.budget
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.target_lazy_ratio, self.target_compute_ratio)
+
+
+@dataclass(frozen=True)
+class StepPair:
+    """Two consecutive denoising steps of real data, for the paper's objective.
+
+    Attributes:
+        previous: keyword arguments of the model at the noisier step.
+        current: keyword arguments at the next one.
+        target: what the model should return there (the noise, say); None distils from the dense model.
+    """
+
+    previous: dict[str, Any]
+    current: dict[str, Any]
+    target: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SettledGates:
+    """A table whose bias was shifted to the target, and what it then does on unseen noise."""
+
+    table: GateTable
+    lazy_ratio: float
+    compute_ratio: float
+    error: float
+
+
+class GateTrainer:
+    """The state of one calibration: gates, optimiser, price of computing, and how far it has come.
+
+    The bias stays at the planned margin, and the weights act on features from which their mean over samples is
+    subtracted: training moves decisions between samples, and leaves the plan as their average. (Trained freely on
+    one-step errors, which do not see that a stale cache grows staler, gates unlearn the plan and end up worse.)
+    """
+
+    def __init__(
+        self,
+        lazy: LazyModule,
+        config: CalibrationConfig,
+        sample: Sampler,
+        *,
+        effects: EffectTable | None,
+        checkpoint: Path | None,
+        on_progress: OnProgress,
+    ) -> None:
+        self.lazy, self.config, self.sample = lazy, config, sample
+        self.checkpoint, self.on_progress = checkpoint, on_progress
+        self.history: list[dict[str, float]] = []
+        self.iteration = 0
+        saved = self._read_checkpoint()
+        if saved:
+            effects = _effects_of(saved)
+        self.effects = effects or measure_effects(lazy, sample, seed=config.seed, on_progress=on_progress)
+        planned = plan_reuse(self.effects, config.budget)
+        self.initial = initial_gates(lazy, self.effects, planned, config.knots)
+        self.rho = config.rho if config.rho is not None else planned.price
+        self.sensitivity = dict(zip(self.effects.timesteps.tolist(), self.effects.sensitivity.tolist(), strict=True))
+        device = next(lazy.original.parameters()).device
+        self.weight = self.initial.weight.to(device).requires_grad_()
+        self.bias = self.initial.bias.to(device)
+        self.mean_features = self._observe_features() if config.iterations else torch.zeros_like(self.weight)
+        self.optimizer = torch.optim.AdamW([self.weight], lr=config.learning_rate, weight_decay=0.0)
+        if saved:
+            self._restore(saved)
+        elif checkpoint:
+            self._write_checkpoint()
+
+    def table(self) -> GateTable:
+        """The gates as they stand, with the subtracted mean folded into the bias."""
+        table = self._table()
+        return replace(table, weight=table.weight.detach().cpu().clone(), bias=table.bias.detach().cpu().clone())
+
+    def _table(self) -> GateTable:
+        parts = (self.weight * self.mean_features).split(list(self.initial.features), dim=1)
+        bias = self.bias - torch.stack([part.sum(dim=1) for part in parts], dim=1)
+        return replace(self.initial, weight=self.weight, bias=bias)
+
+    def _observe_features(self) -> Tensor:
+        """``float32[K, sum(features)]``: what each gate reads on average, along the planned trajectory."""
+        seen: dict[float, Tensor] = {}
+
+        def drive(call: ModelCall) -> Any:
+            step = self._soft_step(
+                call, split_row(self.initial.row(call.timestep), self.initial.features, self.bias.device)
+            )
+            result = call.run(step)
+            seen[call.timestep] = torch.cat([step.pooled[index] for index in sorted(step.pooled)])
+            return result
+
+        with torch.no_grad(), self.lazy.driven_by(drive):
+            self.sample(self.lazy, self.config.seed)
+        times = torch.tensor(list(seen))
+        return torch.stack([seen[float(times[(times - knot).abs().argmin()])] for knot in self.initial.knots])
+
+    def _soft_step(self, call: ModelCall, gates: Sequence[tuple[Tensor, Tensor]]) -> SoftStep:
+        return SoftStep(gates, self.lazy.config, call.caches, call.step)
+
+    def train(self, pairs: Iterator[StepPair] | None) -> GateTable:
+        if pairs is not None:
+            pairs = islice(pairs, self.iteration, None)
+        while self.iteration < self.config.iterations:
+            record = self._rollout() if self.config.objective == "rollout" else self._pair(pairs)
+            self.history.append(record)
+            self.iteration += 1
+            if self.checkpoint and self.iteration % self.config.checkpoint_every == 0:
+                self._write_checkpoint()
+            self.on_progress("training gates", self.iteration, self.config.iterations, f"error {record['error']:.2e}")
+        return self.table()
+
+    def settle(self, table: GateTable) -> SettledGates:
+        """Shift all biases alike until the target is met, and measure on noise that no gate was trained on."""
+        seed = self.config.seed + UNSEEN
+        low, high = -2 * SURE, 2 * SURE
+        shift, closest = 0.0, math.inf
+        for trial in range(SHIFTS):
+            shifted = table.shifted(shift)
+            samples, lazy_ratio, compute_ratio = self._measure(shifted, seed)
+            excess = self._saved_beyond_target(lazy_ratio, compute_ratio)
+            if abs(excess) < closest:
+                closest, best = abs(excess), (shifted, lazy_ratio, compute_ratio, samples)
+            self.on_progress("setting the ratio", trial + 1, SHIFTS)
+            if closest < 0.002:
+                break
+            low, high = (shift, high) if excess > 0 else (low, shift)
+            shift = (low + high) / 2
+        dense = self._dense(seed)
+        return SettledGates(*best[:3], error=float((best[3] - dense).double().square().mean().sqrt()))
+
+    def _saved_beyond_target(self, lazy_ratio: float, compute_ratio: float) -> float:
+        if self.config.target_lazy_ratio is not None:
+            return lazy_ratio - self.config.target_lazy_ratio
+        assert self.config.target_compute_ratio is not None
+        return self.config.target_compute_ratio - compute_ratio
+
+    def _measure(self, table: GateTable, seed: int) -> tuple[Tensor, float, float]:
+        lazy = self.lazy
+        lazy.policy = Learned(table)
+        lazy.reset_stats()
+        with torch.no_grad():
+            samples = self.sample(lazy, seed)
+        stats = lazy.stats
+        lazy.reset_stats()
+        return samples, stats.lazy_ratio, stats.compute_ratio
+
+    def _dense(self, seed: int) -> Tensor:
+        with torch.no_grad(), self.lazy.driven_by(lambda call: call.run(DenseStep())):
+            return self.sample(self.lazy, seed)
+
+    # One iteration ------------------------------------------------------------------------------------------------
+
+    def _rollout(self) -> dict[str, float]:
+        """One trajectory of the student: at each step its output is pulled to the dense model's at the same input,
+        weighted by what an error at that step does to the final sample."""
+        totals: list[tuple[float, float]] = []
+
+        def drive(call: ModelCall) -> Any:
+            with torch.inference_mode(False), torch.enable_grad():
+                call = call.for_training()
+                with torch.no_grad():
+                    dense = call.run_flat(DenseStep())
+                step = self._soft_step(call, self._gates(call.timestep))
+                result = call.run(step)
+                error = _squared_error(_tensors(result), dense)
+                self._learn(self.sensitivity.get(call.timestep, 1.0) * error, step)
+                totals.append((float(error.detach()), step.reused_share))
+            return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
+
+        with self.lazy.driven_by(drive):
+            self.sample(self.lazy, self.config.seed + 1 + self.iteration)
+        return self._update(totals)
+
+    def _pair(self, pairs: Iterator[StepPair] | None) -> dict[str, float]:
+        """The paper's step: a full pass at the noisier step fills the caches, the next one is lazy."""
+        pair = next(pairs, None) if pairs is not None else None
+        if pair is None:
+            raise ConfigError(f"the data ended after {self.iteration} pairs; {self.config.iterations} are needed")
+        caches = CacheState()
+
+        def fill(call: ModelCall) -> list[Tensor]:
+            with torch.no_grad():
+                return call.run_flat(SoftStep(self._gates(call.timestep), self.lazy.config, caches, 0))
+
+        def learn(call: ModelCall) -> tuple[SoftStep, list[Tensor], list[Tensor]]:
+            step = SoftStep(self._gates(call.timestep), self.lazy.config, caches, 1)
+            with torch.no_grad():
+                dense = call.run_flat(DenseStep())
+            return step, call.run_flat(step), dense
+
+        with self.lazy.driven_by(fill):
+            self.lazy(**pair.previous)
+        with self.lazy.driven_by(learn):
+            step, output, dense = self.lazy(**pair.current)
+        error = _squared_error(output, dense if pair.target is None else [pair.target])
+        self._learn(error, step)
+        return self._update([(float(error.detach()), step.reused_share)])
+
+    def _gates(self, timestep: float) -> list[tuple[Tensor, Tensor]]:
+        return split_row(self._table().row(timestep), self.initial.features, self.weight.device)
+
+    def _learn(self, error: Tensor, step: SoftStep) -> None:
+        """Add the gradient of error and lazy loss to the gates', and to nobody else's."""
+        if step.logits:
+            (gradient,) = torch.autograd.grad(error + self.rho * self._charge(step), [self.weight])
+            self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
+
+    def _charge(self, step: SoftStep) -> Tensor:
+        """The lazy loss without its price: what is expected to be computed, counted as the target counts it."""
+        cost = self.config.budget.cost_of(self.effects)
+        shares = [torch.sigmoid(logit).mean() * cost[index] for index, logit in step.logits.items()]
+        return torch.stack(shares).sum()
+
+    def _update(self, totals: Sequence[tuple[float, float]]) -> dict[str, float]:
+        torch.nn.utils.clip_grad_norm_([self.weight], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        errors, shares = zip(*totals, strict=True)
+        return dict(zip(HISTORY, (float(np.mean(errors)), float(np.mean(shares))), strict=True))
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, str]:
+        options = {key: value for key, value in asdict(self.config).items() if key != "iterations"}
+        return {"kind": "lazy_compile calibration", "options": repr(sorted(options.items()))}
+
+    def _write_checkpoint(self) -> None:
+        assert self.checkpoint is not None
+        tensors = {
+            "weight": self.weight,
+            "mean_features": self.mean_features,
+            "iteration": torch.tensor(self.iteration),
+        }
+        for key, value in self.optimizer.state.get(self.weight, {}).items():
+            tensors[f"optimizer.{key}"] = torch.as_tensor(value)
+        for name in ("final", "output", "timesteps", "branch_macs"):
+            tensors[f"effects.{name}"] = torch.from_numpy(getattr(self.effects, name))
+        tensors["effects.total_macs"] = torch.tensor(self.effects.total_macs)
+        tensors["history"] = torch.tensor([list(record.values()) for record in self.history], dtype=torch.float64)
+        save_tensors(self.checkpoint, tensors, self._identity())
+
+    def _read_checkpoint(self) -> dict[str, Tensor]:
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return {}
+        tensors, metadata = load_tensors(self.checkpoint)
+        if metadata != self._identity():
+            raise ArtifactError(
+                f"the checkpoint {self.checkpoint} belongs to another calibration; use the same options, "
+                "or another file to start afresh"
+            )
+        return tensors
+
+    def _restore(self, saved: dict[str, Tensor]) -> None:
+        if saved["weight"].shape != self.weight.shape:
+            raise ArtifactError(
+                f"the checkpoint {self.checkpoint} holds gates of another model; use another file to start afresh"
+            )
+        with torch.no_grad():
+            self.weight.copy_(saved["weight"])
+        self.mean_features = saved["mean_features"].to(self.weight.device)
+        state = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith("optimizer.")}
+        if state:
+            self.optimizer.state[self.weight] = state
+        self.iteration = int(saved["iteration"])
+        self.history = [dict(zip(HISTORY, row, strict=True)) for row in saved["history"].tolist()]
+
+
+HISTORY = ("error", "lazy_ratio")
+"""Per iteration: squared error of the model's output, and the share of branches that would be reused."""
+
+UNSEEN = 1_000_003
+"""Distance from the training seeds to the seed that tables are compared on."""
+
+SHIFTS = 14
+"""Most trajectories that are run to set the ratio."""
+
+
+def initial_gates(lazy: LazyModule, effects: EffectTable, planned: PlannedReuse, knots: int | None) -> GateTable:
+    """Gates that repeat the planned schedule whatever they read: the bias is how sure the plan is of each decision."""
+    margin = np.clip(planned.margin, -SURE, SURE)
+    times = torch.from_numpy(effects.timesteps)
+    if knots is None:
+        table = GateTable.constant(lazy.branches, times)
+        return replace(table, bias=torch.from_numpy(margin).float())
+    places = np.linspace(0, len(times) - 1, knots)
+    at_knots = np.stack([np.interp(places, np.arange(len(times)), column) for column in margin.T], axis=1)
+    chosen = torch.from_numpy(np.interp(places, np.arange(len(times)), effects.timesteps))
+    table = GateTable.constant(lazy.branches, chosen)
+    return replace(table, bias=torch.from_numpy(at_knots).float(), interpolation="linear")
+
+
+SURE = 4.0
+"""Bias of a decision that the plan is sure of: sigmoid(4) = 0.98."""
+
+
+def _effects_of(saved: dict[str, Tensor]) -> EffectTable:
+    values = {name: saved[f"effects.{name}"].numpy() for name in ("final", "output", "timesteps", "branch_macs")}
+    return EffectTable(**values, total_macs=int(saved["effects.total_macs"]))
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _squared_error(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    differences = [(a.float() - b.float()).square().flatten() for a, b in zip(outputs, wanted, strict=False)]
+    return torch.cat(differences).mean()

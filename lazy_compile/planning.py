@@ -1,0 +1,146 @@
+"""The best fixed schedule under a budget, from measured effects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lazy_compile.effects import EffectTable, Sampler, measure_effects
+from lazy_compile.errors import ConfigError
+from lazy_compile.module import LazyModule
+from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.schedule import CacheSchedule
+
+Floats = npt.NDArray[np.float64]
+
+AGE_EXPONENT = 2.5
+"""How fast the effect of a reuse grows with its age in steps; measured on small class-conditional transformers."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to save: exactly one of the two.
+
+    Attributes:
+        lazy_ratio: share of branch evaluations to reuse.
+        compute_ratio: MACs to spend over dense MACs, always-on parts included.
+    """
+
+    lazy_ratio: float | None = None
+    compute_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.lazy_ratio, self.compute_ratio) if value is not None]
+        if len(given) != 1:
+            raise ConfigError("a budget is either a lazy_ratio or a compute_ratio; give exactly one")
+        if not 0.0 < given[0] < 1.0:
+            raise ConfigError(f"a budget lies between 0 and 1; seen {given[0]}")
+
+    def cost_of(self, effects: EffectTable) -> Floats:
+        """``float64[G]``: what computing each branch counts for under this budget."""
+        if self.lazy_ratio is not None:
+            return np.ones(len(effects.branch_macs))
+        return effects.branch_macs / effects.total_macs
+
+    def is_met_by(self, schedule: CacheSchedule, effects: EffectTable) -> bool:
+        if self.lazy_ratio is not None:
+            return schedule.lazy_ratio >= self.lazy_ratio
+        assert self.compute_ratio is not None
+        return schedule.compute_ratio(effects.branch_macs.tolist(), effects.total_macs) <= self.compute_ratio
+
+
+@dataclass(frozen=True)
+class PlannedReuse:
+    """A schedule, and how sure of each decision it is.
+
+    Attributes:
+        schedule: the decisions.
+        margin: ``float64[T, G]``, extra cost of the best schedule that reuses here over the best that computes here, in
+            units of what computing here costs: positive computes, negative reuses, +inf at step 0.
+        price: final mean squared error that one unit of computing is worth under the budget.
+    """
+
+    schedule: CacheSchedule
+    margin: Floats
+    price: float
+
+
+def plan(
+    lazy: LazyModule,
+    sample: Sampler,
+    budget: Budget,
+    *,
+    effects: EffectTable | None = None,
+    seed: int = 0,
+    on_progress: OnProgress = no_progress,
+) -> CacheSchedule:
+    """The schedule with the least expected change of the final samples that meets the budget."""
+    effects = effects or measure_effects(lazy, sample, seed=seed, on_progress=on_progress)
+    return plan_reuse(effects, budget).schedule
+
+
+def plan_reuse(effects: EffectTable, budget: Budget) -> PlannedReuse:
+    """Lagrangian relaxation: each branch is planned alone at a common price, found by bisection.
+
+    The effects of single reuses are taken to add up, and to grow with the age of what is reused as
+    ``age ** AGE_EXPONENT``. For one branch the best plan at a price is then a shortest path over (step, age).
+
+    Raises:
+        ConfigError: the budget cannot be met, since the first step computes everything.
+    """
+    cost = budget.cost_of(effects)
+
+    def at(price: float) -> PlannedReuse:
+        margins = np.stack(
+            [_margins(effects.final[:, branch], price * cost[branch]) for branch in range(len(cost))], axis=1
+        )
+        return PlannedReuse(CacheSchedule(margins >= 0), margins, price)
+
+    scale = float(np.nanmean(effects.final)) or 1.0
+    low, high = _bracket(lambda price: budget.is_met_by(at(price).schedule, effects), scale)
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if budget.is_met_by(at(middle).schedule, effects) else (middle, high)
+    return at(high)
+
+
+def _bracket(is_met: Callable[[float], bool], scale: float) -> tuple[float, float]:
+    price = scale * 1e-9
+    for _ in range(100):
+        if is_met(price):
+            return price / 10, price
+        price *= 10
+    raise ConfigError(
+        "this budget cannot be met, since the first step computes everything; ask for less reuse, or more steps"
+    )
+
+
+def _margins(effect: Floats, price: float) -> Floats:
+    """``float64[T]``: cost of the best path that reuses at a step less that of the best that computes, per price.
+
+    ``arriving[t, a]``: least cost of the steps before t, if the cache is a steps old at t.
+    ``leaving[t, a]``: least cost of the steps from t on, if the cache is a steps old at t.
+    """
+    steps = len(effect)
+    ages = np.arange(steps + 2)
+    penalty = np.where(ages > 0, ages, 1.0) ** AGE_EXPONENT
+    reuse = np.nan_to_num(effect, nan=np.inf)[:, None] * penalty[None, :]
+    arriving = np.full((steps + 1, steps + 2), np.inf)
+    arriving[0, 1] = 0.0
+    for step in range(steps):
+        arriving[step + 1, 1] = arriving[step].min() + price
+        arriving[step + 1, 2:] = np.minimum(arriving[step + 1, 2:], (arriving[step] + reuse[step])[1:-1])
+    leaving = np.zeros((steps + 1, steps + 2))
+    for step in reversed(range(steps)):
+        older = np.append(leaving[step + 1, 1:], np.inf)
+        leaving[step] = np.minimum(price + leaving[step + 1, 1], reuse[step] + older)
+    margin = np.full(steps, np.inf)
+    for step in range(1, steps):
+        older = np.append(leaving[step + 1, 1:], np.inf)
+        computes = arriving[step].min() + price + leaving[step + 1, 1]
+        reuses = (arriving[step] + reuse[step] + older).min()
+        margin[step] = (reuses - computes) / price
+    return margin

@@ -1,0 +1,37 @@
+"""Progress of long work, as a callable that library code reports to and the command line draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+OnProgress = Callable[..., None]
+"""``(stage, done, total, note="")``: called whenever ``done`` of ``total`` units of ``stage`` are finished."""
+
+
+def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
+    """Report to nobody."""
+
+
+@contextmanager
+def progress_bars(enabled: bool = True) -> Iterator[OnProgress]:
+    """One bar per stage on standard error; silent where that is not a terminal."""
+    if not enabled:
+        yield no_progress
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
+
+        yield report

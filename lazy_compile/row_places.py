@@ -1,0 +1,328 @@
+"""Following the rows of a batch through a piece of graph, operator by operator.
+
+An operator that is not known to keep rows apart counts as one that mixes them: a wrong "apart" would give a wrong
+image, a wrong "mixed" costs a decision per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lazy_compile.operators import CONVOLUTIONS, SDPA, operator_name, value_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor holds its rows: the index along ``axis`` is (block, row, offset), with ``outer`` blocks.
+
+    Sizes are counted as if each symbolic one had the value that :meth:`RowPlaces.sizes` gives it.
+    """
+
+    axis: int
+    outer: int = 1
+
+
+class RowsMix(Exception):
+    """An operator reads more than one row to make one; the message names it."""
+
+
+class RowPlaces:
+    """The place of the rows in each node that was followed; none where all rows share a value.
+
+    Args:
+        symbol: the symbolic batch size.
+        places: of the nodes that are read from outside.
+    """
+
+    def __init__(self, symbol: str, places: dict[fx.Node, Place]) -> None:
+        self.symbol = symbol
+        self._places = dict(places)
+        self._primes: dict[str, int] = {}
+
+    def place(self, node: fx.Node) -> Place | None:
+        return self._places.get(node)
+
+    def sizes(self, node: fx.Node) -> list[int]:
+        """A shape in numbers from which it can be read what a size was multiplied from.
+
+        The batch is one large prime; every other symbol is another, times the factors that sizes are divided by.
+        """
+        return [
+            size
+            if isinstance(size, int)
+            else int(size.node.expr.subs(map(self._stand_in, size.node.expr.free_symbols)))
+            for size in value_of(node).shape
+        ]
+
+    def _stand_in(self, symbol: Any) -> tuple[Any, int]:
+        if str(symbol) == self.symbol:
+            return symbol, _BATCH
+        return symbol, _DIVISIBLE * self._primes.setdefault(str(symbol), _PRIMES[len(self._primes) % len(_PRIMES)])
+
+    def follow(self, node: fx.Node) -> None:
+        """Find the place in the next node of the graph.
+
+        Raises:
+            RowsMix: it cannot be computed row by row.
+        """
+        value = value_of(node)
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return
+        batched = [argument for argument in node.all_input_nodes if argument in self._places]
+        if not batched:
+            if isinstance(value, Tensor) and involves(value.shape, self.symbol):
+                self._places[node] = self._uniform(node, value)
+            return
+        place = self._through(node, batched)
+        if place is None:
+            raise RowsMix(f"{operator_name(node) or node.op} ({node.name}) works across the rows of the batch")
+        self._places[node] = place
+
+    def _uniform(self, node: fx.Node, value: Tensor) -> Place:
+        axes = [axis for axis, size in enumerate(value.shape) if str(size) == self.symbol]
+        if operator_name(node) not in _UNIFORM or len(axes) != 1:
+            raise RowsMix(f"{operator_name(node)} ({node.name}) makes a value for each row of the batch")
+        return Place(axes[0])
+
+    def _through(self, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+        name = operator_name(node)
+        if name == "getitem":
+            return self._places[batched[0]]
+        rule = _RULES.get(name)
+        if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            rule = _pointwise
+        if rule is None and _dimensions(node) is not None:
+            rule = _along
+        return None if rule is None else rule(self, node, batched)
+
+
+Rule = Callable[[RowPlaces, fx.Node, Sequence[fx.Node]], Place | None]
+
+
+def involves(sizes: Iterable[Any], symbol: str) -> bool:
+    """Whether a size is, or is computed from, the symbolic size ``symbol``."""
+    return any(isinstance(size, torch.SymInt) and symbol in map(str, size.node.expr.free_symbols) for size in sizes)
+
+
+def _pointwise(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Operands are aligned at the right. A batch size among the values would be another for some of the rows."""
+    if operator_name(node) not in ("expand", "expand_as") and any(
+        isinstance(size := value_of(argument), torch.SymInt) and involves([size], rows.symbol)
+        for argument in node.all_input_nodes
+    ):
+        return None
+    from_right = {(_rank(operand) - place.axis, place.outer) for operand in batched if (place := rows.place(operand))}
+    if len(from_right) != 1:
+        return None
+    distance, outer = from_right.pop()
+    return Place(_rank(node) - distance, outer)
+
+
+def _reshape(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """The rows lie behind as many elements as before: find the axis of the new shape that counts them there."""
+    source = batched[0]
+    place = rows.place(source)
+    if place is None or len(batched) != 1:
+        return None
+    ahead = math.prod(rows.sizes(source)[: place.axis]) * place.outer
+    passed = 1
+    for axis, size in enumerate(rows.sizes(node)):
+        outer, rest = divmod(ahead, passed)
+        if rest == 0 and size % (outer * _BATCH) == 0:
+            return Place(axis, outer)
+        passed *= size
+    return None
+
+
+def _permute(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    place = rows.place(batched[0])
+    rank = _rank(node)
+    assert place is not None
+    order = list(range(rank))
+    if operator_name(node) == "permute":
+        order = [axis % rank for axis in _argument(node, "dims")]
+    else:
+        first, second = (0, 1) if operator_name(node) == "t" else (_argument(node, "dim0"), _argument(node, "dim1"))
+        order[first], order[second] = order[second], order[first]
+    return Place(order.index(place.axis), place.outer)
+
+
+def _along(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Works along its ``dim``, which must not be the axis of the rows; it may drop axes, or add one."""
+    places = {rows.place(operand) for operand in batched}
+    place = places.pop()
+    ranks = {_rank(operand) for operand in batched}
+    if place is None or places or len(ranks) != 1:
+        return None
+    rank, new_rank = ranks.pop(), _rank(node)
+    span = max(rank, new_rank)
+    dimensions = {axis % span for axis in _dimensions(node) or range(rank)}
+    if new_rank > rank:
+        return Place(place.axis + sum(axis <= place.axis for axis in dimensions), place.outer)
+    if place.axis in dimensions:
+        return None
+    removed = sum(axis < place.axis for axis in dimensions) if new_rank < rank else 0
+    return Place(place.axis - removed, place.outer)
+
+
+def _linear(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    place = rows.place(batched[0])
+    only_input = list(batched) == [node.args[0]]
+    return place if only_input and place is not None and place.axis < _rank(node) - 1 else None
+
+
+def _product(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Rows may lie in the batch axes, in the lines of the left factor, or in the columns of the right one."""
+    left, right = node.args[-2:] if operator_name(node) not in ("addmm", "baddbmm") else node.args[1:3]
+    found = set()
+    for operand in batched:
+        place = rows.place(operand)
+        assert place is not None
+        from_right = _rank(operand) - place.axis
+        summed = from_right == (1 if operand is left else 2) and operand in (left, right)
+        lone_line = from_right <= 2 and len(batched) > 1
+        if summed or lone_line or _rank(operand) < 2:
+            return None
+        found.add((from_right, place.outer))
+    distance, outer = found.pop()
+    return None if found else Place(_rank(node) - distance, outer)
+
+
+def _einsum(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    equation = str(node.args[0]).replace(" ", "")
+    if "." in equation or "->" not in equation or not isinstance(node.args[1], list | tuple):
+        return None
+    sides, result = equation.split("->")
+    letters = set()
+    for letter, operand in zip(sides.split(","), node.args[1], strict=True):
+        place = rows.place(operand) if isinstance(operand, fx.Node) else None
+        if place is not None:
+            letters.add((letter[place.axis], place.outer))
+    letter, outer = letters.pop()
+    return None if letters or letter not in result else Place(result.index(letter), outer)
+
+
+def _attention(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Rows lie in the batch or head axes of query, key, value and mask."""
+    place = _pointwise(rows, node, batched)
+    return place if place is not None and place.axis < _rank(node) - 2 else None
+
+
+def _normalise(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Works over the last axes, as many as ``normalized_shape`` has."""
+    place, source = rows.place(batched[0]), batched[0]
+    last = len(_argument(node, "normalized_shape"))
+    alone = list(batched) == [node.args[0]]
+    return place if place is not None and alone and place.axis < _rank(source) - last else None
+
+
+def _first_axis(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Works on all axes but the first."""
+    place = rows.place(batched[0])
+    alone = list(batched) == [node.args[0]]
+    return place if place is not None and alone and place.axis == 0 and _rank(batched[0]) > 2 else None
+
+
+def _pad(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    place = rows.place(batched[0])
+    return place if place is not None and place.axis < _rank(node) - len(_argument(node, "pad")) // 2 else None
+
+
+def _repeat(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    place = rows.place(batched[0])
+    assert place is not None
+    axis = place.axis + _rank(node) - _rank(batched[0])
+    return Place(axis, place.outer) if _argument(node, "repeats")[axis] == 1 else None
+
+
+def _embedding(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    return rows.place(batched[0]) if list(batched) == [node.args[1]] else None
+
+
+def _index(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Picks along later axes than that of the rows, by positions that all rows share."""
+    place = rows.place(batched[0])
+    indexed = [axis for axis, index in enumerate(_argument(node, "indices")) if index is not None]
+    alone = list(batched) == [node.args[0]]
+    return place if place is not None and alone and place.axis < min(indexed) else None
+
+
+def _rank(node: fx.Node) -> int:
+    value = value_of(node)
+    if isinstance(value, list | tuple):
+        value = value[0]
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _dimensions(node: fx.Node) -> Sequence[int] | None:
+    """The axes that an operator works along, empty for all of them; None if it has no such argument."""
+    for name in ("dim", "dims"):
+        if any(argument.name == name for argument in _schema(node)):
+            dimensions = _argument(node, name)
+            return [dimensions] if isinstance(dimensions, int) else list(dimensions or [])
+    return None
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    for position, argument in enumerate(_schema(node)):
+        if argument.name == name:
+            default = argument.default_value if argument.has_default_value() else None
+            return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+    return None
+
+
+def _schema(node: fx.Node) -> Sequence[Any]:
+    return node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else ()
+
+
+_BATCH = 1_000_003
+_DIVISIBLE = 720_720
+_PRIMES = (1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099, 1_000_117, 1_000_121, 1_000_133)
+_UNIFORM = frozenset(
+    {
+        "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like",
+        "full_like", "empty_like", "expand", "repeat",
+    }
+)  # fmt: skip
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        [
+            "_to_copy", "to", "type_as", "clone", "contiguous", "dropout", "alias", "detach", "lift_fresh_copy",
+            "expand", "expand_as", "where", "masked_fill", "zeros_like", "ones_like", "full_like", "empty_like",
+        ],
+        _pointwise,
+    ),
+    **dict.fromkeys(
+        [
+            "view", "reshape", "_unsafe_view", "_reshape_copy", "flatten", "unflatten", "squeeze", "unsqueeze",
+            "view_as_complex", "view_as_real",
+        ],
+        _reshape,
+    ),
+    **dict.fromkeys(["permute", "transpose", "t"], _permute),
+    **dict.fromkeys(["mm", "bmm", "matmul", "addmm", "baddbmm", "_int_mm"], _product),
+    **dict.fromkeys(SDPA, _attention),
+    **dict.fromkeys(["layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"], _normalise),
+    **dict.fromkeys(
+        [
+            *CONVOLUTIONS, "group_norm", "native_group_norm", "batch_norm", "instance_norm", "pixel_shuffle",
+            "pixel_unshuffle", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
+            "upsample_bicubic2d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d", "adaptive_avg_pool2d",
+            "_adaptive_avg_pool2d",
+        ],
+        _first_axis,
+    ),
+    "linear": _linear,
+    "einsum": _einsum,
+    "constant_pad_nd": _pad,
+    "pad": _pad,
+    "repeat": _repeat,
+    "embedding": _embedding,
+    "index": _index,
+}  # fmt: skip

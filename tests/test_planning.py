@@ -1,0 +1,112 @@
+"""Effects of single reuses, and the schedules planned from them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sampling import STEPS, lazy_tiny_dit, sample
+
+from lazy_compile import CacheSchedule, Scheduled
+from lazy_compile.effects import EffectTable, measure_effects
+from lazy_compile.errors import ConfigError
+from lazy_compile.planning import AGE_EXPONENT, Budget, plan, plan_reuse
+
+
+def made_up_effects(steps: int = 5, branches: int = 2, seed: int = 0) -> EffectTable:
+    effect = np.random.default_rng(seed).lognormal(size=(steps, branches))
+    effect[0] = np.nan
+    return EffectTable(effect, effect.copy(), np.arange(steps, 0.0, -1.0), np.array([3.0, 1.0]), 8)
+
+
+def additive_cost(effects: EffectTable, table: np.ndarray, price: float, cost: np.ndarray) -> float:
+    total = 0.0
+    for branch in range(table.shape[1]):
+        age = 0
+        for step in range(table.shape[0]):
+            age = 0 if table[step, branch] else age + 1
+            total += price * cost[branch] if age == 0 else effects.final[step, branch] * age**AGE_EXPONENT
+    return total
+
+
+def test_an_effect_is_what_reusing_once_does_to_the_final_sample() -> None:
+    lazy = lazy_tiny_dit()
+    effects = measure_effects(lazy, sample, seed=3)
+    dense = sample(lazy, 3)
+    for step, branch in ((1, 0), (2, 3), (STEPS - 1, 1)):
+        table = np.ones((STEPS, len(lazy.branches)), dtype=bool)
+        table[step, branch] = False
+        lazy.policy = Scheduled(CacheSchedule(table))
+        expected = float((sample(lazy, 3) - dense).double().square().mean())
+        assert effects.final[step, branch] == pytest.approx(expected, rel=1e-6)
+    assert np.isnan(effects.final[0]).all()
+    assert np.isfinite(effects.final[1:]).all()
+
+
+def test_measuring_leaves_the_policy_and_the_model_as_they_were() -> None:
+    lazy = lazy_tiny_dit()
+    policy = lazy.policy
+    before = {name: value.clone() for name, value in lazy.original.state_dict().items()}
+    measure_effects(lazy, sample)
+    assert lazy.policy is policy
+    assert lazy.cache_bytes == 0
+    assert all(torch.equal(value, before[name]) for name, value in lazy.original.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_plan_is_the_cheapest_of_all_schedules_at_its_price(seed: int) -> None:
+    effects = made_up_effects(seed=seed)
+    planned = plan_reuse(effects, Budget(lazy_ratio=0.4))
+    cost = np.ones(2)
+    best = additive_cost(effects, planned.schedule.should_compute, planned.price, cost)
+    for choice in itertools.product([True, False], repeat=8):
+        table = np.vstack([np.ones((1, 2), dtype=bool), np.array(choice).reshape(4, 2)])
+        assert best <= additive_cost(effects, table, planned.price, cost) + 1e-9
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.7])
+def test_a_plan_meets_its_budget_and_saves_little_more(ratio: float) -> None:
+    effects = made_up_effects(steps=20)
+    by_ratio = plan_reuse(effects, Budget(lazy_ratio=ratio)).schedule
+    assert ratio <= by_ratio.lazy_ratio <= ratio + 0.08
+    by_compute = plan_reuse(effects, Budget(compute_ratio=1 - ratio / 2)).schedule
+    assert by_compute.compute_ratio([3, 1], 8) <= 1 - ratio / 2
+
+
+def test_the_sign_of_the_margin_is_the_decision() -> None:
+    planned = plan_reuse(made_up_effects(), Budget(lazy_ratio=0.3))
+    assert np.array_equal(planned.margin >= 0, planned.schedule.should_compute)
+    assert np.isinf(planned.margin[0]).all()
+
+
+def test_a_plan_for_a_model_can_be_followed() -> None:
+    lazy = lazy_tiny_dit()
+    lazy.policy = Scheduled(plan(lazy, sample, Budget(lazy_ratio=0.3)))
+    sample(lazy, 0)
+    assert lazy.stats.lazy_ratio == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (dict(lazy_ratio=0.5, compute_ratio=0.5), "give exactly one"),
+        ({}, "give exactly one"),
+        (dict(lazy_ratio=1.5), "between 0 and 1; seen 1.5"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(budget: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Budget(**budget)
+
+
+def test_a_budget_that_cannot_be_met_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot be met"):
+        plan_reuse(made_up_effects(), Budget(lazy_ratio=0.95))
+
+
+def test_a_sampler_of_one_step_is_refused() -> None:
+    lazy = lazy_tiny_dit()
+    with pytest.raises(ConfigError, match="at least 2"):
+        measure_effects(lazy, lambda denoiser, seed: denoiser(torch.randn(2, 3, 8, 8), torch.ones(2), torch.tensor([1, 2])))
