@@ -86,7 +86,10 @@ def require_inputs(named: NamedModel) -> dict[str, Any]:
     """The example inputs, or one line that says which arguments the model takes."""
     if named.example_inputs:
         return named.example_inputs
-    arguments = ", ".join(str(parameter) for parameter in _parameters(named.model).values())
+    arguments = ", ".join(
+        name if parameter.default is inspect.Parameter.empty else f"{name}={parameter.default!r}"
+        for name, parameter in _parameters(named.model).items()
+    )
     raise ConfigError(
         f"{named.spec} comes without example inputs; its forward takes ({arguments}): "
         "give --shape NAME:2x4x32x32 for each tensor it needs"

@@ -97,5 +97,5 @@ def _capture_example(lazy: LazyModule, example_inputs: Mapping[str, Any] | Seque
         lazy.capture(*example_inputs)
     elif example_inputs is not None:
         raise ConfigError(
-            f"example_inputs is a {type(example_inputs).__name__}; expected arguments by name in a dictionary, or a tuple"
+            f"example_inputs is a {type(example_inputs).__name__}; expected a dictionary of arguments, or a tuple"
         )

@@ -42,7 +42,8 @@ def classify(
     cores = [node for node in body if _is_attention_core(flow, node, activations)]
     if not cores:
         dense = any(is_dense_convolution(node) for node in body)
-        only_convolutions = all(operator_name(node) in CONVOLUTIONS for node in body if is_heavy(node))
+        on_the_stream = [node for node in body if is_heavy(node) and from_entries >> flow.position[node] & 1]
+        only_convolutions = all(operator_name(node) in CONVOLUTIONS for node in on_the_stream)
         return BranchKind.CONV if dense and only_convolutions else BranchKind.MLP
     if _has_parallel_mlp(flow, body, cores):
         return BranchKind.PARALLEL

@@ -203,7 +203,7 @@ class LazyModule(nn.Module):
             policy.check(self.branches)
         self._policy = policy
         self.reset()
-        self._stats = None
+        self.reset_stats()
 
     @property
     def stats(self) -> LazyStats:

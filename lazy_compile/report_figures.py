@@ -77,7 +77,7 @@ def pixels(images: Floats) -> str:
 
 
 def quality_against_compute(rows: Sequence[Mapping[str, Any]]) -> Draw:
-    """Two panels over the share of MACs spent: distance to the reference, and to the real scans."""
+    """Two panels over the share of MACs spent: distance to the reference, by pixels and by features."""
 
     def draw(theme: Theme) -> Any:
         figure = _figure(height=4.1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 
 import torch
 from torch import Tensor, fx
@@ -55,11 +55,9 @@ def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: 
     candidates: list[Candidate] = []
     owner: dict[fx.Node, Candidate] = {}
     for add in flow.nodes:
-        found = _skip_and_value(flow, add, owner, batch_symbol)
-        if found is None:
+        if operator_name(add) not in _ADDS or not _is_token_stream(add, batch_symbol):
             continue
-        skip, value = found
-        region = flow.region(skip, value)
+        skip, region = _skip_and_region(flow, add, owner, heavy_bits)
         heavy = region & heavy_bits
         inner = [node for node in owner if region >> flow.position[node] & 1]
         for node in inner:
@@ -92,25 +90,23 @@ def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: 
     return candidates
 
 
-def _skip_and_value(
-    flow: Dataflow, add: fx.Node, owner: dict[fx.Node, Candidate], batch_symbol: str | None
-) -> tuple[fx.Node, fx.Node] | None:
-    if operator_name(add) not in _ADDS or not _is_token_stream(add, batch_symbol):
-        return None
-    operands = [argument for argument in add.all_input_nodes if _same_shape(argument, add)]
-    if operator_name(add) == "addcmul" and isinstance(add.args[0], fx.Node):
-        pairs = [(add.args[0], other) for other in add.all_input_nodes[1:]]
-    elif len(operands) >= 2 and operands[:2] == add.all_input_nodes[:2]:
+def _skip_and_region(
+    flow: Dataflow, add: fx.Node, owner: dict[fx.Node, Candidate], heavy_bits: int
+) -> tuple[fx.Node, int]:
+    """The nearest origin of an operand from which heavy operators lead to the other; an empty region if there is none."""
+    operands = add.all_input_nodes[:2]
+    if operator_name(add) == "addcmul":
+        pairs = [(operands[0], add)]
+    elif len(operands) == 2 and all(_same_shape(operand, add) for operand in operands):
         pairs = [(operands[0], operands[1]), (operands[1], operands[0])]
     else:
-        return None
+        return add, 0
     for distance in range(_FARTHEST_SKIP):
         for skip, value in pairs:
-            origins = _origins(skip, owner)
-            origin = next((node for position, node in enumerate(origins) if position == distance), None)
-            if origin is not None and origin is not value and flow.depends(value, on=origin):
-                return origin, value
-    return None
+            origin = next(islice(_origins(skip, owner), distance, None), None)
+            if origin is not None and (region := flow.region(origin, value)) & heavy_bits:
+                return origin, region
+    return add, 0
 
 
 _FARTHEST_SKIP = 16
@@ -145,7 +141,7 @@ def _same_shape(argument: fx.Node, add: fx.Node) -> bool:
     if not isinstance(value, Tensor) or value.dim() != value_of(add).dim():
         return False
     pairs = zip(value.shape, value_of(add).shape, strict=True)
-    return all(a == b if isinstance(a, int) and isinstance(b, int) else type(a) is type(b) for a, b in pairs)
+    return all(str(a) == str(b) or type(a) is type(b) is torch.SymInt for a, b in pairs)
 
 
 def _refuse_convolutions(flow: Dataflow, heavy: int, conv_branches: bool) -> str:

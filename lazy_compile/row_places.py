@@ -74,7 +74,8 @@ class RowPlaces:
         value = value_of(node)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return
-        batched = [argument for argument in node.all_input_nodes if argument in self._places]
+        operands = node.all_input_nodes[:1] if operator_name(node) == "type_as" else node.all_input_nodes
+        batched = [operand for operand in operands if operand in self._places]
         if not batched:
             if isinstance(value, Tensor) and involves(value.shape, self.symbol):
                 self._places[node] = self._uniform(node, value)
@@ -294,7 +295,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [
             "_to_copy", "to", "type_as", "clone", "contiguous", "dropout", "alias", "detach", "lift_fresh_copy",
-            "expand", "expand_as", "where", "masked_fill", "zeros_like", "ones_like", "full_like", "empty_like",
+            "copy", "expand", "expand_as", "where", "masked_fill", "zeros_like", "ones_like", "full_like", "empty_like",
         ],
         _pointwise,
     ),

@@ -45,9 +45,7 @@ class DiscoverBranches(GraphPass):
         flow = Dataflow(program.graph)
         symbol = batch_symbol(program)
         candidates = find_candidates(flow, batch_symbol=symbol, conv_branches=self.conv_branches)
-        accepted = sorted(
-            (c for c in candidates if not c.refusal), key=lambda c: flow.position[next(flow.members(c.body))]
-        )
+        accepted = sorted((c for c in candidates if not c.refusal), key=lambda c: c.heavy & -c.heavy)
         for index, candidate in enumerate(accepted):
             for node in flow.members(candidate.body):
                 node.meta[TAG] = index

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TOLERANCE = {
-    # Largest absolute difference between outputs of order one.
-    torch.float32: 1e-6,
-    torch.bfloat16: 3e-2,
-    torch.float16: 4e-3,
+    # Largest absolute difference, per unit of the largest value.
+    "same batch": 1e-6,
+    "another batch": 1e-5,  # its matrix products are summed in another order
+    "bfloat16": 3e-2,
+    "float16": 4e-3,
 }
 
 WIDTH, HEADS, DEPTH, TOKENS, WORDS, CLASSES = 32, 4, 2, 16, 5, 10
@@ -129,7 +130,9 @@ class TinyDiT(nn.Module):
             h = block(h, c)
         shift, scale = self.modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=-1)
         h = self.final(modulate(norm(h), shift, scale))
-        return h.unflatten(1, (rows, columns)).unflatten(-1, (3, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return (
+            h.unflatten(1, (rows, columns)).unflatten(-1, (3, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        )
 
 
 class MMDiTBlock(nn.Module):
@@ -277,8 +280,11 @@ class TinyUViT(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """Where the norms stand: ``pre`` with layer scale, ``sandwich`` on both sides, ``post`` after the sum, and ``deep``,
-    after the sum with a scaled skip (DeepNorm)."""
+    """Where the norms stand.
+
+    ``pre``: before a branch, with layer scale behind it; ``sandwich``: on both sides; ``post``: after the sum;
+    ``deep``: after the sum with a scaled skip (DeepNorm).
+    """
 
     def __init__(self, norms: str) -> None:
         super().__init__()
@@ -530,7 +536,12 @@ TOYS: dict[str, Toy] = {
     "hand_written": Toy(
         TinyHandWritten,
         {"x": SEQUENCE, "t": ()},
-        tuple((f"blocks.{i}{name}", kind) for i in range(DEPTH) for name, kind in [("", "self_attention"), (".mlp", "mlp")]),
+        (
+            ("blocks.0", "self_attention"),
+            ("blocks.0.mlp", "mlp"),
+            ("blocks.1", "self_attention"),
+            ("blocks.1.mlp", "mlp"),
+        ),
         time="t",
     ),
     "rising": Toy(TinyRising, {"x": SEQUENCE, "time": ()}, PAIRS, MODULES, "time", rising=True),

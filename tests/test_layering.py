@@ -11,13 +11,13 @@ LAYERS = {  # lowest first
     "errors": ["errors"],
     "data": ["config", "branch", "schedule", "gate", "policy", "program"],
     "infrastructure": [
-        *["pass_manager", "fx_utils", "macs", "ops", "progress", "storage"],
-        *["dataflow", "operators", "residual", "kinds", "rows", "lazy_branch"],
+        *["pass_manager", "ops", "progress", "storage"],
+        *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "lazy_branch"],
     ],
     "passes": ["passes", "passes.*"],
     "middle": [
-        *["capture", "runtime", "timestep", "module", "runner", "verify", "sampling", "effects", "planning"],
-        *["calibration", "report", "artifact", "backends", "backends.*"],
+        *["capture", "runtime", "timestep", "module", "verify", "effects", "planning", "soft_step", "gate_trainer"],
+        *["calibration", "report", "report_figures", "artifact", "backends", "backends.*"],
     ],
     "compiler": ["compiler"],
     "front doors": ["__init__", "cli*", "integrations", "integrations.*", "demo", "demo.*", "bench*"],
@@ -111,7 +111,7 @@ def test_both_folders_are_seen() -> None:
 KNOWN = {
     f"lazy_compile.{name}"
     for name in [
-        *["__init__", "errors", "branch", "fx_utils", "capture", "compiler", "cli"],
+        *["__init__", "errors", "branch", "dataflow", "capture", "compiler", "cli"],
         *["backends.__init__", "backends.onnx", "backends.tensorrt"],
         *["passes.__init__", "passes.canonicalize", "passes.insert_gates"],
     ]
@@ -122,14 +122,14 @@ KNOWN = {
     ("module", "source", "complaint"),
     [
         ("lazy_compile.errors", "from lazy_compile.branch import X", "errors imports lazy_compile.branch from data"),
-        ("lazy_compile.branch", "import lazy_compile.fx_utils", "data imports lazy_compile.fx_utils"),
-        ("lazy_compile.branch", "from lazy_compile import fx_utils", "data imports lazy_compile.fx_utils"),
+        ("lazy_compile.branch", "import lazy_compile.dataflow", "data imports lazy_compile.dataflow"),
+        ("lazy_compile.branch", "from lazy_compile import dataflow", "data imports lazy_compile.dataflow"),
         ("lazy_compile.branch", "from lazy_compile import transform", "data imports lazy_compile from front doors"),
-        ("lazy_compile.branch", "from .fx_utils import X", "data imports lazy_compile.fx_utils"),
-        ("lazy_compile.branch", "from . import fx_utils", "data imports lazy_compile.fx_utils"),
-        ("lazy_compile.fx_utils", "def f():\n    from lazy_compile.capture import X", ":2: infrastructure imports"),
+        ("lazy_compile.branch", "from .dataflow import X", "data imports lazy_compile.dataflow"),
+        ("lazy_compile.branch", "from . import dataflow", "data imports lazy_compile.dataflow"),
+        ("lazy_compile.dataflow", "def f():\n    from lazy_compile.capture import X", ":2: infrastructure imports"),
         (
-            "lazy_compile.fx_utils",
+            "lazy_compile.dataflow",
             "if TYPE_CHECKING:\n    import lazy_compile.passes.canonicalize",
             ":2: infrastructure",
         ),
@@ -162,7 +162,7 @@ def test_a_wrong_import_is_seen(module: str, source: str, complaint: str) -> Non
         ("lazy_compile.branch", "import torch\nfrom lazy_compile.errors import X"),
         ("lazy_compile.branch", "from lazy_compile.config import X"),
         ("lazy_compile.passes.__init__", "from lazy_compile.passes.canonicalize import X"),
-        ("lazy_compile.passes.canonicalize", "from lazy_compile.branch import X\nfrom ..fx_utils import Y"),
+        ("lazy_compile.passes.canonicalize", "from lazy_compile.branch import X\nfrom ..dataflow import Y"),
         ("lazy_compile.backends.onnx", "from . import tensorrt\nfrom lazy_compile.passes.canonicalize import X"),
         ("lazy_compile.cli", "from lazy_compile import branch\nfrom lazy_compile import transform"),
         ("lazy_compile.__init__", "def __getattr__(name):\n    from lazy_compile.compiler import X"),

@@ -6,36 +6,34 @@ import inspect
 import logging
 import secrets
 import time
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from lazy_compile.backends.onnx_convert import convert, name_values, own_outputs, quiet
 from lazy_compile.backends.onnx_metadata import KEY, InputSpec, OnnxMetadata, SlotSpec, first_line
-from lazy_compile.backends.onnx_sink import DOMAIN, SELECT, sink_branches
-from lazy_compile.backends.onnx_structure import MARK, check_structure
+from lazy_compile.backends.onnx_sink import sink_branches
 from lazy_compile.backends.onnx_structure import StructureReport as StructureReport
+from lazy_compile.backends.onnx_structure import check_structure
 from lazy_compile.errors import BackendError, ConfigError, import_optional
-from lazy_compile.lazy_branch import TAG, LazyBranch
+from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.module import LazyGraph, LazyModule
 from lazy_compile.operators import size_hint, value_of
-from lazy_compile.ops import state_names
 from lazy_compile.pass_manager import PassManager
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots, initial_value
 from lazy_compile.passes.lower_to_select import LowerToSelect
-from lazy_compile.program import Program, Role, module_state
+from lazy_compile.program import Program, Role
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.storage import atomic_path
 
 if TYPE_CHECKING:
-    from onnx_ir import Model, Value
+    from onnx_ir import Model
 
 logger = logging.getLogger("lazy_compile")
 
@@ -62,6 +60,7 @@ class OnnxReport:
         heavy_ops_inside: matrix products and convolutions that a reused branch skips.
         always_on: those that belong to no branch.
         heavy_ops_outside_if: those that should be skipped and are not; empty.
+        simplified: whether onnxsim was run and its result kept.
         seconds: how long the export took.
     """
 
@@ -76,6 +75,7 @@ class OnnxReport:
     heavy_ops_inside: int
     always_on: int
     heavy_ops_outside_if: tuple[str, ...]
+    simplified: bool
     seconds: float
 
 
@@ -85,6 +85,7 @@ def export_onnx(
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     *,
     opset: int = 20,
+    simplify: bool = False,
     on_progress: OnProgress = no_progress,
 ) -> OnnxReport:
     """Write a lazy model as ONNX, for the sizes of one example call.
@@ -101,6 +102,10 @@ def export_onnx(
         example_inputs: arguments of one call, by name or by position: their sizes become fixed. None takes those that
             the model was captured with.
         opset: 18 to 22.
+        simplify: also run onnxsim on the result, and keep what it makes if every ``If`` still holds what it held. It is
+            off because it gains nothing measurable: a model of 12 branches ran at the same speed, and it fails on two
+            of five families (PixArt, Wan) whose inner graphs read outer values. Run before the branches are moved into
+            their arms it does harm: it fuses attention into an operator that TensorRT does not build inside an ``If``.
         on_progress: called after each stage.
 
     Raises:
@@ -118,14 +123,16 @@ def export_onnx(
     program = PassManager([LiftCacheSlots(lazy.config.reuse, rule), LowerToSelect()]).run(graph.program)
     on_progress("exporting to ONNX", 1, 4, "branches lowered")
     example = _all_inputs(lazy, graph, program, tensors)
-    model = _convert(lazy, program, [tensor for _, tensor in example], opset)
+    model = convert(lazy.original, program, [tensor for _, tensor in example], opset)
     on_progress("exporting to ONNX", 2, 4, "operators converted")
-    _name_values(model, [name for name, _ in example], program)
+    name_values(model, [name for name, _ in example], program)
     sink_branches(model)
     model.metadata_props[KEY] = _metadata(lazy, graph, program, dict(example), rule).to_json()
     structure = check_structure(model)
     if structure.problems:
         raise BackendError(f"the exported {type(lazy.original).__name__} is not sound: {structure.problems[0]}")
+    simplified = _simplify(model, structure) if simplify else None
+    model = simplified or model
     on_progress("exporting to ONNX", 3, 4, "branches moved into If nodes")
     size = _save(model, Path(path))
     on_progress("exporting to ONNX", 4, 4, "written")
@@ -141,6 +148,7 @@ def export_onnx(
         heavy_ops_inside=structure.heavy_ops_inside,
         always_on=structure.always_on,
         heavy_ops_outside_if=structure.heavy_ops_outside_if,
+        simplified=simplified is not None,
         seconds=time.perf_counter() - start,
     )
 
@@ -198,142 +206,7 @@ def _all_inputs(
     return example
 
 
-# Conversion ---------------------------------------------------------------------------------------------------------
-
-
-class _Exportable(nn.Module):
-    """A flat program that finds its parameters in the original model, so that they keep their names."""
-
-    def __init__(self, original: nn.Module, program: Program) -> None:
-        super().__init__()
-        self.original = original
-        self.program = program
-
-    def forward(self, *inputs: Tensor) -> Any:
-        users = sum(item.role is Role.USER for item in self.program.inputs)
-        values = self.program.bind(module_state(self.original), inputs[:users])
-        with fx.traceback.preserve_node_meta():
-            results = _Tracer(self.program.graph_module).run(*values, *inputs[users:])
-        return tuple(result for result in results if isinstance(result, Tensor))
-
-
-class _Tracer(fx.Interpreter):
-    """Runs a flat program under export. Selects become ONNX nodes; an einsum becomes the products that it stands for,
-    since ONNX has none in bfloat16 and TensorRT few."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is torch.ops.lazy_compile.select.default:
-            condition, computed, reused, branch = self.fetch_args_kwargs_from_env(n)[0]
-            return torch.onnx.ops.symbolic(
-                f"{DOMAIN}::{SELECT}",
-                (condition, computed, reused),
-                {"branch": branch},
-                dtype=computed.dtype,
-                shape=computed.shape,
-                version=1,
-            )
-        if n.target is torch.ops.aten.einsum.default:
-            return n.target.decompose(*self.fetch_args_kwargs_from_env(n)[0])
-        return super().run_node(n)
-
-
-def _convert(lazy: LazyModule, program: Program, example: Sequence[Tensor], opset: int) -> Model:
-    for node in program.graph.nodes:
-        if TAG in node.meta:
-            stack = node.meta.get("nn_module_stack") or {}
-            node.meta["nn_module_stack"] = {**stack, MARK: (f"{MARK}.{node.meta[TAG]}", LazyBranch.__name__)}
-    try:
-        with _quiet(), torch.no_grad():
-            exported = torch.export.export(_Exportable(lazy.original, program), tuple(example), strict=False)
-            converted = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False)
-    except Exception as error:
-        raise BackendError(
-            f"{type(lazy.original).__name__} cannot be converted to ONNX: {_cause(error)}; "
-            "run it in PyTorch, or replace that operator in the model"
-        ) from error
-    assert converted is not None
-    model = converted.model
-    if model.opset_imports[""] != opset:
-        raise BackendError(f"the exporter wrote opset {model.opset_imports['']}, not {opset}; ask for that one")
-    for node in model.graph:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        _, marked, rest = scopes.partition(f"'{MARK}.")
-        node.metadata_props.clear()
-        if marked:
-            node.metadata_props[MARK] = rest.partition("'")[0]
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's chatter about its own deprecations and about packages that it does not need."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [log.level for log in loggers]
-    try:
-        for log in loggers:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-# Names, description, file --------------------------------------------------------------------------------------------
-
-
-def _own_outputs(program: Program) -> list[str | None]:
-    """Names of the model's own outputs by position; None for one that is no tensor."""
-    results = program.graph.output_node().args[0]
-    assert isinstance(results, Sequence)
-    own = results[: len(results) - program.state_outputs]
-    return [f"output_{index}" if isinstance(result, fx.Node) else None for index, result in enumerate(own)]
-
-
-def _name_values(model: Model, inputs: Sequence[str], program: Program) -> None:
-    """Give inputs and outputs their names, parameters those of the model, and everything else what is left."""
-    ir = import_optional("onnx_ir", "onnx")
-    graph = model.graph
-    state = state_names(program)
-    outputs = [name for name in _own_outputs(program) if name is not None]
-    outputs += [*(f"next_{name}" for name in state[:-1]), state[-1]]
-    seen: set[Value] = set(graph.inputs) | set(graph.initializers.values())
-    for position, value in enumerate(graph.outputs):
-        if value in seen:
-            copy = ir.Value(name=outputs[position], shape=value.shape, type=value.type)
-            graph.append(ir.Node("", "Identity", [value], outputs=[copy]))
-            graph.outputs[position] = copy
-        seen.add(value)
-    taken = {*inputs, *outputs}
-    for value in list(graph.initializers.values()):
-        value.name = _parameter_name(value, taken | set(graph.initializers))
-    for node in graph:
-        for value in node.outputs:
-            if value.name in taken:
-                value.name = f"{value.name}.value"
-    for value, name in [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)]:
-        value.name = name
-    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
-        value.metadata_props.clear()
-    graph.metadata_props.clear()
-    model.producer_name, model.producer_version = DOMAIN, None
-
-
-def _parameter_name(value: Value, taken: Collection[str]) -> str:
-    """The path of a parameter in the model; ``.folded`` behind it where the exporter has transposed or cast it."""
-    name = str(value.name)
-    folded = value.metadata_props.get("pkg.onnxscript.optimizer.folded_from", "").strip("[]'")
-    if folded.startswith("original.") and "," not in folded:
-        name = f"{folded}.folded"
-    wanted = name.removeprefix("original.")
-    return f"{value.name}.value" if wanted in taken and wanted != value.name else wanted
+# Description and file ------------------------------------------------------------------------------------------------
 
 
 def _metadata(
@@ -353,7 +226,7 @@ def _metadata(
         model=type(lazy.original).__name__,
         branches=program.branches,
         inputs=tuple(InputSpec(*item) for item in described(Role.USER)),
-        outputs=tuple(_own_outputs(program)),
+        outputs=tuple(own_outputs(program)),
         slots=tuple(
             SlotSpec(name, f"next_{name}", shape, dtype, initial_value(name))
             for name, shape, dtype in described(Role.SLOT)
@@ -374,6 +247,25 @@ def _dump(spec: pytree.TreeSpec) -> str:
         return ""
 
 
+def _simplify(model: Model, structure: StructureReport) -> Model | None:
+    """What onnxsim makes of a model; None if it fails, or if the branches are no longer the same."""
+    ir, onnxsim = import_optional("onnx_ir", "onnx"), import_optional("onnxsim", "onnx")
+    description = model.metadata_props[KEY]
+    try:
+        with quiet():
+            result: Model = ir.from_proto(onnxsim.simplify(ir.to_proto(model))[0])
+    except Exception as error:
+        logger.warning("onnxsim cannot simplify this model and was left out: %s", first_line(error))
+        return None
+    result.metadata_props.clear()
+    result.metadata_props[KEY] = description
+    names = [[value.name for value in (*item.graph.inputs, *item.graph.outputs)] for item in (model, result)]
+    if names[0] != names[1] or check_structure(result) != structure:
+        logger.warning("onnxsim moved operators of a branch; its result was left out")
+        return None
+    return result
+
+
 def _save(model: Model, path: Path) -> int:
     """Write and check a temporary file, then give it its name. The weights' name is new each time, so an older model
     and its weights stay together until then."""
@@ -390,8 +282,8 @@ def _save(model: Model, path: Path) -> int:
         data.unlink(missing_ok=True)
         if isinstance(error, onnx.checker.ValidationError | onnx.shape_inference.InferenceError):
             raise BackendError(
-                f"the exported model is not valid ONNX: {first_line(error)}; try opset={OPSETS[-1]} (bfloat16 needs it), "
-                "or another dtype"
+                f"the exported model is not valid ONNX: {first_line(error)}; try opset={OPSETS[-1]} (bfloat16 needs "
+                "it), or another dtype"
             ) from error
         raise
     for older in path.parent.glob(f"{path.stem}.{'[0-9a-f]' * 8}.data"):

@@ -36,10 +36,11 @@ class OnnxStream:
         ort = import_optional("onnxruntime", "onnx")
         self.slots = slots
         self.filled = False
-        self.buffers = [
-            [torch.empty(slot.shape, dtype=getattr(torch, slot.dtype), device=device) for slot in slots]
-            for _ in range(2)
-        ]
+        with torch.inference_mode(False):
+            self.buffers = [
+                [torch.empty(slot.shape, dtype=getattr(torch, slot.dtype), device=device) for slot in slots]
+                for _ in range(2)
+            ]
         self._values = [list(map(ort.OrtValue.from_dlpack, tensors)) for tensors in self.buffers]
         self.reset()
 
@@ -235,6 +236,7 @@ class OnnxDenoiser:
     def __init__(self, runner: OnnxRunner, policy: Policy | None = None, config: LazyConfig | None = None) -> None:
         self.runner = runner
         self.config = config or LazyConfig()
+        self._trajectories = Trajectories()
         self.policy = policy or AlwaysCompute()
         self.reset_stats()
 
@@ -258,7 +260,7 @@ class OnnxDenoiser:
 
     def reset(self) -> None:
         """Forget all caches: the next call starts a trajectory."""
-        self._trajectories = Trajectories()
+        self._trajectories.reset()
 
     def reset_stats(self) -> None:
         macs = np.array([branch.macs for branch in self.branches], dtype=np.float64)

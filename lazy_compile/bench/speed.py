@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,6 +142,36 @@ def _eager(
     return dense, gated
 
 
+def _onnxruntime(
+    model: torch.nn.Module, lazy: LazyModule, inputs: dict[str, Any]
+) -> tuple[Callable[[], None], Callable[[CacheSchedule], Iterator[None]]]:
+    from lazy_compile.backends.onnx import export_onnx
+    from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
+
+    onnxruntime = import_optional("onnxruntime", "onnx")
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(lazy, Path(folder) / "gated.onnx")
+        runner = OnnxRunner(Path(folder) / "gated.onnx")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, kwargs=inputs, f=Path(folder) / "dense.onnx", dynamo=True, opset_version=20)
+        session = onnxruntime.InferenceSession(Path(folder) / "dense.onnx", providers=["CPUExecutionProvider"])
+    feed = {item.name: tensors[item.name].numpy() for item in session.get_inputs()}
+
+    def dense() -> None:
+        session.run(None, feed)
+
+    def gated(schedule: CacheSchedule) -> Iterator[None]:
+        denoiser = OnnxDenoiser(runner, Scheduled(schedule))
+        for step in range(schedule.steps):
+            denoiser(**{**inputs, "timestep": inputs["timestep"] - step})
+            yield
+
+    return dense, gated
+
+
 _PAIRS: dict[str, Callable[..., tuple[Callable[[], None], Callable[[CacheSchedule], Iterator[None]]]]] = {
     "eager": _eager,
+    "onnxruntime": _onnxruntime,
 }

@@ -1,0 +1,168 @@
+"""From a flat program to an ONNX model in which a branch is still a set of selects."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from lazy_compile.backends.onnx_metadata import first_line
+from lazy_compile.backends.onnx_sink import DOMAIN, SELECT
+from lazy_compile.backends.onnx_structure import MARK
+from lazy_compile.errors import BackendError, import_optional
+from lazy_compile.lazy_branch import TAG, LazyBranch
+from lazy_compile.ops import state_names
+from lazy_compile.program import Program, Role, module_state
+
+if TYPE_CHECKING:
+    from onnx_ir import Model, Value
+
+
+class _Exportable(nn.Module):
+    """A flat program that finds its parameters in the original model, so that they keep their names."""
+
+    def __init__(self, original: nn.Module, program: Program) -> None:
+        super().__init__()
+        self.original = original
+        self.program = program
+
+    def forward(self, *inputs: Tensor) -> Any:
+        users = sum(item.role is Role.USER for item in self.program.inputs)
+        values = self.program.bind(module_state(self.original), inputs[:users])
+        with fx.traceback.preserve_node_meta():
+            results = _Tracer(self.program.graph_module).run(*values, *inputs[users:])
+        return tuple(result for result in results if isinstance(result, Tensor))
+
+
+class _Tracer(fx.Interpreter):
+    """Runs a flat program under export: selects become ONNX nodes."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is torch.ops.lazy_compile.select.default:
+            condition, computed, reused, branch = self.fetch_args_kwargs_from_env(n)[0]
+            return torch.onnx.ops.symbolic(
+                f"{DOMAIN}::{SELECT}",
+                (condition, computed, reused),
+                {"branch": branch},
+                dtype=computed.dtype,
+                shape=computed.shape,
+                version=1,
+            )
+        return super().run_node(n)
+
+
+def convert(original: nn.Module, program: Program, example: Sequence[Tensor], opset: int) -> Model:
+    """Convert a flat program, with selects as ``lazy_compile::Select`` and a mark on every node of a branch's body.
+
+    Raises:
+        BackendError: an operator has no ONNX form, or not in this opset.
+    """
+    for node in program.graph.nodes:
+        if TAG in node.meta:
+            stack = node.meta.get("nn_module_stack") or {}
+            node.meta["nn_module_stack"] = {**stack, MARK: (f"{MARK}.{node.meta[TAG]}", LazyBranch.__name__)}
+    try:
+        with quiet(), torch.no_grad():
+            exported = torch.export.export(_Exportable(original, program), tuple(example), strict=False)
+            exported = _without_einsum(exported)
+            converted = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False)
+    except Exception as error:
+        raise BackendError(
+            f"{type(original).__name__} cannot be converted to ONNX: {_cause(error)}; "
+            "run it in PyTorch, or replace that operator in the model"
+        ) from error
+    assert converted is not None
+    model = converted.model
+    if model.opset_imports[""] != opset:
+        raise BackendError(f"the exporter wrote opset {model.opset_imports['']}, not {opset}; ask for that one")
+    for node in model.graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        _, marked, rest = scopes.partition(f"'{MARK}.")
+        node.metadata_props.clear()
+        if marked:
+            node.metadata_props[MARK] = rest.partition("'")[0]
+    return model
+
+
+def _without_einsum(exported: ExportedProgram) -> ExportedProgram:
+    """An einsum becomes the permutations and products that it stands for: ONNX has none in bfloat16, TensorRT few."""
+    einsum = torch.ops.aten.einsum.default
+    if not exported.graph.find_nodes(op="call_function", target=einsum):
+        return exported
+    decomposed: ExportedProgram = exported.run_decompositions({einsum: torch.export.default_decompositions()[einsum]})
+    return decomposed
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's chatter about its own deprecations and about packages that it does not need."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in loggers]
+    try:
+        for log in loggers:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def own_outputs(program: Program) -> list[str | None]:
+    """Names of the model's own outputs by position; None for one that is no tensor."""
+    results = program.graph.output_node().args[0]
+    assert isinstance(results, Sequence)
+    own = results[: len(results) - program.state_outputs]
+    return [f"output_{index}" if isinstance(result, fx.Node) else None for index, result in enumerate(own)]
+
+
+def name_values(model: Model, inputs: Sequence[str], program: Program) -> None:
+    """Give inputs and outputs their names, parameters those of the model, and everything else what is left."""
+    ir = import_optional("onnx_ir", "onnx")
+    graph = model.graph
+    state = state_names(program)
+    outputs = [name for name in own_outputs(program) if name is not None]
+    outputs += [*(f"next_{name}" for name in state[:-1]), state[-1]]
+    seen: set[Value] = set(graph.inputs) | set(graph.initializers.values())
+    for position, value in enumerate(graph.outputs):
+        if value in seen:
+            copy = ir.Value(name=outputs[position], shape=value.shape, type=value.type)
+            graph.append(ir.Node("", "Identity", [value], outputs=[copy]))
+            graph.outputs[position] = copy
+        seen.add(value)
+    taken = {*inputs, *outputs}
+    for value in list(graph.initializers.values()):
+        value.name = _parameter_name(value, taken | set(graph.initializers))
+    for node in graph:
+        for value in node.outputs:
+            if value.name in taken:
+                value.name = f"{value.name}.value"
+    for value, name in [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)]:
+        value.name = name
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    model.producer_name, model.producer_version = DOMAIN, None
+
+
+def _parameter_name(value: Value, taken: Collection[str]) -> str:
+    """The path of a parameter in the model; ``.folded`` behind it where the exporter has transposed or cast it."""
+    name = str(value.name)
+    folded = value.metadata_props.get("pkg.onnxscript.optimizer.folded_from", "").strip("[]'")
+    if folded.startswith("original.") and "," not in folded:
+        name = f"{folded}.folded"
+    wanted = name.removeprefix("original.")
+    return f"{value.name}.value" if wanted in taken and wanted != value.name else wanted

@@ -1,0 +1,48 @@
+"""Lazy models that many tests share, compiled once for each process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+import lazy_compile
+from lazy_compile import AlwaysCompute, LazyConfig, LazyModule
+from lazy_compile.capture import CallLayout, capture
+from lazy_compile.program import Program
+from models import REFUSED, TOYS, call
+
+torch.set_num_threads(1)
+
+
+@cache
+def _compiled(toy: str) -> LazyModule:
+    return lazy_compile.transform(TOYS[toy].model(), call(TOYS[toy]))
+
+
+@cache
+def _captured(toy: str) -> Program:
+    layout, tensors = CallLayout.of((), call({**TOYS, **REFUSED}[toy]))
+    return capture({**TOYS, **REFUSED}[toy].model(), layout, tensors).program
+
+
+@pytest.fixture
+def compiled() -> Callable[..., LazyModule]:
+    """``compiled("dit", reuse="last")``: a toy as a lazy model without caches or statistics. Leave its weights."""
+
+    def get(toy: str, **options: object) -> LazyModule:
+        lazy = _compiled(toy)
+        lazy.config = LazyConfig(**options)
+        lazy.policy = AlwaysCompute()
+        lazy.reset_stats()
+        return lazy
+
+    return get
+
+
+@pytest.fixture
+def captured() -> Callable[[str], Program]:
+    """``captured("dit")``: the graph of a toy before any pass."""
+    return _captured

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+import lazy_compile
+from lazy_compile import LazyModule, Learned
+from lazy_compile.ops import decision, state_names
+from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
+from lazy_compile.program import Role
+from lowering import STEPS, OneBranch, Replay, forced, knots, random_gates, text
+from models import TOYS, call, trajectory
+
+Compiled = Callable[..., LazyModule]
+
+
+def one_branch() -> LazyModule:
+    return lazy_compile.transform(OneBranch(), {"x": torch.ones(2, 3, 4), "s": torch.ones(2)})
+
+
+def test_a_branch_becomes_a_gate_and_two_arms() -> None:
+    lifted = LiftCacheSlots("last")(one_branch().graph.program).program
+    assert text(lifted) == [
+        "%0 = unsqueeze.default(s, 1)",
+        "%1 = unsqueeze.default(%0, 2)",
+        "%2 = mul.Tensor(%1, x)",
+        "%3 = slice.Tensor(gate_weight, 0, 0, 4)",
+        "%4 = select.int(gate_bias, 0, 0)",
+        "%5 = gate_0(%2, %3, %4)",
+        "%6 = arms_0(%5, cache_0_0, %2, first.weight, first.bias, second.weight, second.bias)",
+        "%7 = getitem(%6, 0)",
+        "%8 = add.Tensor(x, %7)",
+        "%9 = getitem(%6, 1)",
+        "%10 = stack.default([%5], 1)",
+        "return (%8, %9, %10)",
+    ]
+
+
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+def test_inputs_and_outputs_have_names_in_one_order(compiled: Compiled, reuse: str) -> None:
+    lazy = compiled("mmdit")
+    lifted = LiftCacheSlots(reuse)(lazy.graph.program).program
+    slots = [
+        f"{kind}_{branch.index}_{position}"
+        for branch in lazy.branches
+        for kind in (["cache", "previous"] if reuse == "linear" else ["cache"])
+        for position in range(len(branch.outputs))
+    ]
+    names = [item.name for item in lifted.inputs if item.role is Role.SLOT]
+    assert names == slots + (["age", "gap"] if reuse == "linear" else [])
+    assert state_names(lifted) == (*names, "compute_logits")
+    assert lifted.state_outputs == len(names) + 1
+    assert [item.name for item in lifted.inputs if item.role is Role.GATE] == ["gate_weight", "gate_bias"]
+    assert not [item for item in lifted.inputs if item.role is Role.LAZY_STEP]
+
+
+@pytest.mark.parametrize("toy", ["dit", "mmdit", "windowed"])
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+@pytest.mark.parametrize("rule", ["all_reuse", "majority", "any_reuse"])
+def test_it_decides_and_computes_as_pytorch_does(compiled: Compiled, toy: str, reuse: str, rule: str) -> None:
+    lazy = compiled(toy, reuse=reuse, batch_rule=rule)
+    table = random_gates(lazy, knots())
+    lazy.policy = Learned(table)
+    lifted = LiftCacheSlots(reuse, rule)(lazy.graph.program).program
+    replay, decisions = Replay(lazy.original, void=float("nan")), []
+    for step, arguments in enumerate(trajectory(TOYS[toy], steps=STEPS)):
+        with torch.no_grad():
+            expected = lazy(**arguments)
+        row = table.row(float(knots()[step]))
+        outputs = replay(lifted, list(arguments.values()), row if step else forced(row))
+        decisions.append(decision(replay.logits, rule).numpy())
+        tolerance = 0.0 if reuse == "last" else 1e-5
+        torch.testing.assert_close(outputs[0], torch.as_tensor(expected), rtol=tolerance, atol=tolerance)
+    np.testing.assert_array_equal(np.array(decisions), lazy.stats.reuse_table == 0)
+    assert 0.1 < lazy.stats.lazy_ratio < 0.9
+
+
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+def test_it_is_the_original_bitwise_while_all_compute(compiled: Compiled, reuse: str) -> None:
+    lazy = compiled("dit")
+    lifted = LiftCacheSlots(reuse)(lazy.graph.program).program
+    replay, row = Replay(lazy.original), forced(random_gates(lazy, knots()).row(0.0))
+    for arguments in trajectory(TOYS["dit"], steps=3):
+        with torch.no_grad():
+            assert torch.equal(replay(lifted, list(arguments.values()), row)[0], lazy.original(**arguments))
+
+
+def test_a_nan_computes(compiled: Compiled) -> None:
+    lazy = compiled("dit")
+    lifted = LiftCacheSlots("last", "any_reuse")(lazy.graph.program).program
+    row = forced(random_gates(lazy, knots()).row(0.0), computes=False)
+    row.bias[1] = float("nan")
+    replay, tensors = Replay(lazy.original, void=7.0), list(call(TOYS["dit"]).values())
+    replay(lifted, tensors, row)
+    assert [bool((replay.slots[f"cache_{branch}_0"] == 7.0).all()) for branch in range(4)] == [True, False, True, True]
+
+
+def test_a_branch_that_decides_once_repeats_its_logit(compiled: Compiled) -> None:
+    lazy = compiled("windowed")
+    assert [branch.row_separable for branch in lazy.branches] == [False, True]
+    lifted = LiftCacheSlots("last")(lazy.graph.program).program
+    replay = Replay(lazy.original)
+    replay(lifted, list(call(TOYS["windowed"], batch=3).values()), random_gates(lazy, knots()).row(0.0))
+    assert replay.logits.shape == (3, 2)
+    assert [len(column.unique()) for column in replay.logits.unbind(1)] == [1, 3]
+
+
+def test_a_gated_program_modified_true(compiled: Compiled) -> None:
+    program = compiled("dit").graph.program
+    before = str(program.graph)
+    assert LiftCacheSlots("linear")(program).modified
+    assert str(program.graph) == before
+
+
+def test_a_lifted_program_modified_false(compiled: Compiled) -> None:
+    lifted = LiftCacheSlots("linear")(compiled("dit").graph.program).program
+    assert not LiftCacheSlots("linear")(lifted).modified
