@@ -1,21 +1,29 @@
 """lazy_compile: compile any diffusion transformer into one that skips the branches a denoising step does not need.
 
->>> import torch, lazy_compile
->>> from lazy_compile.policy import Scheduled
->>> lazy = lazy_compile.transform(model)            # doctest: +SKIP
->>> lazy(latents, timestep=t)                       # doctest: +SKIP
+    lazy = lazy_compile.transform(model)
+    lazy_compile.calibrate(lazy, lazy_compile.CalibrationConfig(target_lazy_ratio=0.5), sample=sample)
+    images = sample(lazy, seed=0)
 """
 
+from lazy_compile.backends.onnx import export_onnx as export_onnx
+from lazy_compile.backends.onnx_structure import check_structure as check_structure
 from lazy_compile.branch import BranchKind as BranchKind
 from lazy_compile.branch import Refusal as Refusal
 from lazy_compile.branch import ResidualBranch as ResidualBranch
+from lazy_compile.calibration import CalibrationConfig as CalibrationConfig
+from lazy_compile.calibration import CalibrationReport as CalibrationReport
+from lazy_compile.calibration import StepPair as StepPair
+from lazy_compile.calibration import calibrate as calibrate
 from lazy_compile.compiler import load as load
 from lazy_compile.compiler import restore as restore
 from lazy_compile.compiler import transform as transform
 from lazy_compile.config import LazyConfig as LazyConfig
+from lazy_compile.effects import measure_effects as measure_effects
 from lazy_compile.errors import LazyCompileError as LazyCompileError
 from lazy_compile.gate import GateTable as GateTable
 from lazy_compile.module import LazyModule as LazyModule
+from lazy_compile.planning import Budget as Budget
+from lazy_compile.planning import plan as plan
 from lazy_compile.policy import AlwaysCompute as AlwaysCompute
 from lazy_compile.policy import Learned as Learned
 from lazy_compile.policy import Policy as Policy

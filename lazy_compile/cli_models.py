@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lazy_compile.config import LazyConfig
     from lazy_compile.module import LazyModule
 
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
 Sampler = Callable[[Any, int], "Tensor"]
 
 
@@ -242,9 +244,9 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...], Any]:
 
     name, _, rest = text.partition(":")
     sizes_text, _, dtype_name = rest.partition(":")
-    dtype = getattr(torch, dtype_name, None) if dtype_name else None
+    dtype = getattr(torch, dtype_name) if dtype_name in _DTYPES else None
     sizes = () if sizes_text == "scalar" else tuple(sizes_text.split("x"))
-    if not name or not all(size.isdecimal() for size in sizes) or (dtype_name and not isinstance(dtype, torch.dtype)):
+    if not name or not all(size.isdecimal() for size in sizes) or (dtype_name and dtype is None):
         raise ConfigError(f"--shape {text!r} is not NAME:2x4x32x32, or with a dtype NAME:2:int64, or NAME:scalar")
     return name, tuple(map(int, sizes)), dtype
 

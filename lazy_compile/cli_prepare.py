@@ -161,12 +161,14 @@ def export(
 
 def calibration_work(lazy: LazyModule, sample: SampleFunction, config: Any) -> dict[str, Any]:
     """How many evaluations of the model each stage of a calibration takes."""
+    from lazy_compile.gate_trainer import SHIFTS
+
     steps, branches = count_steps(lazy, sample, config.seed), len(lazy.branches)
     tables = 2 if config.iterations else 1
     work = {
         "measuring effects": steps + (steps - 1) + branches * steps * (steps - 1) // 2,
         "training gates": config.iterations * (2 * steps if config.objective == "rollout" else 3),
-        "setting the ratio (at most)": tables * 13 * steps,
+        "setting the ratio (at most)": tables * (SHIFTS + 1) * steps,
     }
     return {"branches": branches, "steps": steps, **work, "evaluations (at most)": sum(work.values())}
 

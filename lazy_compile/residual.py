@@ -93,7 +93,7 @@ def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: 
 def _skip_and_region(
     flow: Dataflow, add: fx.Node, owner: dict[fx.Node, Candidate], heavy_bits: int
 ) -> tuple[fx.Node, int]:
-    """The nearest origin of an operand from which heavy operators lead to the other; an empty region if there is none."""
+    """The nearest origin of an operand from which heavy operators lead to the other; an empty region without one."""
     operands = add.all_input_nodes[:2]
     if operator_name(add) == "addcmul":
         pairs = [(operands[0], add)]

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lazy_compile.config import BatchRule, ReuseArm
 from lazy_compile.lazy_branch import LazyBranch
@@ -77,10 +77,10 @@ class LiftCacheSlots(GraphPass):
         features = sum(branch.gate_features for branch in program.branches)
         with sample.fake_mode:
             if self.reuse == "linear":
-                slots |= {name: torch.empty(len(calls), device=sample.device) for name in ("age", "gap")}
+                slots |= {name: _vector(len(calls), sample.device) for name in ("age", "gap")}
             gates = {
-                "gate_weight": torch.empty(features, device=sample.device),
-                "gate_bias": torch.empty(len(calls), device=sample.device),
+                "gate_weight": _vector(features, sample.device),
+                "gate_bias": _vector(len(calls), sample.device),
             }
         nodes = {}
         with program.graph.inserting_before(_first_operator(program)):
@@ -171,6 +171,10 @@ def _remove_step(program: Program) -> None:
         user.args = (None, *user.args[1:])
     program.graph.erase_node(step)
     program.inputs = program.inputs[:position] + program.inputs[position + 1 :]
+
+
+def _vector(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=device)
 
 
 def _factors(age: fx.Proxy, gap: fx.Proxy) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lazy_compile
 import pytest
 import torch
-from factories import euler, tiny_dit
-from lazy_compile import AlwaysCompute, CacheSchedule, GateTable, LazyModule, Learned, Scheduled
+from factories import euler, tiny_dit, tiny_inputs
+from lazy_compile import AlwaysCompute, CacheSchedule, GateTable, LazyConfig, LazyModule, Learned, Scheduled
 from lazy_compile.errors import VerificationError
 from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.runtime import PolicyStep
@@ -17,14 +19,15 @@ from lazy_compile.verify import Comparison, compare
 from torch import Tensor
 
 
+@pytest.fixture(scope="module")
+def captured() -> LazyModule:
+    return lazy_compile.transform(*tiny_dit())
+
+
 @pytest.fixture
-def lazy() -> LazyModule:
-    return captured()
-
-
-def captured(**options: Any) -> LazyModule:
-    model, inputs = tiny_dit()
-    return lazy_compile.transform(model, inputs, **options)
+def lazy(captured: LazyModule) -> LazyModule:
+    captured.policy, captured.config = AlwaysCompute(), LazyConfig()
+    return captured
 
 
 def failed(comparison: Comparison) -> list[str]:
@@ -34,8 +37,9 @@ def failed(comparison: Comparison) -> list[str]:
 @pytest.mark.parametrize(
     "options", [{}, {"reuse": "last", "max_reuse_age": 2, "warmup_steps": 2}], ids=["linear", "last, limited"]
 )
-def test_a_sound_model_passes_every_check(options: dict[str, Any]) -> None:
-    comparison = compare(captured(**options), euler(8))
+def test_a_sound_model_passes_every_check(lazy: LazyModule, options: dict[str, Any]) -> None:
+    lazy.config = LazyConfig(**options)
+    comparison = compare(lazy, euler(8))
     assert [check.name for check in comparison.checks] == [
         "always compute",
         "schedule: decisions",
@@ -50,6 +54,7 @@ def test_policy_is_run_and_is_the_same_afterwards(lazy: LazyModule) -> None:
     lazy.policy = policy
     comparison = compare(lazy, euler(5))
     assert lazy.policy is policy
+    assert lazy.config == LazyConfig()
     check = comparison.checks[-1]
     assert (check.name, check.passed, check.seen) == ("policy Scheduled", True, "finite, reuse 40.0%")
 
@@ -116,3 +121,28 @@ def test_separate_calls_for_two_streams_are_followed(lazy: LazyModule) -> None:
     lazy.policy = AlwaysCompute()
     comparison = compare(lazy, guided)
     assert comparison.passed
+
+
+@pytest.fixture(scope="module")
+def exported(captured: LazyModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    captured.policy, captured.config = AlwaysCompute(), LazyConfig()
+    path = tmp_path_factory.mktemp("verify") / "tiny.onnx"
+    lazy_compile.export_onnx(captured, path, tiny_inputs())
+    return path
+
+
+def test_exported_model_follows_schedule_and_gates(lazy: LazyModule, exported: Path) -> None:
+    table = GateTable.constant(lazy.branches, torch.tensor([1000.0, 500.0, 0.0]))
+    lazy.policy = Learned(replace(table, bias=torch.tensor([[1.0] * 4, [-1.0] * 4, [-1.0, 1.0, -1.0, 1.0]])))
+    comparison = compare(lazy, euler(8), onnx=exported)
+    names = [check.name for check in comparison.checks]
+    assert names[-3:] == ["ONNX: structure", "ONNX Runtime: Scheduled", "ONNX Runtime: Learned"]
+    assert comparison.passed
+    assert lazy.config == LazyConfig()
+
+
+def test_exported_weights_that_differ_are_seen(exported: Path) -> None:
+    other = lazy_compile.transform(*tiny_dit())
+    with torch.no_grad():
+        other.original.final.weight.mul_(1.01)
+    assert failed(compare(other, euler(8), onnx=exported)) == ["ONNX Runtime: Scheduled"]

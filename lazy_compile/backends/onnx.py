@@ -59,7 +59,7 @@ class OnnxReport:
         if_nodes: conditionals; as many as branches.
         heavy_ops_inside: matrix products and convolutions that a reused branch skips.
         always_on: those that belong to no branch.
-        heavy_ops_outside_if: those that should be skipped and are not; empty.
+        heavy_ops_outside_if: those that should be skipped and are not; a warning names them.
         simplified: whether onnxsim was run and its result kept.
         seconds: how long the export took.
     """
@@ -109,12 +109,14 @@ def export_onnx(
         on_progress: called after each stage.
 
     Raises:
-        ConfigError: the opset is not supported, or nothing was captured yet.
+        ConfigError: the model is not lazy or not captured yet, or the opset is not supported.
         BackendError: the exporter does not know an operator of the model, or the result fails a check.
         ArtifactError: the file cannot be written.
         MissingDependencyError: ONNX is not installed.
     """
     start = time.perf_counter()
+    if not isinstance(lazy, LazyModule):
+        raise ConfigError(f"export_onnx() takes what transform() returned; seen {type(lazy).__name__}")
     if opset not in OPSETS:
         raise ConfigError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
     import_optional("onnxscript", "onnx")
@@ -129,8 +131,10 @@ def export_onnx(
     sink_branches(model)
     model.metadata_props[KEY] = _metadata(lazy, graph, program, dict(example), rule).to_json()
     structure = check_structure(model)
-    if structure.problems:
+    if structure.if_nodes != structure.branches:
         raise BackendError(f"the exported {type(lazy.original).__name__} is not sound: {structure.problems[0]}")
+    for problem in structure.problems:
+        logger.warning("%s is right but not as lazy as it could be: %s", path, problem)
     simplified = _simplify(model, structure) if simplify else None
     model = simplified or model
     on_progress("exporting to ONNX", 3, 4, "branches moved into If nodes")

@@ -147,7 +147,7 @@ class OnnxRunner:
         ort = import_optional("onnxruntime", "onnx")
         stream = stream or self._stream
         binding = self.session.io_binding()
-        feeds = {**self._checked(inputs), **self._gates(row, force if stream.filled else "compute")}
+        feeds = {**self._checked(inputs), **self._gates(row, force, stream.filled)}
         for name, tensor in feeds.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.from_dlpack(tensor))
         results = {name: self._empty(name) for name in self._own_outputs}
@@ -188,17 +188,17 @@ class OnnxRunner:
                 )
         return {name: tensor.to(self.device).contiguous() for name, tensor in tensors.items()}
 
-    def _gates(self, row: GateRow | None, force: Force | None) -> dict[str, Tensor]:
+    def _gates(self, row: GateRow | None, force: Force | None, filled: bool) -> dict[str, Tensor]:
         count = len(self.branches)
-        if isinstance(force, str):
-            force = [force == "compute"] * count
-        elif force is None:
-            force = [None if row is not None else True] * count
+        if force is None or isinstance(force, str):
+            force = [None if force is None else force == "compute"] * count
         if len(force) != count:
             raise ConfigError(f"force has {len(force)} entries; expected one for each of the {count} branches")
         if row is None:
             row = GateRow(torch.zeros(int(self._features.sum())), torch.zeros(count))
-            force = [True if item is None else item for item in force]
+            force = [item is not False for item in force]
+        if not filled:
+            force = [True] * count
         forced = torch.tensor([item is not None for item in force])
         bias = torch.tensor([FORCE if item else -FORCE for item in force])
         gates = {

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from lazy_compile.compiler import transform
+from lazy_compile.config import ReuseArm
 from lazy_compile.errors import import_optional
 from lazy_compile.module import LazyModule
 from lazy_compile.policy import Scheduled
@@ -30,12 +34,14 @@ class SpeedRow:
     """One runtime at one share of scheduled reuse.
 
     Attributes:
+        reuse_arm: what a reused branch returns, ``"linear"`` or ``"last"``.
         time_ratio: median time of a gated step over that of a dense one, steps taken in turn.
         ideal_ratio: MACs spent over dense MACs, always-on parts included.
         efficiency: measured speed-up over the ideal, ``ideal_ratio / time_ratio``.
     """
 
     runtime: str
+    reuse_arm: str
     reuse: float
     time_ratio: float
     ideal_ratio: float
@@ -69,14 +75,14 @@ def run(
 ) -> list[SpeedRow]:
     """Measure every runtime at every share of reuse; writes ``bench.json`` into ``output`` if that is given."""
     model, inputs = dit_b2(layers)
-    lazy = transform(model, inputs)
     rows = []
-    for runtime in runtimes:
+    for runtime, arm in itertools.product(runtimes, get_args(ReuseArm)):
+        lazy = transform(model, inputs, reuse=arm)
         dense, gated = _PAIRS[runtime](model, lazy, inputs)
         for position, reuse in enumerate(REUSE):
             schedule = rotating_schedule(reuse, repeats + _WARM_STEPS, len(lazy.branches))
             rows.append(_measure(runtime, reuse, dense, gated(schedule), lazy, schedule, repeats))
-            on_progress(f"timing {runtime}", position + 1, len(REUSE))
+            on_progress(f"timing {runtime}, {arm}", position + 1, len(REUSE))
     if output is not None:
         save_json(Path(output) / "bench.json", {"rows": [asdict(row) for row in rows]})
     return rows
@@ -115,7 +121,7 @@ def _measure(
     timed = schedule.should_compute[_WARM_STEPS:]
     macs = np.array([branch.macs for branch in lazy.branches], dtype=np.float64)
     ideal = 1.0 - float((~timed * macs).sum()) / (len(timed) * lazy.graph.total_macs)
-    return SpeedRow(runtime, reuse, ratio, ideal, ideal / ratio)
+    return SpeedRow(runtime, lazy.config.reuse, reuse, ratio, ideal, ideal / ratio)
 
 
 def _seconds(action: Callable[[], Any]) -> float:
@@ -153,7 +159,7 @@ def _onnxruntime(
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(lazy, Path(folder) / "gated.onnx")
         runner = OnnxRunner(Path(folder) / "gated.onnx")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             torch.onnx.export(model, kwargs=inputs, f=Path(folder) / "dense.onnx", dynamo=True, opset_version=20)
         session = onnxruntime.InferenceSession(Path(folder) / "dense.onnx", providers=["CPUExecutionProvider"])

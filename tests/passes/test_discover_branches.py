@@ -301,8 +301,8 @@ def test_what_is_used_outside_the_body_is_an_output() -> None:
     [
         (ATTENTION, "self_attention"),
         (
-            "    q = linear(x, q_in)\n    kt = transpose.int(q, 1, 2)\n    p = matmul(q, kt)\n    w = softmax.int(p, -1)\n"
-            "    d = matmul(w, q)\n",
+            "    q = linear(x, q_in)\n    kt = transpose.int(q, 1, 2)\n    p = matmul(q, kt)\n"
+            "    w = softmax.int(p, -1)\n    d = matmul(w, q)\n",
             "self_attention",
         ),
         (
@@ -370,10 +370,13 @@ def with_rows(between: str) -> str:
         ("r = mean.dim(f, [0], True); b = sub.Tensor(f, r)", "mean (r)"),
         ("r = slice.Tensor(f, 0, 0, 1); b = expand_as(r, f)", "slice (r)"),
         ("r = index.Tensor(f, [one]); b = expand_as(r, f)", "index (r)"),
-        ("i = arange(n); j = view(i, [-1, 1, 1]); b = mul.Tensor(f, j)", "arange (i)"),  # numbers the rows
         ("r = einsum('bnc,bnd->cd', [f, f]); b = matmul(f, r)", "einsum (r)"),
         ("t = permute(f, [2, 1, 0]); r = softmax.int(t, 2); b = permute(r, [2, 1, 0])", "softmax (r)"),
-        ("t = permute(f, [2, 1, 0]); k = matmul(t, f3); b = permute(k, [2, 1, 0])", "matmul (k)"),
+        (
+            "t = permute(f, [2, 1, 0]); u = permute(f, [2, 0, 1]); k = matmul(t, u); r = mean.dim(k, [0]); "
+            "b = matmul(r, f)",
+            "matmul (k)",
+        ),
         ("r = view(f, [m, n, 8]); k = linear(r, k_in); b = view(k, [n, m, 8])", "view (r)"),  # not transposed
         ("r = view(f, [-1, 8]); k = softmax.int(r, 0); b = view(k, [n, m, 8])", "softmax (k)"),
         ("r = repeat(f, [2, 1, 1]); b = slice.Tensor(r, 0, 0, n)", "repeat (r)"),
@@ -384,7 +387,7 @@ def with_rows(between: str) -> str:
     ],
 )
 def test_an_operator_that_works_across_rows_keeps_them_together(between: str, mixer: str) -> None:
-    inputs = INPUTS + "    one: param i64[1]\n    f3: param f32[B, B]\n"
+    inputs = INPUTS + "    one: param i64[1]\n"
     (branch,) = discover(with_rows(between.replace("; ", "\n")), inputs).branches
     assert branch.why_not_separable == f"{mixer} works across the rows of the batch"
     assert not branch.row_separable
@@ -395,6 +398,7 @@ def test_an_operator_that_works_across_rows_keeps_them_together(between: str, mi
     [
         "b = flip(f, [1])",
         "b = cumsum(f, 1)",
+        "i = arange(n); j = view(i, [-1, 1, 1]); b = mul.Tensor(f, j)",  # numbers the rows, but outside the body
         "r = mean.dim(f, [1], True); b = sub.Tensor(f, r)",
         "r = index.Tensor(f, [None, None, eight]); b = relu(r)",
         "r = roll(f, [1], [1]); h = chunk(r, 2, -1); h0 = h[0]; h1 = h[1]; b = cat([h1, h0], -1)",
@@ -417,6 +421,12 @@ def test_an_operator_that_works_within_rows_leaves_them_apart(between: str) -> N
     (branch,) = discover(with_rows(between.replace("; ", "\n")), inputs).branches
     assert branch.why_not_separable == ""
     assert branch.row_separable
+
+
+def test_a_body_that_numbers_its_rows_keeps_them_together() -> None:
+    between = "k = sym_size.int(f, 0)\n i = arange(k)\n j = view(i, [-1, 1, 1])\n b = mul.Tensor(f, j)"
+    (branch,) = discover(with_rows(between)).branches
+    assert branch.why_not_separable == "arange (i) makes a value for each row of the batch"
 
 
 def test_a_flip_before_the_body_is_not_its_business() -> None:

@@ -1,0 +1,29 @@
+"""The speed benchmark in miniature: its schedules, and the form of what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lazy_compile.bench.speed import REUSE, rotating_schedule, run
+
+
+@pytest.mark.parametrize("reuse", REUSE)
+def test_every_step_reuses_the_asked_share_and_every_branch_has_its_turn(reuse: float) -> None:
+    table = rotating_schedule(reuse, steps=3 + 24, branches=24).should_compute
+    assert table[:3].all()
+    assert ((~table[3:]).sum(axis=1) == round(24 * reuse)).all()
+    assert len(np.unique((~table[3:]).sum(axis=0))) == 1
+
+
+def test_it_writes_a_row_for_every_runtime_arm_and_share(tmp_path: Path) -> None:
+    rows = run(tmp_path, repeats=1, layers=2)
+    written = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert len(rows) == len(written) == 2 * 2 * len(REUSE)
+    assert {row["runtime"] for row in written} == {"eager", "onnxruntime"}
+    for row in written:
+        assert row["efficiency"] == pytest.approx(row["ideal_ratio"] / row["time_ratio"])
+        assert (row["ideal_ratio"] == 1.0) == (row["reuse"] == 0.0)
