@@ -99,9 +99,10 @@ class Capture:
         return True
 
     def _guards_hold(self, tensors: Sequence[Tensor]) -> bool:
-        return self._guards is None or bool(
-            eval(self._guards, {"L": {"tensors": tensors}, "math": math, "torch": torch})
-        )
+        if self._guards is None:
+            return True
+        arguments = {"tensors": tensors, "flat_args": tensors}  # as export and strict export name them
+        return bool(eval(self._guards, {"L": arguments, "math": math, "torch": torch}))
 
 
 def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> Capture:
@@ -127,7 +128,9 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> 
             except Exception as error:
                 attempts.append(f"{rung}: {_first_line(error)}")
                 continue
-            captured = Capture(program, rung, tuple(attempts), flat.output.spec, _compile_guards(exported))
+            output_spec = exported.call_spec.out_spec
+            assert output_spec is not None
+            captured = Capture(program, rung, tuple(attempts), output_spec, _compile_guards(exported))
             if captured.accepts(tensors):
                 note_example_sizes(captured.fake_tensors, [tensor.shape for tensor in tensors])
                 return captured
@@ -138,26 +141,17 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> 
     )
 
 
-class _Structure:
-    """How the model's return value is built, noted while it is traced: export would undo a change to an attribute."""
-
-    spec: pytree.TreeSpec
-
-
 class _FlatModel(nn.Module):
-    """The model as a function from flat tensors to flat outputs."""
+    """The model as a function of flat tensors."""
 
     def __init__(self, model: nn.Module, layout: CallLayout) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
-        self.output = _Structure()
 
-    def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
+    def forward(self, *tensors: Tensor) -> Any:
         args, kwargs = self.layout.rebuild(tensors)
-        outputs, spec = pytree.tree_flatten(self.model(*args, **kwargs))
-        self.output.spec = spec
-        return tuple(outputs)
+        return self.model(*args, **kwargs)
 
 
 def _export_dynamic(flat: nn.Module, example: tuple[Tensor, ...], strict: bool = False) -> ExportedProgram:

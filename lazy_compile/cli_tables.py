@@ -141,8 +141,8 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("runtime", "arm", ">reuse", ">time over dense", ">ideal", ">efficiency")
     for row in rows:
         _add(
-            table, row["runtime"], row["reuse_arm"], f"{row['reuse']:.0%}", f"{row['time_ratio']:.3f}", f"{row['ideal_ratio']:.3f}",
-            f"{row['efficiency']:.3f}",
+            table, row["runtime"], row["reuse_arm"], f"{row['reuse']:.0%}", f"{row['time_ratio']:.3f}",
+            f"{row['ideal_ratio']:.3f}", f"{row['efficiency']:.3f}",
         )  # fmt: skip
     return table
 

@@ -99,6 +99,8 @@ class GateTable:
                 f"{list(expected_weight)} and bias {list(expected_bias)}; "
                 f"seen {list(self.weight.shape)} and {list(self.bias.shape)}"
             )
+        if not len(self.knots):
+            raise ConfigError("a gate table needs at least one knot; give the timesteps that its rows belong to")
         if self.interpolation not in ("nearest", "linear"):
             raise ConfigError(f"interpolation is {self.interpolation!r}; expected 'nearest' or 'linear'")
 
@@ -123,16 +125,13 @@ class GateTable:
 
     def locate(self, timestep: float) -> tuple[int, int, float]:
         """Rows ``lower`` and ``upper`` around a timestep, and how far it lies from the first to the second."""
-        distance = (self.knots - timestep).abs()
-        nearest = int(distance.argmin())
-        if self.interpolation == "nearest" or distance[nearest] == 0:
-            return nearest, nearest, 0.0
-        for neighbour in (nearest - 1, nearest + 1):
-            if 0 <= neighbour < len(self.knots):
-                span = float(self.knots[neighbour] - self.knots[nearest])
-                fraction = (timestep - float(self.knots[nearest])) / span
-                if 0.0 < fraction < 1.0:
-                    return nearest, neighbour, fraction
+        if self.interpolation == "linear":
+            apart = self.knots - timestep
+            between = (apart[:-1] * apart[1:] < 0).nonzero()
+            if len(between):
+                lower = int(between[0])
+                return lower, lower + 1, float(apart[lower] / (apart[lower] - apart[lower + 1]))
+        nearest = int((self.knots - timestep).abs().argmin())
         return nearest, nearest, 0.0
 
     def shifted(self, amount: float) -> GateTable:

@@ -13,7 +13,9 @@ aten = torch.ops.aten
 
 SDPA = frozenset({"scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"})
 PRODUCTS = frozenset({"mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "dot", "mv", "_scaled_mm", "_int_mm"})
-CONVOLUTIONS = frozenset({"convolution", "conv1d", "conv2d", "conv3d", "conv_transpose2d"})
+CONVOLUTIONS = frozenset(
+    {"convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+)
 GROUPED = frozenset({"grouped_mm", "_grouped_mm"})
 HEAVY = SDPA | PRODUCTS | CONVOLUTIONS | GROUPED | {"linear"}
 
@@ -113,12 +115,15 @@ def _product_macs(node: fx.Node) -> int:
 
 def _einsum_macs(node: fx.Node) -> int:
     equation, operands = node.args[0], node.args[1]
-    if not isinstance(equation, str) or not isinstance(operands, Sequence) or "." in equation:
+    if not isinstance(equation, str) or not isinstance(operands, Sequence):
         return 0
     sizes: dict[str, int] = {}
     for letters, operand in zip(equation.replace(" ", "").split("->")[0].split(","), operands, strict=True):
-        shape = shape_of(operand) if isinstance(operand, fx.Node) else None
-        sizes.update(zip(letters, shape or (), strict=False))
+        shape = (shape_of(operand) if isinstance(operand, fx.Node) else None) or ()
+        head, dots, tail = letters.partition("...")
+        spread = [f"...{axis}" for axis in reversed(range(len(shape) - len(head) - len(tail)))] if dots else []
+        for letter, size in zip([*head, *spread, *tail], shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
     return math.prod(sizes.values())
 
 
@@ -131,7 +136,7 @@ def _convolution_macs(node: fx.Node) -> int:
     weight, output = _operand_shape(node, 1), shape_of(node)
     if weight is None or output is None:
         return 0
-    if operator_name(node) == "conv_transpose2d":
+    if operator_name(node).startswith("conv_transpose"):
         return math.prod(_operand_shape(node, 0) or (0,)) * math.prod(weight[1:])
     return math.prod(output) * math.prod(weight[1:])
 

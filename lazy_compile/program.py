@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -106,9 +107,11 @@ class Program:
         output_constants = {}
         for position, output in enumerate(exported.graph_signature.output_specs):
             if output.kind is not OutputKind.USER_OUTPUT:
+                is_input = output.kind is OutputKind.USER_INPUT_MUTATION
+                state = "one of its inputs" if is_input else repr((output.target or "").removeprefix(parameter_prefix))
                 raise CaptureError(
-                    f"the model changes {output.target!r} while it runs ({output.kind.name}); a lazy model must be "
-                    "a function of its inputs: move that state out of forward()"
+                    f"the model changes {state} while it runs; a lazy model must be a function of its inputs: "
+                    "move that state out of forward()"
                 )
             if isinstance(output.arg, ConstantArgument):
                 output_constants[position] = output.arg.value
@@ -152,8 +155,10 @@ _ROLE_OF_KIND = {
 
 
 def _module_path(node: fx.Node) -> str:
+    """``"model.blocks.0.attn"``; strict export spells a module as ``__dict__['_modules']['blocks']``."""
     stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return re.sub(r"__dict__\['_modules'\]\['(\w+)'\]", r"\1", path)
 
 
 def module_state(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -192,8 +192,8 @@ def _load_samples(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        with np.load(path) as file:
-            return dict(file)
+        with path.open("rb") as file, np.load(file) as arrays:
+            return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"cannot read {path} ({error}); run the demo again, or delete it") from error
 

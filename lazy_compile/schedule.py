@@ -27,11 +27,12 @@ class CacheSchedule:
     should_compute: BoolTable
 
     def __post_init__(self) -> None:
-        table = np.asarray(self.should_compute, dtype=bool)
+        table = np.array(self.should_compute, dtype=bool)
         if table.ndim != 2 or 0 in table.shape:
             raise ConfigError(f"a schedule is a table [steps, branches]; this one has shape {table.shape}")
         if not table[0].all():
             raise ConfigError("the first step of a schedule must compute every branch, since no cache exists before it")
+        table.flags.writeable = False
         object.__setattr__(self, "should_compute", table)
 
     def __eq__(self, other: object) -> bool:
@@ -63,12 +64,16 @@ class CacheSchedule:
     @classmethod
     def every(cls, n: int, steps: int, branches: int) -> CacheSchedule:
         """All branches compute at every ``n``-th step and reuse between (FORA, arXiv 2407.01425)."""
+        if n < 1:
+            raise ConfigError(f"n is {n}; use 1 to compute at every step, 2 at every second one")
         computes = np.arange(steps) % n == 0
         return cls(np.repeat(computes[:, None], branches, axis=1))
 
     @classmethod
     def random(cls, lazy_ratio: float, steps: int, branches: int, seed: int) -> CacheSchedule:
         """Reuse drawn uniformly after the first step, with exactly the asked share where it can be reached."""
+        if not 0.0 <= lazy_ratio <= 1.0:
+            raise ConfigError(f"lazy_ratio is {lazy_ratio}; it is a share between 0 and 1")
         wanted = min(round(lazy_ratio * steps * branches), (steps - 1) * branches)
         reused = np.random.default_rng(seed).permutation((steps - 1) * branches)[:wanted]
         table = np.ones(steps * branches, dtype=bool)
@@ -85,7 +90,10 @@ class CacheSchedule:
     @classmethod
     def from_json(cls, values: Any) -> CacheSchedule:
         try:
-            return cls(np.asarray(values["should_compute"], dtype=bool))
+            table = np.asarray(values["should_compute"])
+            if not np.isin(table, (0, 1)).all():
+                raise ValueError("a decision is neither 0 nor 1")
+            return cls(table)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"this is not a schedule ({error!r}); expected a JSON object with should_compute[step][branch]"
@@ -95,5 +103,5 @@ class CacheSchedule:
     def load(cls, path: str | Path) -> CacheSchedule:
         try:
             return cls.from_json(json.loads(Path(path).read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ArtifactError(f"cannot read the schedule {path}: {error}") from error

@@ -310,7 +310,7 @@ class TinyGated(nn.Module):
     def __init__(self, norms: str) -> None:
         super().__init__()
         self.embed, self.time, self.final = nn.Linear(8, WIDTH), TimeEmbedding(), nn.Linear(WIDTH, 8)
-        self.blocks = nn.ModuleList(GatedBlock(norms) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList([GatedBlock(norms)])
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         h = self.embed(x) + self.time(sigma).unsqueeze(1)
@@ -368,7 +368,7 @@ class TinyNoTime(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.final = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 8)
-        self.blocks = nn.ModuleList(DiTBlock() for _ in range(DEPTH))
+        self.blocks = nn.ModuleList([DiTBlock()])
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         h = self.embed(x)
@@ -529,7 +529,7 @@ TOYS: dict[str, Toy] = {
     ),
     **{
         f"gated_{norms}": Toy(
-            lambda norms=norms: TinyGated(norms), {"x": SEQUENCE, "sigma": ()}, PAIRS, MODULES, "sigma"
+            lambda norms=norms: TinyGated(norms), {"x": SEQUENCE, "sigma": ()}, PAIRS[:2], MODULES[:2], "sigma"
         )
         for norms in ("pre", "sandwich", "post", "deep")
     },
@@ -545,7 +545,7 @@ TOYS: dict[str, Toy] = {
         time="t",
     ),
     "rising": Toy(TinyRising, {"x": SEQUENCE, "time": ()}, PAIRS, MODULES, "time", rising=True),
-    "no_time": Toy(TinyNoTime, {"x": SEQUENCE, "condition": (WIDTH,)}, PAIRS, MODULES, None),
+    "no_time": Toy(TinyNoTime, {"x": SEQUENCE, "condition": (WIDTH,)}, PAIRS[:2], MODULES[:2], None),
     "windowed": Toy(
         TinyWindowed, {"x": SEQUENCE, "timestep": ()}, (("attn", "self_attention"), ("mlp", "mlp")), ("attn", "mlp")
     ),

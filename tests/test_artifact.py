@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lazy_compile
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lazy_compile
 from factories import TinyDiT, euler, larger_dit, tiny_dit, tiny_inputs, tiny_model
 from lazy_compile import AlwaysCompute, CacheSchedule, GateTable, LazyModule, Learned, Policy, Scheduled
 from lazy_compile.artifact import MANIFEST, fingerprint, read, save
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.policy import GateQuery
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 Edit = Callable[[dict[str, Any]], Any]
 

@@ -15,10 +15,11 @@ import click
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner, Result
+
 from factories import tiny_inputs, tiny_model
 from lazy_compile import errors
 from lazy_compile.cli import app, exit_codes
-from typer.testing import CliRunner, Result
 
 EULER = ["--sampler", "factories:euler", "--steps", "4"]
 
@@ -172,7 +173,7 @@ def test_bench_and_demo_hand_over_to_their_libraries(tmp_path: Path, monkeypatch
     summary = {"model": "m", "steps": 1, "rows": [], "decisions_varying_between_samples": 0.0, "onnx": {}}
     monkeypatch.setattr("lazy_compile.demo.run.run_demo", lambda output, progress: summary)
     monkeypatch.setattr(
-        "lazy_compile.bench.speed.run", lambda output, on_progress: [SpeedRow("eager", 0.5, 0.6, 0.55, 0.92)]
+        "lazy_compile.bench.speed.run", lambda output, on_progress: [SpeedRow("eager", "last", 0.5, 0.6, 0.55, 0.92)]
     )
     assert answer("demo", "--output", tmp_path) == summary
     (row,) = answer("bench", "speed", "--output", tmp_path)["rows"]

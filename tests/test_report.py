@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lazy_compile
 import numpy as np
 import pytest
 import torch
+
+import lazy_compile
 from factories import tiny_dit
 from lazy_compile import CacheSchedule, GateTable, LazyModule, Learned, Scheduled
 from lazy_compile.errors import ArtifactError
@@ -57,7 +58,14 @@ def page_of(source: Path) -> str:
 def test_page_says_what_the_summary_says(tmp_path: Path, summary: dict[str, Any]) -> None:
     page = page_of(write(tmp_path, summary))
     assert "a &lt;small&gt; model" in page
-    for text in ("lazy gates", "fewer steps", "0.3000 ±0.0100", "60.0%", "25% lower than with 11 dense steps", "2.5e-06"):
+    for text in (
+        "lazy gates",
+        "fewer steps",
+        "0.3000 ±0.0100",
+        "60.0%",
+        "25% lower than with 11 dense steps",
+        "2.5e-06",
+    ):
         assert text in page
 
 
@@ -80,7 +88,12 @@ def test_samples_beside_the_summary_are_shown(tmp_path: Path, summary: dict[str,
     images = np.zeros((3, 1, 8, 8))
     reuse = np.eye(4)[:, :2]
     np.savez(
-        tmp_path / SAMPLES, branches=np.array(["a", "b"]), reference=images, images_0=images, images_2=images, reuse_2=reuse
+        tmp_path / SAMPLES,
+        branches=np.array(["a", "b"]),
+        reference=images,
+        images_0=images,
+        images_2=images,
+        reuse_2=reuse,
     )
     page = page_of(write(tmp_path, summary))
     assert page.count("class=strip ") == 3
@@ -130,7 +143,7 @@ def test_incomplete_summary_is_refused(
 
 
 def test_summary_that_is_a_list_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="lacks 'model'; expected a summary.json as the demo writes it"):
+    with pytest.raises(ArtifactError, match=r"lacks 'model'; expected a summary\.json as the demo writes it"):
         page_of(write(tmp_path, []))
 
 

@@ -7,16 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lazy_compile
 import pytest
 import torch
+from torch import Tensor
+
+import lazy_compile
 from factories import euler, tiny_dit, tiny_inputs
 from lazy_compile import AlwaysCompute, CacheSchedule, GateTable, LazyConfig, LazyModule, Learned, Scheduled
 from lazy_compile.errors import VerificationError
 from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.runtime import PolicyStep
 from lazy_compile.verify import Comparison, compare
-from torch import Tensor
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,8 @@ def test_outputs_that_are_not_a_number_never_pass(lazy: LazyModule, monkeypatch:
 def test_failure_is_one_error_with_the_first_reason(lazy: LazyModule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lazy_compile.runtime.extrapolate", lambda value, previous, factors, axis: value)
     with pytest.raises(
-        VerificationError, match=r"1 of 3 checks failed; schedule: outputs: seen relative difference .* expected at most"
+        VerificationError,
+        match=r"1 of 3 checks failed; schedule: outputs: seen relative difference .* expected at most",
     ):
         compare(lazy, euler(8)).require()
 

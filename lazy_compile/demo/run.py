@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ def run_demo(
         What ``summary.json`` holds.
     """
     settings = settings or DemoSettings()
-    console = Console(stderr=True, quiet=not progress, highlight=False)
+    console = Console(stderr=True, quiet=not progress, highlight=False, width=None if sys.stderr.isatty() else 140)
     folder = checkpoints or default_checkpoints()
     model = digits.load_or_train_digits_dit(folder / "digits_dit.safetensors", progress=progress)
     classifier = digits.load_or_train_digits_classifier(folder / "digits_classifier.safetensors")
@@ -55,12 +57,12 @@ def run_demo(
     seen = inspection("digits DiT", lazy)
     console.print(branch_table(seen), inspection_summary(seen), sep="\n")
     with progress_bars(progress) as on_progress:
-        sampler = digits.DigitsSampler(steps=settings.steps, batch=settings.effects_batch)
+        sampler = settings.sampler(settings.effects_batch)
         effects = measure_effects(lazy, sampler, on_progress=on_progress)
         gates = calibrate_targets(lazy, settings, effects, output, on_progress)
         contest = Contest(settings, model, lazy, classifier, on_progress)
         compete(contest, gates, effects)
-        onnx = follow_in_onnx_runtime(model, gates[max(settings.targets)], settings.steps, output / ONNX, on_progress)
+        onnx = follow_in_onnx_runtime(lazy, gates[max(settings.targets)], settings, output / ONNX, on_progress)
     summary = {
         "model": f"digits DiT ({type(model).__name__}, {len(lazy.branches)} branches, "
         f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters)",
@@ -79,7 +81,7 @@ def calibrate_targets(
     lazy: LazyModule, settings: DemoSettings, effects: EffectTable, output: Path, on_progress: OnProgress
 ) -> dict[float, Policy]:
     """Gates for each target, saved under ``gates-<target>``."""
-    sampler = digits.DigitsSampler(steps=settings.steps, batch=settings.calibration_batch)
+    sampler = settings.sampler(settings.calibration_batch)
     policies = {}
     for target in settings.targets:
         config = CalibrationConfig(target_lazy_ratio=target)
@@ -102,8 +104,8 @@ def compete(contest: Contest, gates: Mapping[float, Policy], effects: EffectTabl
     contest.dense(steps, "dense")
     every_other = [Scheduled(CacheSchedule.every(2, steps, branches))] * sets
     contest.lazily(every_other, "fora2")
-    repeating = lazy_compile.transform(contest.model, example_inputs(), reuse="last")
-    contest.lazily(every_other, "fora2_last", lazy=repeating)
+    with options(contest.lazy, reuse="last"):
+        contest.lazily(every_other, "fora2_last")
     for target, policy in sorted(gates.items()):
         ours = contest.lazily([policy] * sets, "lazy", target)
         drawn = [CacheSchedule.random(ours.lazy_ratio, steps, branches, seed) for seed in range(sets)]
@@ -114,27 +116,39 @@ def compete(contest: Contest, gates: Mapping[float, Policy], effects: EffectTabl
 
 
 def follow_in_onnx_runtime(
-    model: Any, policy: Policy, steps: int, path: Path, on_progress: OnProgress
+    lazy: LazyModule, policy: Policy, settings: DemoSettings, path: Path, on_progress: OnProgress
 ) -> dict[str, Any]:
     """Export, and run one trajectory in ONNX Runtime and in PyTorch under one decision per call."""
     from lazy_compile.backends.onnx import export_onnx
     from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
 
-    sampler = digits.DigitsSampler(steps=steps, batch=4)
-    example = example_inputs(rows=2 * sampler.batch)
-    lazy = lazy_compile.transform(model, example, batch_rule="all_reuse")
-    lazy.policy = policy
-    exported = export_onnx(lazy, path, example, on_progress=on_progress)
-    denoiser = OnnxDenoiser(OnnxRunner(path), policy, lazy.config)
-    there, here = sampler(denoiser, FIRST_EVALUATION_SEED), sampler(lazy, FIRST_EVALUATION_SEED)
+    sampler = settings.sampler(batch=4)
+    with options(lazy, batch_rule="all_reuse"):
+        exported = export_onnx(lazy, path, example_inputs(rows=2 * sampler.batch), on_progress=on_progress)
+        denoiser = OnnxDenoiser(OnnxRunner(path), policy, lazy.config)
+        lazy.policy = policy
+        there, here = sampler(denoiser, FIRST_EVALUATION_SEED), sampler(lazy, FIRST_EVALUATION_SEED)
+        differing = np.count_nonzero(denoiser.stats.reuse_table != lazy.stats.reuse_table)
     return {
         "branches": exported.branches,
         "if_nodes": exported.if_nodes,
         "heavy_ops_outside_if": len(exported.heavy_ops_outside_if),
         "max_abs_error": float((there - here).abs().max()),
         "lazy_ratio": denoiser.stats.lazy_ratio,
-        "decisions_that_differ": int(np.count_nonzero(denoiser.stats.reuse_table != lazy.stats.reuse_table)),
+        "decisions_that_differ": int(differing),
     }
+
+
+@contextmanager
+def options(lazy: LazyModule, **changes: Any) -> Iterator[None]:
+    """Within this context the model has other run-time options; its graph does not depend on them."""
+    config = lazy.config
+    lazy.config = replace(config, **changes)
+    try:
+        yield
+    finally:
+        lazy.config = config
+        lazy.reset()
 
 
 def default_checkpoints() -> Path:

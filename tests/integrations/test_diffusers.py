@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import lazy_compile
 import pytest
 import torch
+from torch import Tensor
+
+import lazy_compile
 from lazy_compile.cli_models import load_lazy, load_model, load_sampler
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.integrations.diffusers import SchedulerSampler, load_denoiser, make_scheduler
-from torch import Tensor
 
 
 def small_dit() -> diffusers.DiTTransformer2DModel:

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lazy_compile.capture import _LADDER, CallLayout, Capture, capture
+from lazy_compile.errors import CaptureError
+from lazy_compile.operators import operator_name
+from lazy_compile.program import Role, module_state
+from models import REFUSED, TOYS, WIDTH, call, norm, randomize
+
+
+def captured_call(model: nn.Module, **arguments: Any) -> Capture:
+    layout, tensors = CallLayout.of((), arguments)
+    return capture(model.eval(), layout, tensors)
+
+
+def accepts(found: Capture, **arguments: Tensor) -> bool:
+    return found.accepts(list(arguments.values()))
+
+
+# The layout of a call ---------------------------------------------------------------------------------------------
+
+
+def test_a_layout_names_its_tensors_and_builds_the_call_again() -> None:
+    x, t, size = torch.ones(2), torch.zeros(3), torch.ones(4)
+    arguments = {"x": x, "extra": {"size": size, "scale": 3.0}, "pair": (t, None), "flag": True}
+    layout, tensors = CallLayout.of((t,), arguments)
+    assert layout.names == ("args.0", "x", "extra.size", "pair.0")
+    assert [id(tensor) for tensor in tensors] == [id(each) for each in (t, x, size, t)]
+    other = [tensor + 1 for tensor in tensors]
+    args, kwargs = layout.rebuild(other)
+    assert torch.equal(args[0], t + 1)
+    assert kwargs["extra"]["scale"] == 3.0
+    assert kwargs["pair"] == (other[3], None)
+    assert list(kwargs) == ["x", "extra", "pair", "flag"]
+
+
+def test_layouts_differ_by_what_is_not_a_tensor() -> None:
+    def layout(**arguments: Any) -> CallLayout:
+        return CallLayout.of((), arguments)[0]
+
+    x = torch.ones(2)
+    assert layout(x=x, flag=True) == layout(x=torch.zeros(5, 7), flag=True)
+    assert layout(x=x, flag=True) != layout(x=x, flag=False)
+    assert layout(x=x, flag=True) != layout(x=x, flag=None)
+    assert layout(x=x) != layout(y=x)
+    assert layout(x=x, scale=1.0) != layout(x=x, scale=2.0)
+    assert layout(x=x, mask=None) != layout(x=x, mask=x)
+
+
+# What a capture serves --------------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_one_gives_a_graph_for_every_batch() -> None:
+    model = TOYS["parallel"].model()
+    found = captured_call(model, **call(TOYS["parallel"], 1))
+    assert found.rung == "export, dynamic sizes"
+    assert found.attempts == ()
+    for batch in (1, 2, 3, 7):
+        arguments = call(TOYS["parallel"], batch, seed=batch)
+        assert accepts(found, **arguments)
+        values = found.program.bind(module_state(model), list(arguments.values()))
+        with torch.no_grad():
+            assert torch.equal(found.program.graph_module(*values)[0], model(**arguments))
+
+
+def test_sizes_that_belong_together_must_agree() -> None:
+    toy = TOYS["parallel"]
+    found = captured_call(toy.model(), **call(toy))
+    assert accepts(found, **{**call(toy, 3), "text": torch.ones(3, 9, 8)})  # as many words as you like
+    assert not accepts(found, **{**call(toy, 3), "text": torch.ones(2, 5, 8)})
+    assert not accepts(found, **{**call(toy, 3), "x": torch.ones(3, 16, 9)})  # the channels are the model's
+    assert not accepts(found, **{**call(toy, 3), "x": torch.ones(3, 2, 8, 8)})
+
+
+def test_a_size_that_the_model_fixes_is_guarded(captured: Callable[..., Any]) -> None:
+    toy = TOYS["cross"]
+    found = captured_call(toy.model(), **call(toy))
+    assert accepts(found, **call(toy, 5))
+    assert not accepts(found, **{**call(toy), "x": torch.ones(2, 17, 8)})
+
+
+class Halves(nn.Module):
+    """Windows of four tokens: a count that is not a multiple has no graph."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, 4)).mean(dim=2) * t[:, None, None]
+
+
+def test_a_relation_between_sizes_is_guarded() -> None:
+    found = captured_call(Halves(), x=torch.ones(2, 16, 8), t=torch.ones(2))
+    assert accepts(found, x=torch.ones(3, 24, 8), t=torch.ones(3))
+    assert not accepts(found, x=torch.ones(3, 25, 8), t=torch.ones(3))
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(int(x.shape[0]), -1)
+
+
+def test_a_fixed_batch_is_captured_as_it_is() -> None:
+    found = captured_call(FixedBatch(), x=torch.ones(1, 16, 8))
+    assert accepts(found, x=torch.ones(1, 16, 8))
+    assert not accepts(found, x=torch.ones(2, 16, 8))
+    assert found.attempts == ("export, dynamic sizes: the graph of a batch of 2 serves no other",)
+
+
+# The ladder -------------------------------------------------------------------------------------------------------
+
+
+class OnlyFixed(nn.Module):
+    """Looks a size up in a table."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * {16: 2.0, 8: 3.0}[hash(x.shape[1])]
+
+
+RUNGS = ["export, dynamic sizes", "strict export, dynamic sizes", "export, fixed sizes"]
+
+
+def test_the_rung_that_worked_is_named_with_those_that_failed() -> None:
+    x = torch.ones(2, 16, 8)
+    found = captured_call(OnlyFixed(), x=x)
+    assert found.rung in RUNGS[1:]
+    assert [attempt.partition(": ")[0] for attempt in found.attempts] == RUNGS[: RUNGS.index(found.rung)]
+    assert accepts(found, x=x)
+    assert not accepts(found, x=torch.ones(2, 8, 8))
+    assert torch.equal(found.program.graph_module(x)[0], 2 * x)
+
+
+@pytest.mark.parametrize("rung", range(3))
+def test_every_rung_gives_the_same_program_under_the_same_names(rung: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.toy = TOYS["no_time"].model()
+
+        def forward(self, x: Tensor, condition: Tensor) -> dict[str, Any]:
+            result = self.toy(x, condition)
+            return {"sample": result, "none": None, "parts": (2 * result, [x + 1])}
+
+    monkeypatch.setattr("lazy_compile.capture._LADDER", _LADDER[rung : rung + 1])
+    model, arguments = Returns(), call(TOYS["no_time"])
+    found = captured_call(model, **arguments)
+    assert found.rung == RUNGS[rung]
+    paths = {node.meta["module_path"] for node in found.program.graph.nodes if operator_name(node) == "linear"}
+    assert {"toy.blocks.0.attn.q", "toy.blocks.0.mlp.down", "toy.final"} <= paths
+    assert found.accepts(list(arguments.values()))
+    values = found.program.bind(module_state(model), list(arguments.values()))
+    with torch.no_grad():
+        expected = model(**arguments)
+        result = pytree.tree_unflatten(found.program.graph_module(*values), found.output_spec)
+    assert list(result) == ["sample", "none", "parts"]
+    assert result["none"] is None
+    assert torch.equal(result["sample"], expected["sample"])
+    assert torch.equal(result["parts"][1][0], arguments["x"] + 1)
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x * self.calls
+
+
+class WritesToItsInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("model", "seen"),
+    [
+        (Counts(), "'calls'"),
+        (WritesToItsInput(), "one of its inputs"),
+    ],
+)
+def test_a_model_that_is_no_function_of_its_inputs_is_refused(model: nn.Module, seen: str) -> None:
+    with pytest.raises(CaptureError) as caught:
+        captured_call(model, x=torch.ones(2, 16, 8))
+    assert str(caught.value) == (
+        f"the model changes {seen} while it runs; a lazy model must be a function of its inputs: "
+        "move that state out of forward()"
+    )
+
+
+def test_a_refusal_is_one_line_and_nothing_else_is_printed(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    toy = REFUSED["data_dependent"]
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(CaptureError) as error:
+        captured_call(toy.model(), **call(toy))
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert not caught
+
+
+# The model is left as it was --------------------------------------------------------------------------------------
+
+
+def test_a_capture_is_made_in_evaluation_mode_and_leaves_the_flags() -> None:
+    model = nn.Sequential(nn.Linear(8, WIDTH), nn.Dropout(0.5), nn.Linear(WIDTH, 8))
+    model[1].eval()
+    model[0].train()
+    levels = {name: logging.getLogger(name).level for name in ("torch.export", "torch.fx")}
+    layout, tensors = CallLayout.of((torch.ones(2, 16, 8),), {})
+    found = capture(model.train(), layout, tensors)
+    assert model.training
+    assert model[1].training
+    assert {name: logging.getLogger(name).level for name in levels} == levels
+    (output,) = found.program.graph_module(*found.program.bind(module_state(model), tensors))
+    assert torch.equal(output, model.eval()(*tensors))  # no dropout
+
+
+class Doubled(nn.Module):
+    """One weight under two names, a buffer, a plain tensor and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.register_buffer("shift", torch.ones(8))
+        self.plain = torch.full((8,), 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(norm(self.first(x) + self.shift) * self.plain) + torch.tensor([3.0] * 8)
+
+
+def test_inputs_are_known_by_their_role_and_name() -> None:
+    model = randomize(Doubled())
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    found = captured_call(model, x=x)
+    roles = {item.name: item.role for item in found.program.inputs}
+    assert roles["first.bias"] is Role.PARAMETER
+    assert roles["shift"] is Role.BUFFER
+    assert roles["x"] is Role.USER
+    assert list(roles.values()).count(Role.CONSTANT) == len(found.program.constants) == 2
+    (output,) = found.program.graph_module(*found.program.bind(module_state(model), [x]))
+    assert torch.equal(output, model(x))
