@@ -1,8 +1,8 @@
 """lazy_compile: compile any diffusion transformer into one that skips the branches a denoising step does not need.
 
-    lazy = lazy_compile.transform(model)
-    lazy_compile.calibrate(lazy, lazy_compile.CalibrationConfig(target_lazy_ratio=0.5), sample=sample)
-    images = sample(lazy, seed=0)
+lazy = lazy_compile.transform(model)
+lazy_compile.calibrate(lazy, lazy_compile.CalibrationConfig(target_lazy_ratio=0.5), sample=sample)
+images = sample(lazy, seed=0)
 """
 
 from lazy_compile.backends.onnx import export_onnx as export_onnx

@@ -118,7 +118,7 @@ def save(lazy: LazyModule, directory: str | Path) -> None:
     policy = _write_policy(lazy.policy, folder)
     manifest = {
         "format": FORMAT,
-        "config": asdict(lazy.config),
+        "config": asdict(lazy.lazy_config),
         "policy": policy,
         "model": {"fingerprint": fingerprint(lazy.original), "capture": lazy.graph.captured.rung},
         "branches": [dict(zip(_BRANCH, branch, strict=True)) for branch in branches],

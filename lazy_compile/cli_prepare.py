@@ -198,7 +198,7 @@ def count_steps(lazy: LazyModule, sample: SampleFunction, seed: int) -> int:
 def _graph_after(lazy: LazyModule, wanted: str) -> str:
     from lazy_compile.compiler import gating_pipeline
 
-    pipeline = gating_pipeline(lazy.config)
+    pipeline = gating_pipeline(lazy.lazy_config)
     names = [item.name for item in pipeline.passes]
     if wanted not in names:
         raise ConfigError(f"--after {wanted}: there is no such pass; the passes are {', '.join(names)}")

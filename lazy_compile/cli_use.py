@@ -42,7 +42,7 @@ def run(
     if onnx is not None:
         from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
 
-        denoiser = OnnxDenoiser(OnnxRunner(onnx), lazy.policy, lazy.config)
+        denoiser = OnnxDenoiser(OnnxRunner(onnx), lazy.policy, lazy.lazy_config)
     denoiser.reset_stats()
     start = time.perf_counter()
     with torch.no_grad():

@@ -154,7 +154,7 @@ class _Probe:
         return CacheState({index: copy.copy(slot) for index, slot in known.slots.items()})
 
     def _with_policy(self, policy: Policy, caches: CacheState, call: ModelCall) -> PolicyStep:
-        config = replace(self.lazy.config, warmup_steps=1, max_reuse_age=None)
+        config = replace(self.lazy.lazy_config, warmup_steps=1, max_reuse_age=None)
         unused = LazyStats(np.ones(len(self.lazy.branches)), 1)
         return PolicyStep(policy, config, caches, unused, call.step, call.timestep)
 

@@ -162,7 +162,7 @@ class GateTrainer:
         return torch.stack([seen[float(times[(times - knot).abs().argmin()])] for knot in self.initial.knots])
 
     def _soft_step(self, call: ModelCall, gates: Sequence[tuple[Tensor, Tensor]]) -> SoftStep:
-        return SoftStep(gates, self.lazy.config, call.caches, call.step)
+        return SoftStep(gates, self.lazy.lazy_config, call.caches, call.step)
 
     def train(self, pairs: Iterator[StepPair] | None) -> GateTable:
         if pairs is not None:
@@ -247,10 +247,10 @@ class GateTrainer:
 
         def fill(call: ModelCall) -> list[Tensor]:
             with torch.no_grad():
-                return call.run_flat(SoftStep(self._gates(call.timestep), self.lazy.config, caches, 0))
+                return call.run_flat(SoftStep(self._gates(call.timestep), self.lazy.lazy_config, caches, 0))
 
         def learn(call: ModelCall) -> tuple[SoftStep, list[Tensor], list[Tensor]]:
-            step = SoftStep(self._gates(call.timestep), self.lazy.config, caches, 1)
+            step = SoftStep(self._gates(call.timestep), self.lazy.lazy_config, caches, 1)
             with torch.no_grad():
                 dense = call.run_flat(DenseStep())
             return step, call.run_flat(step), dense

@@ -106,13 +106,13 @@ class LazyModule(nn.Module):
 
     Attributes:
         original: the model as it was given.
-        config: see :class:`~lazy_compile.config.LazyConfig`.
+        lazy_config: see :class:`~lazy_compile.config.LazyConfig`; ``config`` is the original's, which pipelines read.
     """
 
     def __init__(self, original: nn.Module, config: LazyConfig, pipeline: PassManager) -> None:
         super().__init__()
         self.original = original
-        self.config = config
+        self.lazy_config = config
         self.training = original.training
         self._pipeline = pipeline
         self._policy: Policy = AlwaysCompute()
@@ -139,7 +139,7 @@ class LazyModule(nn.Module):
     def _follow_policy(self, call: ModelCall) -> Any:
         stats = self._stats_of(call.graph)
         stats.calls += 1
-        return call.run(PolicyStep(self._policy, self.config, call.caches, stats, call.step, call.timestep))
+        return call.run(PolicyStep(self._policy, self.lazy_config, call.caches, stats, call.step, call.timestep))
 
     @contextmanager
     def driven_by(self, driver: Callable[[ModelCall], Any]) -> Iterator[None]:
@@ -218,7 +218,7 @@ class LazyModule(nn.Module):
     @property
     def expected_cache_bytes(self) -> int:
         """Memory that the caches of one stream will hold, at the captured sizes."""
-        tensors_kept = 2 if self.config.reuse == "linear" else 1
+        tensors_kept = 2 if self.lazy_config.reuse == "linear" else 1
         return tensors_kept * sum(branch.output_bytes for branch in self.branches)
 
     # What can be changed ------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class LazyModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyModule:
         import copy
 
-        twin = LazyModule(copy.deepcopy(self.original, memo), self.config, self._pipeline)
+        twin = LazyModule(copy.deepcopy(self.original, memo), self.lazy_config, self._pipeline)
         twin._policy = self._policy
         return twin
 
@@ -308,7 +308,7 @@ class LazyModule(nn.Module):
             self._graphs, self._environment = [], environment
         if self._graphs:
             logger.info("captured another graph, for inputs %s", [tuple(tensor.shape) for tensor in tensors])
-        timestep = find_timestep_input(captured.program, self.config.timestep_input)
+        timestep = find_timestep_input(captured.program, self.lazy_config.timestep_input)
         if timestep is None:
             logger.warning(
                 "no timestep input was found in %s: every call counts as the next step; "
@@ -325,7 +325,7 @@ class LazyModule(nn.Module):
             )
         self._policy.check(program.branches)
         graph = LazyGraph(layout, captured, program, timestep, types, total, tuple(self._sources(program)))
-        self._graphs = [*self._graphs, graph][-self.config.max_captures :]
+        self._graphs = [*self._graphs, graph][-self.lazy_config.max_captures :]
         return graph
 
     def _stats_of(self, graph: LazyGraph) -> LazyStats:

@@ -92,8 +92,8 @@ def artifact_page(directory: Path) -> str:
         reuse = (~policy.schedule.should_compute).astype(np.float64)
         drawn = picture(reuse_maps({f"{policy.schedule.lazy_ratio:.0%} reused": reuse}, names), "schedule")
         parts.append(_section("The schedule", drawn))
-    cells = [[str(i), name, kind, str(size)] for i, (name, kind, size) in enumerate(artifact.branches)]
-    parts.append(_section("Branches", _cells(["#", "branch", "kind", "gate features"], cells)))
+    cells = [[name, kind, str(size)] for name, kind, size in artifact.branches]
+    parts.append(_section("Branches", _cells(["branch", "kind", "gate features"], cells)))
     return _page("A lazy model", parts)
 
 
@@ -141,12 +141,14 @@ def _strip(name: str, detail: str, images: Any) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ["method", "steps", "reused", "MACs", "RMSE to dense", "RMSE to reference", "Fréchet", "sets"]
+    scores = {"rmse_dense": "RMSE to dense", "rmse_reference": "RMSE to reference", "frechet": "Fréchet"}
+    if all("frechet_scans" in row for row in rows):
+        scores["frechet_scans"] = "to scans"
+    head = ["method", "steps", "reused", "MACs", *scores.values()]
     cells = [
         [
             LABELS.get(row["method"], row["method"]), str(row["sampler_steps"]), f"{row['lazy_ratio']:.1%}",
-            f"{row['compute_ratio']:.1%}", *(_spread(row, key) for key in ("rmse_dense", "rmse_reference", "frechet")),
-            str(row["seeds"]),
+            f"{row['compute_ratio']:.1%}", *(_spread(row, key) for key in scores),
         ]
         for row in rows
     ]  # fmt: skip
@@ -178,8 +180,7 @@ def _method(summary: Mapping[str, Any]) -> str:
         f"<li><b>RMSE to dense</b>: against the dense samples at {summary['steps']} steps. <b>RMSE to reference</b>: "
         "against many dense steps, which stand for the exact solution. Pixels lie in -1 to 1.</li>"
         "<li><b>Fréchet</b>: distance between Gaussians fitted to the features of a small digits classifier, on "
-        "samples and on the reference's from the same noise, so that it shows what doing less adds; to the real scans "
-        "it is <code>frechet_scans</code> in the summary. It is not FID.</li>"
+        "samples and on the reference samples; <b>to scans</b>: on samples and on all real scans. Neither is FID.</li>"
         "<li><b>Fewer steps</b> always gets at least the compute of the lazy model that it is compared with. <b>Every "
         "2nd step</b> and the random and planned schedules reuse with the same linear extrapolation as the lazy gates; "
         "<i>repeated</i> returns the last output unchanged.</li>"

@@ -144,7 +144,7 @@ def gate_biases(bias: Floats, knots: Floats, branches: Sequence[str]) -> Draw:
 
     def draw(theme: Theme) -> Any:
         shades = _shades(theme.accent, theme.empty, theme.others["ddim"])
-        limit = float(np.quantile(np.abs(bias[np.isfinite(bias)]), 0.9)) or 1.0
+        limit = float(np.quantile(np.abs(bias[np.isfinite(bias)]), 0.75)) or 1.0
         figure = _figure(height=1.3 + 0.24 * len(branches))
         axis = figure.subplots()
         image = axis.imshow(bias.T, cmap=shades, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")

@@ -114,13 +114,13 @@ def _computes_like_the_original(lazy: LazyModule, sample: Sampler, seed: int) ->
 def _follows_a_schedule(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed: int) -> list[Check]:
     lazy.policy = Scheduled(schedule)
     lazy.reset_stats()
-    replay = _Replay(schedule.should_compute, lazy.config)
+    replay = _Replay(schedule.should_compute, lazy.lazy_config)
     differences, tolerance = [0.0], REPLAY_TOLERANCE
 
     def run_both(call: ModelCall) -> Any:
         """Each call is compared alone, since a sampler would amplify what is rounded otherwise."""
         nonlocal tolerance
-        result = call.run(PolicyStep(lazy.policy, lazy.config, call.caches, lazy.stats, call.step, call.timestep))
+        result = call.run(PolicyStep(lazy.policy, lazy.lazy_config, call.caches, lazy.stats, call.step, call.timestep))
         seen, expected = _tensors(result), replay.run(call)
         scale = max(float(tensor.abs().max()) for tensor in expected) or 1.0
         tolerance = max(tolerance, *(8 * torch.finfo(tensor.dtype).eps for tensor in expected))
@@ -167,11 +167,11 @@ def _exported_like(
     sound = not structure.problems and structure.branches == len(lazy.branches)
     yield Check("ONNX: structure", sound, seen, expected)
     runner = OnnxRunner(path)
-    lazy.config = replace(lazy.config, batch_rule=runner.metadata.batch_rule)
+    lazy.lazy_config = replace(lazy.lazy_config, batch_rule=runner.metadata.batch_rule)
     for policy in policies:
         lazy.policy = policy
         lazy.reset_stats()
-        denoiser = OnnxDenoiser(runner, policy, lazy.config)
+        denoiser = OnnxDenoiser(runner, policy, lazy.lazy_config)
         with torch.no_grad():
             there, here = sample(denoiser, seed), sample(lazy, seed)  # type: ignore[arg-type]
         wrong = int(np.count_nonzero(denoiser.stats.reuse_table != lazy.stats.reuse_table))
@@ -221,11 +221,11 @@ class _Replay:
 
 @contextmanager
 def _borrowed(lazy: LazyModule) -> Iterator[Policy]:
-    policy, config = lazy.policy, lazy.config
+    policy, config = lazy.policy, lazy.lazy_config
     try:
         yield policy
     finally:
-        lazy.policy, lazy.config = policy, config
+        lazy.policy, lazy.lazy_config = policy, config
         lazy.reset_stats()
 
 

@@ -36,7 +36,7 @@ def compiled() -> Callable[..., LazyModule]:
 
     def get(toy: str, **options: object) -> LazyModule:
         lazy = _compiled(toy)
-        lazy.config = LazyConfig(**options)
+        lazy.lazy_config = LazyConfig(**options)
         lazy.policy = AlwaysCompute()
         lazy.reset_stats()
         return lazy

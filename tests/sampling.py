@@ -40,7 +40,8 @@ def sample(denoiser: Callable[..., Tensor], seed: int) -> Tensor:
 def step_pairs(count: int) -> list[StepPair]:
     before, now = timesteps()[2:4]
     return [
-        StepPair(inputs(start(seed), before), inputs(0.98 * start(seed), now), start(seed + 100)) for seed in range(count)
+        StepPair(inputs(start(seed), before), inputs(0.98 * start(seed), now), start(seed + 100))
+        for seed in range(count)
     ]
 
 

@@ -80,7 +80,7 @@ def test_loaded_model_decides_and_samples_as_the_saved_one(
     lazy.policy = policy_of(lazy)
     lazy.save(tmp_path)
     again = lazy_compile.load(tmp_path, tiny_model(), tiny_inputs())
-    assert again.config == lazy.config
+    assert again.lazy_config == lazy.lazy_config
     assert type(again.policy) is type(lazy.policy)
     for model in (lazy, again):
         model.reset()

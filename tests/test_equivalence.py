@@ -258,7 +258,7 @@ def test_for_any_gates_a_batch_gives_what_its_samples_give(data: st.DataObject) 
     table = random_gates(lazy, calls, "time", seed=data.draw(st.integers(0, 1000)))
     table = GateTable(table.features, table.knots, scale * table.weight, torch.tensor(bias))
     age = data.draw(st.sampled_from([None, 1, 2]))
-    lazy.config = lazy_compile.LazyConfig(reuse=data.draw(st.sampled_from(["last", "linear"])), max_reuse_age=age)
+    lazy.lazy_config = lazy_compile.LazyConfig(reuse=data.draw(st.sampled_from(["last", "linear"])), max_reuse_age=age)
     lazy.policy = Learned(table)
     together = run(lazy, calls)
     for row in range(rows):

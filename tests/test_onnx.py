@@ -72,7 +72,7 @@ def follow(lazy: LazyModule, denoiser: OnnxDenoiser, policy: Policy, calls: list
 @pytest.mark.parametrize(("toy", "reuse"), [("dit", "last"), ("dit", "linear"), ("mmdit", "linear")])
 def test_onnx_runtime_follows_pytorch(exported: Exported, toy: str, reuse: str) -> None:
     lazy, path, report = exported(toy, reuse)
-    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.config)
+    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
     branches = len(lazy.branches)
     for policy, lazy_ratio in (
         (AlwaysCompute(), (0.0, 0.0)),
@@ -97,20 +97,20 @@ def test_it_is_the_original_while_all_compute(exported: Exported) -> None:
 @pytest.mark.parametrize("options", [{"warmup_steps": 3}, {"max_reuse_age": 2}])
 def test_limits_hold(exported: Exported, options: dict[str, int]) -> None:
     lazy, path, _ = exported("dit", "linear")
-    config = lazy.config
-    lazy.config = lazy_compile.LazyConfig(**options)
-    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.config)
+    config = lazy.lazy_config
+    lazy.lazy_config = lazy_compile.LazyConfig(**options)
+    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
     schedule = CacheSchedule.every(STEPS, STEPS, len(lazy.branches))
     try:
         assert follow(lazy, denoiser, Scheduled(schedule), trajectory(TOYS["dit"], steps=STEPS)) < TOLERANCE
     finally:
-        lazy.config = config
+        lazy.lazy_config = config
     assert 0 < denoiser.stats.lazy_ratio < 0.9
 
 
 def test_two_streams_and_a_second_trajectory_do_not_mix(exported: Exported) -> None:
     lazy, path, _ = exported("dit", "linear")
-    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.config)
+    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
     first, second = (trajectory(TOYS["dit"], steps=STEPS, seed=seed) for seed in (0, 1))
     interleaved = [arguments for pair in zip(first, second, strict=True) for arguments in pair]
     policy = Learned(random_gates(lazy, knots()))
@@ -120,7 +120,7 @@ def test_two_streams_and_a_second_trajectory_do_not_mix(exported: Exported) -> N
 
 def test_a_stream_that_misses_steps_extrapolates_over_them(exported: Exported) -> None:
     lazy, path, _ = exported("dit", "linear")
-    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.config)
+    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
     calls = trajectory(TOYS["dit"], steps=8)
     unconditional = trajectory(TOYS["dit"], steps=8, seed=1)
     mixed = [
@@ -414,7 +414,7 @@ def test_real_models_follow_pytorch(make: Callable[[], Any], reuse: str, tmp_pat
         model, arguments = make()
     lazy = lazy_compile.transform(randomize(model).eval(), arguments, reuse=reuse, batch_rule="all_reuse")
     report = export_onnx(lazy, tmp_path / "m.onnx")
-    denoiser = OnnxDenoiser(OnnxRunner(tmp_path / "m.onnx", threads=1), config=lazy.config)
+    denoiser = OnnxDenoiser(OnnxRunner(tmp_path / "m.onnx", threads=1), config=lazy.lazy_config)
     steps = torch.arange(STEPS, 0, -1)
     policy = Learned(random_gates(lazy, steps.double()))
     for step in steps:

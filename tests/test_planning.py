@@ -109,4 +109,6 @@ def test_a_budget_that_cannot_be_met_is_refused() -> None:
 def test_a_sampler_of_one_step_is_refused() -> None:
     lazy = lazy_tiny_dit()
     with pytest.raises(ConfigError, match="at least 2"):
-        measure_effects(lazy, lambda denoiser, seed: denoiser(torch.randn(2, 3, 8, 8), torch.ones(2), torch.tensor([1, 2])))
+        measure_effects(
+            lazy, lambda denoiser, seed: denoiser(torch.randn(2, 3, 8, 8), torch.ones(2), torch.tensor([1, 2]))
+        )

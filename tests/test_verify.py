@@ -39,7 +39,7 @@ def failed(comparison: Comparison) -> list[str]:
     "options", [{}, {"reuse": "last", "max_reuse_age": 2, "warmup_steps": 2}], ids=["linear", "last, limited"]
 )
 def test_a_sound_model_passes_every_check(lazy: LazyModule, options: dict[str, Any]) -> None:
-    lazy.config = LazyConfig(**options)
+    lazy.lazy_config = LazyConfig(**options)
     comparison = compare(lazy, euler(8))
     assert [check.name for check in comparison.checks] == [
         "always compute",
@@ -55,7 +55,7 @@ def test_policy_is_run_and_is_the_same_afterwards(lazy: LazyModule) -> None:
     lazy.policy = policy
     comparison = compare(lazy, euler(5))
     assert lazy.policy is policy
-    assert lazy.config == LazyConfig()
+    assert lazy.lazy_config == LazyConfig()
     check = comparison.checks[-1]
     assert (check.name, check.passed, check.seen) == ("policy Scheduled", True, "finite, reuse 40.0%")
 
@@ -140,7 +140,7 @@ def test_exported_model_follows_schedule_and_gates(lazy: LazyModule, exported: P
     names = [check.name for check in comparison.checks]
     assert names[-3:] == ["ONNX: structure", "ONNX Runtime: Scheduled", "ONNX Runtime: Learned"]
     assert comparison.passed
-    assert lazy.config == LazyConfig()
+    assert lazy.lazy_config == LazyConfig()
 
 
 def test_exported_weights_that_differ_are_seen(exported: Path) -> None:

@@ -121,8 +121,8 @@ def export_onnx(
         raise ConfigError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
     import_optional("onnxscript", "onnx")
     graph, tensors = _example(lazy, example_inputs)
-    rule = "all_reuse" if lazy.config.batch_rule == "per_sample" else lazy.config.batch_rule
-    program = PassManager([LiftCacheSlots(lazy.config.reuse, rule), LowerToSelect()]).run(graph.program)
+    rule = "all_reuse" if lazy.lazy_config.batch_rule == "per_sample" else lazy.lazy_config.batch_rule
+    program = PassManager([LiftCacheSlots(lazy.lazy_config.reuse, rule), LowerToSelect()]).run(graph.program)
     on_progress("exporting to ONNX", 1, 4, "branches lowered")
     example = _all_inputs(lazy, graph, program, tensors)
     model = convert(lazy.original, program, [tensor for _, tensor in example], opset)
@@ -235,7 +235,7 @@ def _metadata(
             SlotSpec(name, f"next_{name}", shape, dtype, initial_value(name))
             for name, shape, dtype in described(Role.SLOT)
         ),
-        reuse=lazy.config.reuse,
+        reuse=lazy.lazy_config.reuse,
         batch_rule=rule,
         arguments=tuple(item.name for item in parameters if named and item.kind is item.POSITIONAL_OR_KEYWORD),
         timestep_input=None if position is None else graph.layout.names[position],

@@ -121,7 +121,7 @@ def _measure(
     timed = schedule.should_compute[_WARM_STEPS:]
     macs = np.array([branch.macs for branch in lazy.branches], dtype=np.float64)
     ideal = 1.0 - float((~timed * macs).sum()) / (len(timed) * lazy.graph.total_macs)
-    return SpeedRow(runtime, lazy.config.reuse, reuse, ratio, ideal, ideal / ratio)
+    return SpeedRow(runtime, lazy.lazy_config.reuse, reuse, ratio, ideal, ideal / ratio)
 
 
 def _seconds(action: Callable[[], Any]) -> float:

@@ -111,7 +111,6 @@ def test_every_pass_there_is_takes_part() -> None:
 # The manager ------------------------------------------------------------------------------------------------------
 
 
-
 def calls(program: Program) -> list[fx.Node]:
     return [node for node in program.graph.nodes if node.op == "call_function"]
 
