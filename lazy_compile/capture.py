@@ -42,6 +42,13 @@ class CallLayout:
         names = tuple(_argument_path(path) for path, leaf in paths if isinstance(leaf, Tensor))
         return cls(spec, leaves, names), tensors
 
+    def differs_in_numbers(self, other: CallLayout) -> bool:
+        """Whether the two are alike but for the values of Python numbers."""
+        if self.spec != other.spec or self.names != other.names:
+            return False
+        changed = [pair for pair in zip(self.leaves, other.leaves, strict=True) if pair[0] != pair[1]]
+        return bool(changed) and all(type(value) in (int, float) for pair in changed for value in pair)
+
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         remaining = iter(tensors)
         leaves = [next(remaining) if leaf is _TENSOR else leaf for leaf in self.leaves]

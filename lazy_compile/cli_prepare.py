@@ -197,8 +197,12 @@ def count_steps(lazy: LazyModule, sample: SampleFunction, seed: int) -> int:
 
 def _graph_after(lazy: LazyModule, wanted: str) -> str:
     from lazy_compile.compiler import gating_pipeline
+    from lazy_compile.pass_manager import PassManager
+    from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
+    from lazy_compile.passes.lower_to_select import LowerToSelect
 
-    pipeline = gating_pipeline(lazy.lazy_config)
+    lowering = (LiftCacheSlots(lazy.lazy_config.reuse), LowerToSelect())
+    pipeline = PassManager([*gating_pipeline(lazy.lazy_config).passes, *lowering])
     names = [item.name for item in pipeline.passes]
     if wanted not in names:
         raise ConfigError(f"--after {wanted}: there is no such pass; the passes are {', '.join(names)}")

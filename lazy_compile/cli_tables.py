@@ -26,7 +26,7 @@ def show(values: Mapping[str, Any], as_json: bool, *rendered: RenderableType) ->
         return
     console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL, highlight=False)
     for item in rendered:
-        console.print(item)
+        console.print(item, markup=False, soft_wrap=isinstance(item, str))
 
 
 def plain(report: Any) -> dict[str, Any]:

@@ -308,6 +308,12 @@ class LazyModule(nn.Module):
             self._graphs, self._environment = [], environment
         if self._graphs:
             logger.info("captured another graph, for inputs %s", [tuple(tensor.shape) for tensor in tensors])
+        if any(graph.layout.differs_in_numbers(layout) for graph in self._graphs):
+            logger.warning(
+                "%s was captured again for another value of a Python number: such a value is part of the graph; "
+                "pass what changes from step to step as a tensor",
+                type(self.original).__name__,
+            )
         timestep = find_timestep_input(captured.program, self.lazy_config.timestep_input)
         if timestep is None:
             logger.warning(

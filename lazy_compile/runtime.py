@@ -218,7 +218,9 @@ class PolicyStep:
 
 
 def extrapolate(value: Tensor, previous: Tensor, factors: npt.NDArray[np.float64], batch_axis: int | None) -> Tensor:
-    """``value + factor * (value - previous)``, one factor for each row."""
+    """``value + factor * (value - previous)``, one factor for each row; numbers that only count are repeated."""
+    if not (value.is_floating_point() or value.is_complex()):
+        return value
     if (factors == factors[0]).all() or batch_axis is None:
         return torch.lerp(value, previous, -float(factors[0])) if factors[0] else value
     shape = [1] * value.dim()

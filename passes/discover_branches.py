@@ -100,9 +100,12 @@ def _border(node: fx.Node, symbol: str | None, channel_axis: int) -> BranchTenso
 
 
 def _channel_axis(entry: fx.Node, inside: set[fx.Node]) -> int:
-    """Channels come second where a convolution reads the entry, else last."""
+    """Channels come second where a convolution reads the entry, else last; their number is the model's."""
     readers = [user for user in entry.users if user in inside]
-    return 1 if any(operator_name(user) in CONVOLUTIONS for user in readers) else -1
+    if any(operator_name(user) in CONVOLUTIONS for user in readers):
+        return 1
+    fixed = [axis for axis, size in enumerate(value_of(entry).shape) if isinstance(size, int)]
+    return fixed[-1] - value_of(entry).dim() if fixed else -1
 
 
 def _activations(flow: Dataflow, program: Program) -> int:

@@ -7,11 +7,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from models import TinyDiT, randomize
 from torch import Tensor
 
 from lazy_compile import LazyModule, transform
 from lazy_compile.calibration import StepPair
+from models import TinyDiT, randomize
 
 STEPS = 6
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampling import STEPS, lazy_tiny_dit, sample, step_pairs
 
 from lazy_compile import Learned, Scheduled
 from lazy_compile.calibration import CalibrationConfig, CalibrationReport, calibrate
@@ -16,6 +15,7 @@ from lazy_compile.effects import measure_effects
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.gate_trainer import initial_gates
 from lazy_compile.planning import Budget, plan_reuse
+from sampling import STEPS, lazy_tiny_dit, sample, step_pairs
 
 
 def options(**changes: Any) -> CalibrationConfig:
@@ -135,11 +135,11 @@ def test_gates_on_knots_serve_another_number_of_steps() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(objective="guess"), "expected 'rollout' or 'paper'"),
-        (dict(target_compute_ratio=0.5), "exactly one"),
-        (dict(target_lazy_ratio=2.0), "between 0 and 1"),
-        (dict(knots=1), "2 or more"),
-        (dict(iterations=-1), "0 or more"),
+        ({"objective": "guess"}, "expected 'rollout' or 'paper'"),
+        ({"target_compute_ratio": 0.5}, "exactly one"),
+        ({"target_lazy_ratio": 2.0}, "between 0 and 1"),
+        ({"knots": 1}, "2 or more"),
+        ({"iterations": -1}, "0 or more"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -170,4 +170,4 @@ def test_calibration_works_inside_inference_mode() -> None:
     lazy = lazy_tiny_dit()
     report = calibrate(lazy, options(iterations=1), sample=under_inference_mode)
     assert report.lazy_ratio == pytest.approx(0.4, abs=0.05)
-    assert STEPS == len(report.table.knots)
+    assert len(report.table.knots) == STEPS

@@ -89,10 +89,19 @@ def test_inspect_takes_shapes_for_a_model_without_example_inputs() -> None:
     assert answer("inspect", "factories:bare_dit", *shapes)["branches"][0]["entries"] == [[3, 16, 16]]
 
 
-def test_inspect_prints_the_graph_after_a_pass() -> None:
-    graph = answer("inspect", "factories:tiny_dit", "--after", "canonicalize")["graph"]
-    assert "scaled_dot_product_attention" in graph
-    assert "lazy_branch" not in graph
+@pytest.mark.parametrize(
+    ("after", "present", "absent"),
+    [
+        ("canonicalize", "scaled_dot_product_attention", "lazy_step"),
+        ("insert_gates", "lazy_step", "scaled_dot_product_attention"),
+        ("lower_to_select", "lazy_compile.select", "lazy_step"),
+    ],
+)
+def test_inspect_prints_the_graph_after_a_pass(after: str, present: str, absent: str) -> None:
+    graph = call("inspect", "factories:tiny_dit", "--after", after).stdout
+    assert "[target=torch.ops.aten." in graph
+    assert present in graph
+    assert absent not in graph
 
 
 def test_inspect_reads_an_exported_program(tmp_path: Path) -> None:

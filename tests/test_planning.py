@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from sampling import STEPS, lazy_tiny_dit, sample
 
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.effects import EffectTable, measure_effects
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning import AGE_EXPONENT, Budget, plan, plan_reuse
+from sampling import STEPS, lazy_tiny_dit, sample
 
 
 def made_up_effects(steps: int = 5, branches: int = 2, seed: int = 0) -> EffectTable:
@@ -91,9 +91,9 @@ def test_a_plan_for_a_model_can_be_followed() -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (dict(lazy_ratio=0.5, compute_ratio=0.5), "give exactly one"),
+        ({"lazy_ratio": 0.5, "compute_ratio": 0.5}, "give exactly one"),
         ({}, "give exactly one"),
-        (dict(lazy_ratio=1.5), "between 0 and 1; seen 1.5"),
+        ({"lazy_ratio": 1.5}, "between 0 and 1; seen 1.5"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(budget: dict[str, float], message: str) -> None:

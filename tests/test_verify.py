@@ -27,7 +27,7 @@ def captured() -> LazyModule:
 
 @pytest.fixture
 def lazy(captured: LazyModule) -> LazyModule:
-    captured.policy, captured.config = AlwaysCompute(), LazyConfig()
+    captured.policy, captured.lazy_config = AlwaysCompute(), LazyConfig()
     return captured
 
 
@@ -127,7 +127,7 @@ def test_separate_calls_for_two_streams_are_followed(lazy: LazyModule) -> None:
 
 @pytest.fixture(scope="module")
 def exported(captured: LazyModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    captured.policy, captured.config = AlwaysCompute(), LazyConfig()
+    captured.policy, captured.lazy_config = AlwaysCompute(), LazyConfig()
     path = tmp_path_factory.mktemp("verify") / "tiny.onnx"
     lazy_compile.export_onnx(captured, path, tiny_inputs())
     return path

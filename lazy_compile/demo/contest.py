@@ -42,7 +42,7 @@ class DemoSettings:
     seeds: int = 3
     samples: int = 128
     reference_steps: int = 100
-    effects_batch: int = 8
+    effects_batch: int = 16
     calibration_batch: int = 16
     iterations: int | None = None
     guidance_scale: float = 1.1

@@ -293,6 +293,19 @@ def test_what_is_used_outside_the_body_is_an_output() -> None:
     assert branch.macs == 2 * 16 * (8 * 32 + 32 * 8)
 
 
+def test_the_channels_of_an_entry_are_the_axis_that_the_model_fixes() -> None:
+    found = discover(
+        "    kt = transpose.int(x, 1, 2)\n    p = matmul(kt, x)\n    d = matmul(x, p)\n"
+        "    y = add.Tensor(x, d)\n    return y"
+    )
+    (branch,) = found.branches
+    assert [(entry.name, entry.shape, entry.channel_axis) for entry in branch.entries] == [
+        ("kt", (2, 8, 16), -2),
+        ("x", (2, 16, 8), -1),
+    ]
+    assert branch.gate_features == 16  # at any number of tokens
+
+
 # Its kind ---------------------------------------------------------------------------------------------------------
 
 
