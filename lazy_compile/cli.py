@@ -52,14 +52,15 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
+_GIVEN = "lazy_compile.demo:model --sampler lazy_compile.demo:sampler"
 for group, verb, example in (
-    (app, inspect, "inspect my.models:dit --shape hidden_states:2x4x32x32 --shape timestep:2 --why-not"),
-    (app, calibrate, "calibrate my.models:dit --target-lazy-ratio 0.4 --output gates"),
-    (app, plan, "plan my.models:dit --compute-ratio 0.6 --sampler my.models:sampler --output schedule"),
-    (app, export, "export my.models:dit --gates gates --output model.onnx"),
-    (app, run, "run my.models:dit --gates gates --onnx model.onnx --output samples.npy"),
-    (app, verify, "verify my.models:dit --gates gates --onnx model.onnx"),
-    (app, report, "report build/demo/summary.json --output report.html"),
+    (app, inspect, "inspect lazy_compile.demo:model --why-not"),
+    (app, calibrate, f"calibrate {_GIVEN} --target-lazy-ratio 0.4 --output gates"),
+    (app, plan, f"plan {_GIVEN} --compute-ratio 0.6 --output schedule"),
+    (app, export, "export lazy_compile.demo:model --gates gates --output model.onnx"),
+    (app, run, f"run {_GIVEN} --gates gates --onnx model.onnx --output samples.npy"),
+    (app, verify, f"verify {_GIVEN} --gates gates --onnx model.onnx"),
+    (app, report, "report gates --output gates.html"),
     (bench, speed, "bench speed --output build/bench"),
     (app, demo, "demo --output build/demo"),
 ):

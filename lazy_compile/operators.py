@@ -19,13 +19,16 @@ CONVOLUTIONS = frozenset(
 GROUPED = frozenset({"grouped_mm", "_grouped_mm"})
 HEAVY = SDPA | PRODUCTS | CONVOLUTIONS | GROUPED | {"linear"}
 
-PASSTHROUGH = frozenset(
+VIEWS = frozenset(
     {
-        "_to_copy", "to", "type_as", "alias", "clone", "contiguous", "detach", "dropout",
-        "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "permute",
-        "transpose", "t", "slice",
+        "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t",
     }
 )  # fmt: skip
+"""Operators that lay out the same values in another way."""
+
+PASSTHROUGH = VIEWS | {
+    *["_to_copy", "to", "type_as", "alias", "clone", "contiguous", "detach", "dropout", "expand", "slice"]
+}
 """Operators that hand on the same values in another shape, type or place: a skip connection is seen through them."""
 
 ACTIVATIONS = frozenset(

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from lazy_compile.dataflow import Dataflow
 from lazy_compile.operators import PASSTHROUGH, is_dense_convolution, is_heavy, operator_name, value_of
+from lazy_compile.rows import unfolding_views
 
 _ADDS = frozenset({"add", "add_", "sub", "addcmul", "lerp"})
 _SCALINGS = frozenset({"mul", "div"})
@@ -49,7 +50,8 @@ def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: 
     5. The *body* is the convex hull of the owned heavy operators. If it holds another residual add, the candidate is a
        container and refused.
     6. The body also takes heavy operators that feed nothing but it and do not depend on the skip (keys and values of a
-       text), with what lies between, back to the nearest residual add or other body.
+       text), with what lies between, back to the nearest residual add or other body, and the views behind it that
+       unfold the batch axis of an output.
     """
     heavy_bits = flow.bits(node for node in flow.nodes if is_heavy(node))
     candidates: list[Candidate] = []
@@ -85,6 +87,7 @@ def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: 
     for candidate in candidates:
         if not candidate.refusal:
             candidate.body |= _exclusive_producers(flow, candidate, heavy_bits, taken)
+            candidate.body = flow.hull(candidate.body | unfolding_views(flow, candidate.body, batch_symbol))
             taken |= candidate.body
     _refuse_entangled(flow, candidates)
     return candidates

@@ -179,20 +179,14 @@ def _linear(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place
 
 
 def _product(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
-    """Rows may lie in the batch axes, in the lines of the left factor, or in the columns of the right one."""
-    left, right = node.args[-2:] if operator_name(node) not in ("addmm", "baddbmm") else node.args[1:3]
-    found = set()
-    for operand in batched:
-        place = rows.place(operand)
-        assert place is not None
-        from_right = _rank(operand) - place.axis
-        summed = from_right == (1 if operand is left else 2) and operand in (left, right)
-        lone_line = from_right <= 2 and len(batched) > 1
-        if summed or lone_line or _rank(operand) < 2:
-            return None
-        found.add((from_right, place.outer))
-    distance, outer = found.pop()
-    return None if found else Place(_rank(node) - distance, outer)
+    """Rows lie in a batch axis, in the lines of the left factor, or in the columns of the right one.
+
+    Two factors that agree on the place have it in a batch axis, since a sum over the rows has them at the end of one
+    factor and one before the end of the other.
+    """
+    if any(_rank(operand) < 2 for operand in node.all_input_nodes):
+        return None
+    return _pointwise(rows, node, batched)
 
 
 def _einsum(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.operators import value_of
+from lazy_compile.dataflow import Dataflow
+from lazy_compile.operators import VIEWS, operator_name, value_of
 from lazy_compile.program import Program, Role
 from lazy_compile.row_places import Place, RowPlaces, RowsMix, involves
 
@@ -44,6 +45,16 @@ def axis_of_size(tensor: fx.Node, size: fx.Node) -> int | None:
     return next((axis for axis, length in enumerate(value.shape) if str(length) == wanted), None)
 
 
+def is_measurable(size: fx.Node, tensors: Sequence[fx.Node]) -> bool:
+    """Whether a size is the length of an axis of ``tensors``, or computed from such lengths."""
+    if any(axis_of_size(tensor, size) is not None for tensor in tensors):
+        return True
+    operands = size.all_input_nodes
+    return bool(operands) and all(
+        isinstance(value_of(operand), torch.SymInt) and is_measurable(operand, tensors) for operand in operands
+    )
+
+
 def why_rows_mix(
     body: Iterable[fx.Node],
     inputs: Sequence[fx.Node],
@@ -64,7 +75,7 @@ def why_rows_mix(
             return f"input {node.name} has its rows folded into another axis, {_describe(value.shape)}"
         elif node in entries:
             return f"entry {node.name} has no batch axis"
-        elif isinstance(value, torch.SymInt) and involves([value], symbol) and not _measurable(node, inputs):
+        elif isinstance(value, torch.SymInt) and involves([value], symbol) and not is_measurable(node, inputs):
             return f"the size {value} is computed from the batch outside the branch"
     rows = RowPlaces(symbol, places)
     try:
@@ -79,8 +90,29 @@ def why_rows_mix(
     return ""
 
 
-def _measurable(size: fx.Node, inputs: Sequence[fx.Node]) -> bool:
-    return any(axis_of_size(node, size) is not None for node in inputs)
+def unfolding_views(flow: Dataflow, body: int, batch_symbol: str | None) -> int:
+    """Views behind a body that take apart an axis in which its output has rows and tokens folded together."""
+    views = 0
+    for output in flow.members(body):
+        chain = 0
+        while _is_folded(value_of(output), batch_symbol):
+            (user,) = output.users if len(output.users) == 1 else (None,)
+            if user is None or operator_name(user) not in VIEWS:
+                chain = 0
+                break
+            chain |= 1 << flow.position[user]
+            output = user
+        views |= chain
+    return views
+
+
+def _is_folded(value: object, batch_symbol: str | None) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and batch_symbol is not None
+        and involves(value.shape, batch_symbol)
+        and batch_axis(value, batch_symbol) is None
+    )
 
 
 def _symbol(size: Any) -> str | None:

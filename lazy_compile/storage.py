@@ -30,10 +30,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         # Not tempfile: its files are for the owner alone, and the final one would be too.
         temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
         temporary.touch(exist_ok=False)
+        permissions = temporary.stat().st_mode
     except OSError as error:
         raise ArtifactError(f"cannot write {final}: {error.strerror or error}") from error
     try:
         yield temporary
+        temporary.chmod(permissions)  # a writer that replaces the file, as safetensors does, may have narrowed them
         os.replace(temporary, final)
     except OSError as error:
         raise ArtifactError(f"cannot write {final}: {error.strerror or error}; nothing was left behind") from error

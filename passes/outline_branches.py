@@ -16,7 +16,7 @@ from lazy_compile.lazy_branch import TAG
 from lazy_compile.operators import value_of
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program
-from lazy_compile.rows import axis_of_size
+from lazy_compile.rows import axis_of_size, is_measurable
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class OutlineBranches(GraphPass):
         %gated = mul(%gate_msa, %o)                      |
 
     1. Inputs are every tensor that the body reads, parameters included; outputs every tensor that is read outside.
-    2. A size that the body reads is measured again inside, from one of its own inputs, so that the body also serves a
-       part of the batch.
+    2. A size that the body reads is measured again inside, from its own inputs, so that the body also serves a part of
+       the batch.
     3. Nodes are put in a topological order that keeps the old one where it can. The hull is convex, so one exists.
 
     Numerics are preserved bit for bit.
@@ -66,13 +66,12 @@ def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) 
         copies[node].meta = {"val": value_of(node)}
     inputs = list(tensors)
     for size in (node for node in external if isinstance(value_of(node), torch.SymInt)):
-        found = next(((node, axis) for node in tensors if (axis := axis_of_size(node, size)) is not None), None)
-        if found is None:
-            copies[size] = graph.placeholder(size.name)
-            inputs.append(size)
+        if is_measurable(size, tensors):
+            _measure(graph, size, tensors, copies)
         else:
-            copies[size] = graph.call_function(torch.ops.aten.sym_size.int, (copies[found[0]], found[1]))
-        copies[size].meta = {"val": value_of(size)}
+            copies[size] = graph.placeholder(size.name)
+            copies[size].meta = {"val": value_of(size)}
+            inputs.append(size)
     _placeholders_first(graph)
     for node in body:
         copies[node] = graph.node_copy(node, lambda argument: copies[argument])
@@ -92,6 +91,19 @@ def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) 
             user.replace_input_with(node, after)
     for node in reversed(body):
         program.graph.erase_node(node)
+
+
+def _measure(graph: fx.Graph, size: fx.Node, tensors: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The size, taken from an axis of an input, or computed from sizes that are."""
+    if size not in copies:
+        found = next(((node, axis) for node in tensors if (axis := axis_of_size(node, size)) is not None), None)
+        if found is None:
+            operands = {operand: _measure(graph, operand, tensors, copies) for operand in size.all_input_nodes}
+            copies[size] = graph.node_copy(size, lambda operand: operands[operand])
+        else:
+            copies[size] = graph.call_function(torch.ops.aten.sym_size.int, (copies[found[0]], found[1]))
+            copies[size].meta = {"val": value_of(size)}
+    return copies[size]
 
 
 def _placeholders_first(graph: fx.Graph) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lazy_compile import LazyModule, transform
+from lazy_compile import AlwaysCompute, LazyModule, transform
 from lazy_compile.calibration import StepPair
 from models import TinyDiT, randomize
 
@@ -45,6 +45,13 @@ def step_pairs(count: int) -> list[StepPair]:
     ]
 
 
-@cache
 def lazy_tiny_dit(**options: Any) -> LazyModule:
+    """A transformed TinyDiT that computes everything; captured once, since that takes longer than most tests."""
+    lazy = _captured(**options)
+    lazy.policy = AlwaysCompute()
+    return lazy
+
+
+@cache
+def _captured(**options: Any) -> LazyModule:
     return transform(randomize(TinyDiT()).eval(), inputs(start(0), 1000.0), **options)

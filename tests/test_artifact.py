@@ -257,3 +257,9 @@ def test_gates_outside_the_folder_are_not_read(saved: Path) -> None:
     gate_file(saved).rename(elsewhere)
     edit(saved, lambda values: values["policy"].update(gates=str(elsewhere)))
     assert "cannot read" in refusal(saved)
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(saved: Path) -> None:
+    (saved / "plain").touch()
+    modes = {file.stat().st_mode for file in saved.iterdir()}
+    assert len(modes) == 1

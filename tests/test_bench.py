@@ -20,7 +20,7 @@ def test_every_step_reuses_the_asked_share_and_every_branch_has_its_turn(reuse: 
 
 
 def test_it_writes_a_row_for_every_runtime_arm_and_share(tmp_path: Path) -> None:
-    rows = run(tmp_path, repeats=1, layers=2)
+    rows = run(tmp_path, repeats=1, layers=2, heads=1)
     written = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert len(rows) == len(written) == 2 * 2 * len(REUSE)
     assert {row["runtime"] for row in written} == {"eager", "onnxruntime"}

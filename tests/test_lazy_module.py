@@ -476,6 +476,7 @@ def test_tensors_may_lie_in_memory_as_they_like(compiled: Compiled) -> None:
 def test_a_new_trajectory_starts_without_help(compiled: Compiled) -> None:
     lazy = compiled("dit")
     lazy.policy = NEVER
+    graph = lazy.graph
     calls = trajectory(TOYS["dit"], steps=STEPS)
     first, other = run(lazy, calls), run(lazy, trajectory(TOYS["dit"], steps=STEPS, seed=1))
     second = run(lazy, calls)
@@ -483,6 +484,7 @@ def test_a_new_trajectory_starts_without_help(compiled: Compiled) -> None:
     assert not same(first, other)
     assert [row[0] for row in reused(lazy)] == [0.0, *[1.0] * (STEPS - 1)]
     assert lazy.stats.calls == 3 * STEPS
+    assert lazy.graph is graph
 
 
 def test_two_calls_a_step_are_two_streams(compiled: Compiled) -> None:

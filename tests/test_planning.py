@@ -40,7 +40,7 @@ def test_an_effect_is_what_reusing_once_does_to_the_final_sample() -> None:
         table[step, branch] = False
         lazy.policy = Scheduled(CacheSchedule(table))
         expected = float((sample(lazy, 3) - dense).double().square().mean())
-        assert effects.final[step, branch] == pytest.approx(expected, rel=1e-6)
+        assert effects.final[step, branch] == pytest.approx(expected, rel=1e-3)
     assert np.isnan(effects.final[0]).all()
     assert np.isfinite(effects.final[1:]).all()
 

@@ -48,12 +48,12 @@ class SpeedRow:
     efficiency: float
 
 
-def dit_b2(layers: int = 12) -> tuple[torch.nn.Module, dict[str, Any]]:
+def dit_b2(layers: int = 12, heads: int = 12) -> tuple[torch.nn.Module, dict[str, Any]]:
     """A model of the shape of DiT-B/2 at 256 tokens and batch 2, with random weights, and inputs for it."""
     diffusers = import_optional("diffusers", "diffusers")
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=12, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=layers,
+        num_attention_heads=heads, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=layers,
         sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
     ).eval()  # fmt: skip
     inputs = {
@@ -71,10 +71,11 @@ def run(
     runtimes: Sequence[str] = ("eager", "onnxruntime"),
     repeats: int = 15,
     layers: int = 12,
+    heads: int = 12,
     on_progress: OnProgress = no_progress,
 ) -> list[SpeedRow]:
     """Measure every runtime at every share of reuse; writes ``bench.json`` into ``output`` if that is given."""
-    model, inputs = dit_b2(layers)
+    model, inputs = dit_b2(layers, heads)
     rows = []
     for runtime, arm in itertools.product(runtimes, get_args(ReuseArm)):
         lazy = transform(model, inputs, reuse=arm)

@@ -16,7 +16,7 @@ from lazy_compile.module import LazyModule
 from lazy_compile.policy import Policy
 from lazy_compile.progress import OnProgress
 
-FIRST_EVALUATION_SEED = 7_000_001
+FIRST_EVALUATION_SEED = 9_100_001
 """Far from the seeds that calibration draws its noise from."""
 
 
@@ -33,8 +33,6 @@ class DemoSettings:
         effects_batch: images per trajectory while the effect of every reuse is measured.
         calibration_batch: images per trajectory while gates are trained.
         iterations: training iterations of the gates; None takes the library's default.
-        guidance_scale: of classifier-free guidance. Mild, so that the Fréchet distance can tell good from bad: strong
-            guidance narrows what is drawn so much that even dense sampling with more steps does not come closer.
     """
 
     steps: int = 20
@@ -45,10 +43,9 @@ class DemoSettings:
     effects_batch: int = 16
     calibration_batch: int = 16
     iterations: int | None = None
-    guidance_scale: float = 1.1
 
     def sampler(self, batch: int, steps: int | None = None) -> digits.DigitsSampler:
-        return digits.DigitsSampler(steps or self.steps, self.guidance_scale, batch)
+        return digits.DigitsSampler(steps=steps or self.steps, batch=batch)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ INPUTS = """
         "dropout(x, 0.1, False)",
         "slice.Tensor(x, 1, 0, 9223372036854775807)",
         "slice.Tensor(x, 1)",
+        "squeeze.dim(x, 1)",  # of a length that is not 1
         "expand(x, [-1, -1, 8])",
         "mul.Tensor(x, 1)",
         "mul.Tensor(x, 1.0)",

@@ -391,6 +391,7 @@ def with_rows(between: str) -> str:
             "matmul (k)",
         ),
         ("r = view(f, [m, n, 8]); k = linear(r, k_in); b = view(k, [n, m, 8])", "view (r)"),  # not transposed
+        ("t = transpose.int(f, 0, 1); r = reshape(t, [n, m, 8]); b = linear(r, k_in)", "reshape (r)"),
         ("r = view(f, [-1, 8]); k = softmax.int(r, 0); b = view(k, [n, m, 8])", "softmax (k)"),
         ("r = repeat(f, [2, 1, 1]); b = slice.Tensor(r, 0, 0, n)", "repeat (r)"),
         (
@@ -423,6 +424,8 @@ def test_an_operator_that_works_across_rows_keeps_them_together(between: str, mi
         "u = transpose.int(k, 1, 2); b = reshape(u, [n, m, 8])",
         "r = einsum('bnc,bmc->bnm', [f, f]); b = einsum('bnm,bmc->bnc', [r, f])",
         "r = transpose.int(f, 1, 2); k = bmm(f, r); b = bmm(k, f)",
+        "r = transpose.int(f, 0, 1); k = matmul(r, k_in); b = transpose.int(k, 0, 1)",  # rows in the lines
+        "r = permute(f, [1, 2, 0]); k = matmul(k_in, r); b = permute(k, [2, 0, 1])",  # rows in the columns
         "r = zeros([n, m, 8]); b = add.Tensor(f, r)",
         "r = unsqueeze(f, 0); k = squeeze.dim(r, 0); b = layer_norm(k, [8])",
         "h = topk(f, 8); r = h[0]; b = neg(r)",
@@ -445,6 +448,31 @@ def test_a_body_that_numbers_its_rows_keeps_them_together() -> None:
 def test_a_flip_before_the_body_is_not_its_business() -> None:
     (branch,) = discover("z = flip(x, [0])\n d = linear(z, q_in)\n y = add.Tensor(x, d)\n return y").branches
     assert branch.row_separable
+
+
+def test_an_axis_that_is_folded_at_the_end_of_a_body_is_unfolded_in_it() -> None:
+    """As ``torch.nn.MultiheadAttention`` does."""
+    found = discover("""
+        n = sym_size.int(x, 0)
+        m = sym_size.int(x, 1)
+        t = transpose.int(x, 0, 1)
+        q = linear(t, q_in)
+        heads = operator.mul(n, 2)
+        h = view(q, [m, heads, 4])
+        h1 = transpose.int(h, 0, 1)
+        a = scaled_dot_product_attention(h1, h1, h1)
+        u = transpose.int(a, 0, 1)
+        c1 = reshape(u, [-1, 8])
+        d = linear(c1, o_in)
+        e = view(d, [m, n, 8])
+        f = transpose.int(e, 0, 1)
+        y = add.Tensor(x, f)
+        return y
+    """)
+    assert bodies(found) == ["q h h1 a u c1 d e"]
+    (branch,) = found.branches
+    assert branch.why_not_separable == ""
+    assert [(output.name, output.batch_axis) for output in branch.outputs] == [("e", 1)]
 
 
 def test_windows_that_were_folded_before_the_body_keep_rows_together() -> None:

@@ -115,19 +115,45 @@ def test_sizes_are_measured_inside_the_body() -> None:
     assert some_rows.shape == (1, 6, 8)
 
 
-def test_a_size_that_no_input_has_is_passed_in() -> None:
+def test_a_size_that_is_computed_is_computed_again_inside_the_body() -> None:
     source = """
+        n = sym_size.int(x, 0)
+        heads = operator.mul(n, 2)
         m = sym_size.int(x, 1)
-        half = operator.floordiv(m, 2)
         f = linear(x, w)
-        h = slice.Tensor(f, 1, 0, half)
-        j = cat([h, h], 1)
-        d = linear(j, w)
+        t = transpose.int(f, 1, 2)
+        h = reshape(t, [heads, 4, m])
+        k = softmax.int(h, 2)
+        u = view(k, [n, 8, m])
+        v = transpose.int(u, 1, 2)
+        d = linear(v, w)
         y = add.Tensor(x, d)
         return y
     """
-    found = outline(source.replace("y = add.Tensor(x, d)", "t = slice.Tensor(x, 1, 0, m)\n y = add.Tensor(t, d)"))
-    assert "branch_0 = branch_0(x, w, half)" in text(found.graph)
+    found = outline(source)
+    assert "branch_0 = branch_0(x, w)" in text(found.graph)
+    assert text(body(found, 0).graph).startswith(
+        lines("""
+        sym_size_int = sym_size.int(x, 0)
+        heads = operator.mul(sym_size_int, 2)
+        sym_size_int_1 = sym_size.int(x, 1)
+        f = linear(x, w)
+    """)
+    )
+    assert_same_results(source)
+
+
+def test_a_size_that_no_input_has_is_passed_in() -> None:
+    source = """
+        words = sym_size.int(s, 1)
+        f = linear(x, w)
+        scaled = div.Tensor(f, words)
+        d = linear(scaled, w)
+        y = add.Tensor(x, d)
+        return y
+    """
+    found = outline(source)
+    assert "branch_0 = branch_0(x, w, words)" in text(found.graph)
     assert_same_results(source)
 
 
