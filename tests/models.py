@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 TOLERANCE = {
     # Largest absolute difference, per unit of the largest value.
@@ -595,3 +597,10 @@ def call(toy: Toy, batch: int = 2, *, step: int = 0, steps: int = 8, seed: int =
 
 def trajectory(toy: Toy, batch: int = 2, *, steps: int = 8, seed: int = 0) -> list[dict[str, Any]]:
     return [call(toy, batch, step=step, steps=steps, seed=seed) for step in range(steps)]
+
+
+def counted_by_torch(model: nn.Module, arguments: dict[str, Any]) -> float:
+    """Multiply-accumulates of one call, by torch's own counter (which counts each as two operations)."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(**arguments)
+    return counter.get_total_flops() / 2

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from lazy_compile.capture import _LADDER, CallLayout, Capture, capture
 from lazy_compile.errors import CaptureError
 from lazy_compile.operators import operator_name
 from lazy_compile.program import Role, module_state
-from models import REFUSED, TOYS, WIDTH, call, norm, randomize
+from models import MLP, REFUSED, WIDTH, call, norm, randomize, sinusoid
 
 
 def captured_call(model: nn.Module, **arguments: Any) -> Capture:
@@ -59,13 +58,31 @@ def test_layouts_differ_by_what_is_not_a_tensor() -> None:
 # What a capture serves --------------------------------------------------------------------------------------------
 
 
+class Joins(nn.Module):
+    """Two sequences of any length, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, x: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        h = torch.cat([text, x], dim=1) + sinusoid(t, WIDTH)[:, None]
+        return (h + self.mlp(h))[:, text.shape[1] :]
+
+
+def joined(batch: int, tokens: int = 16, words: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    x, text = (torch.randn(batch, length, WIDTH, generator=generator) for length in (tokens, words))
+    return {"x": x, "text": text, "t": torch.full((batch,), 500.0)}
+
+
 def test_a_batch_of_one_gives_a_graph_for_every_batch() -> None:
-    model = TOYS["parallel"].model()
-    found = captured_call(model, **call(TOYS["parallel"], 1))
+    model = randomize(Joins())
+    found = captured_call(model, **joined(1))
     assert found.rung == "export, dynamic sizes"
     assert found.attempts == ()
     for batch in (1, 2, 3, 7):
-        arguments = call(TOYS["parallel"], batch, seed=batch)
+        arguments = joined(batch)
         assert accepts(found, **arguments)
         values = found.program.bind(module_state(model), list(arguments.values()))
         with torch.no_grad():
@@ -73,19 +90,21 @@ def test_a_batch_of_one_gives_a_graph_for_every_batch() -> None:
 
 
 def test_sizes_that_belong_together_must_agree() -> None:
-    toy = TOYS["parallel"]
-    found = captured_call(toy.model(), **call(toy))
-    assert accepts(found, **{**call(toy, 3), "text": torch.ones(3, 9, 8)})  # as many words as you like
-    assert not accepts(found, **{**call(toy, 3), "text": torch.ones(2, 5, 8)})
-    assert not accepts(found, **{**call(toy, 3), "x": torch.ones(3, 16, 9)})  # the channels are the model's
-    assert not accepts(found, **{**call(toy, 3), "x": torch.ones(3, 2, 8, 8)})
+    found = captured_call(Joins(), **joined(2))
+    assert accepts(found, **joined(3, tokens=20, words=9))
+    assert not accepts(found, **{**joined(3), "text": torch.ones(2, 5, WIDTH)})
+    assert not accepts(found, **{**joined(3), "x": torch.ones(3, 16, WIDTH + 1)})  # the channels are the model's
+    assert not accepts(found, **{**joined(3), "x": torch.ones(3, 2, 8, WIDTH)})
 
 
-def test_a_size_that_the_model_fixes_is_guarded(captured: Callable[..., Any]) -> None:
-    toy = TOYS["cross"]
-    found = captured_call(toy.model(), **call(toy))
-    assert accepts(found, **call(toy, 5))
-    assert not accepts(found, **{**call(toy), "x": torch.ones(2, 17, 8)})
+def test_a_size_that_the_model_fixes_is_guarded() -> None:
+    class Lists(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.tensor([float(token) for token in range(int(x.shape[1]))])[:, None]
+
+    found = captured_call(Lists(), x=torch.ones(2, 16, 8))
+    assert accepts(found, x=torch.ones(5, 16, 8))
+    assert not accepts(found, x=torch.ones(2, 17, 8))
 
 
 class Halves(nn.Module):
@@ -141,21 +160,21 @@ def test_every_rung_gives_the_same_program_under_the_same_names(rung: int, monke
     class Returns(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.toy = TOYS["no_time"].model()
+            self.mlps = nn.ModuleList([MLP()])
 
         def __getattr__(self, name: str) -> Any:  # as the models of diffusers have: strict export then looks deeper
             return super().__getattr__(name)
 
-        def forward(self, x: Tensor, condition: Tensor) -> dict[str, Any]:
-            result = self.toy(x, condition)
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            result = x + self.mlps[0](x)
             return {"sample": result, "none": None, "parts": (2 * result, [x + 1])}
 
     monkeypatch.setattr("lazy_compile.capture._LADDER", _LADDER[rung : rung + 1])
-    model, arguments = Returns(), call(TOYS["no_time"])
+    model, arguments = randomize(Returns()), {"x": joined(2)["x"]}
     found = captured_call(model, **arguments)
     assert found.rung == RUNGS[rung]
     paths = {node.meta["module_path"] for node in found.program.graph.nodes if operator_name(node) == "linear"}
-    assert {"toy.blocks.0.attn.q", "toy.blocks.0.mlp.down", "toy.final"} <= paths
+    assert paths == {"mlps.0.up", "mlps.0.down"}
     assert found.accepts(list(arguments.values()))
     values = found.program.bind(module_state(model), list(arguments.values()))
     with torch.no_grad():
