@@ -22,7 +22,6 @@ TOLERANCE = {
     "same batch": 1e-6,
     "another batch": 1e-5,  # its matrix products are summed in another order
     "bfloat16": 3e-2,
-    "float16": 4e-3,
 }
 
 WIDTH, HEADS, DEPTH, TOKENS, WORDS, CLASSES = 32, 4, 2, 16, 5, 10

@@ -235,7 +235,7 @@ def test_a_model_in_half_precision_equals_the_original_bit_for_bit(dtype: torch.
 def test_to_moves_the_shared_weights_and_captures_again() -> None:
     lazy = fresh()
     assert lazy.to(torch.bfloat16) is lazy
-    assert lazy.original.embed.weight.dtype == torch.bfloat16
+    assert lazy.original.attn.q.weight.dtype == torch.bfloat16
     arguments = call(SMALL)
     arguments["x"] = arguments["x"].bfloat16()
     assert same(run(lazy, [arguments]), run(lazy.original, [arguments]))
@@ -247,9 +247,8 @@ def test_autocast_has_a_graph_of_its_own() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         cast = run(lazy, [call(SMALL)])
         assert same(cast, run(lazy.original, [call(SMALL)]))
-    assert cast[0].dtype == torch.bfloat16
     assert lazy.stats.captures == 2
-    assert float((cast[0].float() - plain[0]).abs().max()) < 3 * TOLERANCE["bfloat16"]
+    assert 0 < float((cast[0] - plain[0]).abs().max()) < TOLERANCE["bfloat16"] * float(plain[0].abs().max())
     assert same(run(lazy, [call(SMALL)]), plain)
 
 
@@ -759,12 +758,12 @@ def test_a_lazy_model_is_saved_and_loaded_as_a_part_of_another(shared: LazyModul
     state = whole.state_dict()
     assert list(state) == [f"denoiser.{name}" for name in shared.original.state_dict()]
     other.load_state_dict(state)
-    assert torch.equal(other["denoiser"].original.embed.weight, shared.original.embed.weight)
+    assert torch.equal(other["denoiser"].original.attn.q.weight, shared.original.attn.q.weight)
     assert list(state) == [f"denoiser.{name}" for name in shared.original.state_dict()]
     plain = nn.ModuleDict({"denoiser": Small()})
     plain.load_state_dict(state)
-    del state["denoiser.embed.bias"]
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "denoiser\.original\.embed\.bias"'):
+    del state["denoiser.attn.q.bias"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "denoiser\.original\.attn\.q\.bias"'):
         other.load_state_dict(state)
 
 
