@@ -55,6 +55,21 @@ def test_layouts_differ_by_what_is_not_a_tensor() -> None:
     assert layout(x=x, mask=None) != layout(x=x, mask=x)
 
 
+def test_layouts_may_differ_in_numbers_only() -> None:
+    def layout(**arguments: Any) -> CallLayout:
+        return CallLayout.of((), arguments)[0]
+
+    x = torch.ones(2)
+    first = layout(x=x, scale=1.0, flag=True)
+    assert first.differs_in_numbers(layout(x=x, scale=2, flag=True))
+    assert not first.differs_in_numbers(first)
+    assert not first.differs_in_numbers(layout(x=x, scale=2.0, flag=False))
+    assert not first.differs_in_numbers(layout(x=x, scale="2", flag=True))
+    assert not first.differs_in_numbers(layout(x=x, scale=x, flag=True))
+    assert not first.differs_in_numbers(layout(x=x, size=2.0, flag=True))
+    assert not first.differs_in_numbers(layout(x=x, scale=2.0))
+
+
 # What a capture serves --------------------------------------------------------------------------------------------
 
 

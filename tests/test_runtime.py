@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,30 @@ def test_a_policy_is_not_asked_where_there_is_no_choice() -> None:
     assert {query.timestep for query in policy.queries} == {7.0}
     assert policy.queries[0].memory is policy.queries[1].memory
     assert [entry.shape for entry in policy.queries[1].entries] == [(3, 4, 8)]
+
+
+def test_a_cache_holds_no_part_of_a_gradient() -> None:
+    state, weight = CacheState(), torch.eye(8, requires_grad=True)
+    step = PolicyStep(Answers([True]), LazyConfig(), state, LazyStats(np.ones(1), 10), 0, 0.0)
+    (output,) = step.evaluate(branch(), [torch.ones(2, 4, 8), weight])
+    assert output.requires_grad
+    assert not any(value.requires_grad for value in state.slots[0].values)
+
+
+def test_what_another_graph_cached_is_reused_only_if_it_agrees() -> None:
+    inputs, lazy = [torch.ones(2, 4, 8), torch.eye(8)], branch()
+    (output,) = lazy.branch.outputs
+    others = [
+        replace(lazy.branch, name="another"),
+        replace(lazy.branch, outputs=(replace(output, dtype="float16"),)),
+        replace(lazy.branch, macs=3),  # the same branch, captured again
+    ]
+    for other, computes in zip(others, [True, True, False], strict=True):
+        state, stats = CacheState(), LazyStats(np.ones(1), 10)
+        for step, description in enumerate([lazy.branch, other]):
+            now = PolicyStep(Answers([False] * 2), LazyConfig(), state, stats, step, 0.0)
+            now.evaluate(LazyBranch(lazy.body, description, lazy.row_axes), inputs)
+        assert stats.reuse_table[1, 0] == (0.0 if computes else 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])

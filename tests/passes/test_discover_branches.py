@@ -427,13 +427,14 @@ def test_an_operator_that_works_across_rows_keeps_them_together(between: str, mi
         "r = transpose.int(f, 0, 1); k = matmul(r, k_in); b = transpose.int(k, 0, 1)",  # rows in the lines
         "r = permute(f, [1, 2, 0]); k = matmul(k_in, r); b = permute(k, [2, 0, 1])",  # rows in the columns
         "r = zeros([n, m, 8]); b = add.Tensor(f, r)",
+        "r = type_as(scale, f); b = mul.Tensor(f, r)",  # of the rows, only the type is read
         "r = unsqueeze(f, 0); k = squeeze.dim(r, 0); b = layer_norm(k, [8])",
         "h = topk(f, 8); r = h[0]; b = neg(r)",
         "r = constant_pad_nd(f, [0, 0, 1, 0]); b = slice.Tensor(r, 1, 0, m)",
     ],
 )
 def test_an_operator_that_works_within_rows_leaves_them_apart(between: str) -> None:
-    inputs = INPUTS + "    eight: param i64[8]\n"
+    inputs = INPUTS + "    eight: param i64[8]\n    scale: param f32[8]\n"
     (branch,) = discover(with_rows(between.replace("; ", "\n")), inputs).branches
     assert branch.why_not_separable == ""
     assert branch.row_separable
@@ -443,6 +444,19 @@ def test_a_body_that_numbers_its_rows_keeps_them_together() -> None:
     between = "k = sym_size.int(f, 0)\n i = arange(k)\n j = view(i, [-1, 1, 1])\n b = mul.Tensor(f, j)"
     (branch,) = discover(with_rows(between)).branches
     assert branch.why_not_separable == "arange (i) makes a value for each row of the batch"
+
+
+def test_a_size_of_the_batch_that_cannot_be_measured_inside_keeps_rows_together() -> None:
+    between = "two = cat([s, s], 0)\n n2 = sym_size.int(two, 0)\n r = view(f, [n2, -1, 8])\n b = view(r, [n, m, 8])"
+    (branch,) = discover(with_rows(between)).branches
+    assert branch.why_not_separable.startswith("the size 2*s")
+    assert branch.why_not_separable.endswith(" is computed from the batch outside the branch")
+
+
+def test_an_entry_that_all_rows_share_keeps_them_together() -> None:
+    between = "r = mean.dim(x, [0, 1])\n b = mul.Tensor(f, r)"
+    (branch,) = discover(with_rows(between)).branches
+    assert branch.why_not_separable == "entry r has no batch axis"
 
 
 def test_a_flip_before_the_body_is_not_its_business() -> None:
