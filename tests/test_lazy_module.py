@@ -333,7 +333,7 @@ def test_another_resolution_is_captured_again_where_the_model_fixes_it(compiled:
 
 def test_only_so_many_graphs_are_kept() -> None:
     lazy = fresh(max_captures=2)
-    for dtype in (torch.float64, torch.float32, torch.int64, torch.float64):
+    for dtype in (torch.float64, torch.int64, torch.float32):  # the last was captured first, and is gone
         arguments = call(SMALL)
         arguments["t"] = arguments["t"].to(dtype)
         assert same(run(lazy, [arguments]), run(lazy.original, [arguments]))

@@ -41,9 +41,8 @@ class Compute:
 def lowerings(branches: int) -> list[list[GraphPass]]:
     decisions = tuple(index % 2 == 0 for index in range(branches))
     return [
-        [LiftCacheSlots("last"), LowerToSelect()],
         [LiftCacheSlots("linear"), LowerToSelect()],
-        [LiftCacheSlots("linear"), ApplySchedule(decisions)],
+        [LiftCacheSlots("last"), ApplySchedule(decisions)],
     ]
 
 
