@@ -12,6 +12,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from lazy_compile.branch import BranchTensor, ResidualBranch
 from lazy_compile.config import BatchRule, ReuseArm
+from lazy_compile.extrapolation import SCALARS, moved_on, new_deltas
 from lazy_compile.program import Program
 
 aten = torch.ops.aten
@@ -37,43 +38,57 @@ def _(should_compute: Tensor, computed: Tensor, reused: Tensor, branch: int) -> 
 class BranchArms(nn.Module):
     """Both arms of a branch: the eager reference for engines, which replace it by a conditional.
 
+    The state of a branch is its slots: ``cache`` for each output, and for linear reuse the :data:`SCALARS` of
+    :mod:`lazy_compile.extrapolation`, then ``cache`` and ``delta`` for each output.
+
     Attributes:
         decide: ``logit: float32[rows] -> should_compute: bool[]``.
         body: ``inputs -> outputs``.
-        reuse: ``(factor, *cache, *previous) -> outputs``; without ``factor`` and ``previous`` unless it extrapolates.
+        reuse: ``state -> outputs``, which are also the next caches.
+        renew: ``(*state, *outputs) -> next deltas`` of a branch that computes; None unless reuse is linear.
         outputs: how many outputs the branch has.
-        linear: whether ``reuse`` extrapolates.
     """
 
     def __init__(self, body: fx.GraphModule, branch: ResidualBranch, reuse: ReuseArm, rule: BatchRule) -> None:
         super().__init__()
         self.outputs = len(branch.outputs)
-        self.linear = reuse == "linear"
         self.decide = formula(["logit"], lambda logit: decision(logit, rule))
         self.body = body
-        names = [f"cache_{position}" for position in range(self.outputs)]
-        if self.linear:
-            names = ["factor", *names, *(name.replace("cache", "previous") for name in names)]
+        positions = range(self.outputs)
+        caches = [f"cache_{position}" for position in positions]
+        if reuse == "last":
+            self.reuse = formula(caches, lambda *state: state)
+            self.renew = None
+            return
+        state = [*SCALARS, *caches, *(f"delta_{position}" for position in positions)]
         dtypes = [getattr(torch, output.dtype) for output in branch.outputs]
-        self.reuse = formula(names, lambda *slots: _reuse(slots, dtypes, self.linear))
+        self.reuse = formula(state, lambda *state: moved_on(*self._parts(state), dtypes))
+        self.renew = formula(
+            [*state, *(f"output_{position}" for position in positions)],
+            lambda *given: new_deltas(*self._parts(given[: len(state)]), given[len(state) :], dtypes),
+        )
 
     def forward(self, logit: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        """From ``(logit, [factor], *cache, [*previous], *inputs)`` to ``(*outputs, *next_cache, [*next_previous])``."""
-        slots, inputs = self.split(arguments)
-        cache, previous = self.cache_and_previous(slots)
+        """From ``(logit, *state, *inputs)`` to ``(*outputs, *next_cache, [*next_delta])``."""
+        state, inputs = self.split(arguments)
         if self.decide(logit):
             outputs = tuple(self.body(*inputs))
-            return (*outputs, *outputs, *(cache if self.linear else ()))
-        return (*self.reuse(*slots), *cache, *previous)
+            return (*outputs, *outputs, *(self.renew(*state, *outputs) if self.renew else ()))
+        outputs = tuple(self.reuse(*state))
+        return (*outputs, *outputs, *self.deltas(state))
 
     def split(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         """What ``reuse`` takes, and what ``body`` takes."""
-        count = 1 + 2 * self.outputs if self.linear else self.outputs
+        count = len(SCALARS) + 2 * self.outputs if self.renew else self.outputs
         return arguments[:count], arguments[count:]
 
-    def cache_and_previous(self, slots: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-        values = slots[1:] if self.linear else slots
-        return values[: self.outputs], values[self.outputs :]
+    def deltas(self, state: Sequence[Any]) -> Sequence[Any]:
+        """The slots that reuse leaves as they are."""
+        return self._parts(state)[2] if self.renew else ()
+
+    def _parts(self, state: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        slots = state[len(SCALARS) :]
+        return state[: len(SCALARS)], slots[: self.outputs], slots[self.outputs :]
 
 
 def gate(branch: ResidualBranch) -> fx.GraphModule:
@@ -151,19 +166,3 @@ def _pool(entry: Any, spec: BranchTensor, branch: ResidualBranch) -> Any:
     if batch is None:
         return aten.unsqueeze.default(pooled, 0)
     return pooled if batch < channel else aten.permute.default(pooled, [1, 0])
-
-
-def _reuse(slots: Sequence[Any], dtypes: Sequence[torch.dtype], linear: bool) -> tuple[Any, ...]:
-    if not linear:
-        return tuple(slots)
-    factor, cache, previous = slots[0], slots[1 : 1 + len(dtypes)], slots[1 + len(dtypes) :]
-    return tuple(
-        _extrapolate(factor, value, before, dtype) for value, before, dtype in zip(cache, previous, dtypes, strict=True)
-    )
-
-
-def _extrapolate(factor: Any, value: Any, previous: Any, dtype: torch.dtype) -> Any:
-    """``value + factor * (value - previous)``; without a factor ``previous`` is void and may hold anything."""
-    scale = factor if dtype == torch.float32 else aten._to_copy.default(factor, dtype=dtype)
-    moved = aten.add.Tensor(value, aten.mul.Tensor(scale, aten.sub.Tensor(value, previous)))
-    return aten.where.self(aten.gt.Scalar(factor, 0.0), moved, value)

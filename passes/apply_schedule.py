@@ -28,10 +28,10 @@ class ApplySchedule(GraphPass):
         return (%y, %arms_0[1], %logits)        |   return (%y, %o)      |   return (%y,)
 
     1. The outputs behind the model's own are the slots that this step changes, named by
-       :func:`lazy_compile.ops.state_names`: the caller keeps all others. A branch that reuses changes none of its own.
+       :func:`lazy_compile.ops.state_names`: the caller keeps all others.
     2. Inputs that nothing reads any more are dropped: gates, the slots of branches that compute, the parameters of
        branches that reuse. The user's own inputs stay.
-    3. Linear reuse keeps ``age`` and ``gap``; the decisions of this step are a constant of the program.
+    3. Linear reuse keeps its clock; the decisions of this step are a constant of the program.
 
     The model's own outputs are those of the lifted program for the same decisions, bit for bit.
 
@@ -67,13 +67,13 @@ class ApplySchedule(GraphPass):
 
 
 def _keep_one_arm(call: fx.Node, arms: BranchArms, computes: bool) -> None:
-    slots, inputs = arms.split(call.args[1:])
-    cache, previous = arms.cache_and_previous(slots)
+    state, inputs = arms.split(call.args[1:])
     if computes:
         outputs = inline(call, arms.body, inputs)
-        replace_results(call, [*outputs, *outputs, *(cache if arms.linear else ())])
+        deltas = inline(call, arms.renew, [*state, *outputs]) if arms.renew else ()
     else:
-        replace_results(call, [*inline(call, arms.reuse, slots), *cache, *previous])
+        outputs, deltas = inline(call, arms.reuse, state), arms.deltas(state)
+    replace_results(call, [*outputs, *outputs, *deltas])
 
 
 def _fix_decisions(program: Program, call: fx.Node, should_compute: tuple[bool, ...]) -> None:

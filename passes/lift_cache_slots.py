@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from lazy_compile.config import BatchRule, ReuseArm
+from lazy_compile.extrapolation import CLOCK, advance_clock, read_clock
 from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.operators import value_of
 from lazy_compile.ops import STATE_NAMES, BranchArms, decision, formula, gate, inline
@@ -35,11 +35,10 @@ class LiftCacheSlots(GraphPass):
         return (%y,)                        |   return (%y, getitem(%arms_0, 1), %compute_logits)
 
     1. Slots are inputs of role SLOT: ``cache_{branch}_{output}``, and with ``reuse="linear"`` also
-       ``previous_{branch}_{output}``. The outputs behind the model's own are the next values of all slots, in the
+       ``delta_{branch}_{output}``. The outputs behind the model's own are the next values of all slots, in the
        order of the inputs, then ``compute_logits: float32[rows, G]``.
-    2. Linear reuse returns ``value + factor * (value - previous)``. Two more slots keep time: ``age: float32[G]``,
-       steps since a branch computed, and ``gap: float32[G]``, steps between its last two computations. ``factor`` is
-       ``(age + 1) / gap``, or 0 while ``gap`` is infinite: then ``previous`` is void.
+    2. Linear reuse moves a cache on by a part of its delta. :mod:`lazy_compile.extrapolation` says how, and names the
+       slots ``float32[G]`` that keep time.
     3. Inputs of role GATE are one row of a gate table: ``gate_weight: float32[sum of gate_features]`` and
        ``gate_bias: float32[G]``. A bias of +FORCE computes and -FORCE reuses, whatever the gate reads.
     4. A branch takes one decision a call: ``batch_rule`` joins those of the rows, a NaN computes. ``"per_sample"`` is
@@ -58,11 +57,12 @@ class LiftCacheSlots(GraphPass):
             return False
         _remove_step(program)
         inputs = self._add_inputs(program, [call for call, _ in calls])
-        factors = None
+        scalars: tuple[fx.Node, ...] = ()
         if self.reuse == "linear":
-            clock = [inputs["age"], inputs["gap"]]
-            factors = inline(_first_operator(program), formula(["age", "gap"], _factors), clock)
-        logits = [self._lift(program, call, lazy, inputs, factors) for call, lazy in calls]
+            clock = [inputs[name] for name in CLOCK]
+            shift, known = inline(_first_operator(program), formula(list(CLOCK), read_clock), clock)
+            scalars = (shift, inputs["moved"], known)
+        logits = [self._lift(program, call, lazy, inputs, scalars) for call, lazy in calls]
         self._add_outputs(program, calls, inputs, logits)
         return True
 
@@ -77,7 +77,7 @@ class LiftCacheSlots(GraphPass):
         features = sum(branch.gate_features for branch in program.branches)
         with sample.fake_mode:
             if self.reuse == "linear":
-                slots |= {name: _vector(len(calls), sample.device) for name in ("age", "gap")}
+                slots |= {name: _vector(len(calls), sample.device) for name in CLOCK}
             gates = {
                 "gate_weight": _vector(features, sample.device),
                 "gate_bias": _vector(len(calls), sample.device),
@@ -91,7 +91,12 @@ class LiftCacheSlots(GraphPass):
         return nodes
 
     def _lift(
-        self, program: Program, call: fx.Node, lazy: LazyBranch, inputs: dict[str, fx.Node], factors: fx.Node | None
+        self,
+        program: Program,
+        call: fx.Node,
+        lazy: LazyBranch,
+        inputs: dict[str, fx.Node],
+        scalars: Sequence[fx.Node],
     ) -> fx.Node:
         """Replace one lazy branch by its gate and its arms; returns the gate."""
         branch, arguments, module = lazy.branch, call.args[1:], program.graph_module
@@ -106,10 +111,9 @@ class LiftCacheSlots(GraphPass):
             logit = program.graph.call_module(
                 f"gate_{branch.index}", (*lazy.entries(arguments), weight.node, bias.node)
             )
-            if factors is not None:
-                slots.insert(0, aten.select.int(fx.Proxy(factors), 0, branch.index).node)
+            own = [aten.select.int(fx.Proxy(vector), 0, branch.index).node for vector in scalars]
         call.target = f"arms_{branch.index}"
-        call.args = (logit, *slots, *arguments)
+        call.args = (logit, *own, *slots, *arguments)
         return logit
 
     def _add_outputs(
@@ -134,21 +138,22 @@ class LiftCacheSlots(GraphPass):
                     "decide", formula(["logits"], partial(decision, rule=self.batch_rule))
                 )
                 computes = program.graph.call_module("decide", (table,))
-                clock = formula(["computes", "age", "gap"], _advance)
-                state["age"], state["gap"] = inline(output, clock, [computes, inputs["age"], inputs["gap"]])
+                clock = formula(["computes", *CLOCK], advance_clock)
+                times = inline(output, clock, [computes, *(inputs[name] for name in CLOCK)])
+                state.update(zip(CLOCK, times, strict=True))
         state["compute_logits"] = table
         output.args = ((*output.args[0], *state.values()),)  # type: ignore[misc]
         output.meta[STATE_NAMES] = tuple(state)
         program.state_outputs = len(state)
 
     def _slot_names(self, branch: int, outputs: int) -> list[str]:
-        kinds = ("cache", "previous") if self.reuse == "linear" else ("cache",)
+        kinds = ("cache", "delta") if self.reuse == "linear" else ("cache",)
         return [f"{kind}_{branch}_{position}" for kind in kinds for position in range(outputs)]
 
 
 def initial_value(slot: str) -> float:
     """What a slot is filled with before the first step of a trajectory."""
-    return math.inf if slot in ("age", "gap") else 0.0
+    return CLOCK.get(slot, 0.0)
 
 
 def _lazy_calls(program: Program) -> list[tuple[fx.Node, LazyBranch]]:
@@ -175,16 +180,6 @@ def _remove_step(program: Program) -> None:
 
 def _vector(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=device)
-
-
-def _factors(age: fx.Proxy, gap: fx.Proxy) -> Any:
-    factors = aten.div.Tensor(aten.add.Tensor(age, 1.0), gap)
-    return aten.where.ScalarOther(aten.lt.Scalar(gap, math.inf), factors, 0.0)
-
-
-def _advance(computes: fx.Proxy, age: fx.Proxy, gap: fx.Proxy) -> tuple[fx.Proxy, fx.Proxy]:
-    older = aten.add.Tensor(age, 1.0)
-    return aten.where.ScalarSelf(computes, 0.0, older), aten.where.self(computes, older, gap)
 
 
 def _table(program: Program, logits: Sequence[fx.Node]) -> fx.Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,7 @@ class LowerToSelect(GraphPass):
     1. Both arms run here; an engine makes one conditional of the selects of a branch, and moves into it what only they
        need. Nothing else in the graph tells it where a branch begins, so this holds for whatever the engine fuses.
     2. Nodes of a body carry the index of their branch, ``node.meta["lazy_branch"]``.
-    3. The cache of ``reuse="last"`` is the branch's output itself: one select serves both.
+    3. The next cache is the branch's output itself: one select serves both.
 
     Numerics are preserved bit for bit.
     """
@@ -52,19 +51,15 @@ class LowerToSelect(GraphPass):
 
 def _lower(call: fx.Node, arms: BranchArms) -> None:
     index, logit = call.meta[TAG], call.args[0]
-    slots, inputs = arms.split(call.args[1:])
-    cache, previous = arms.cache_and_previous(slots)
+    state, inputs = arms.split(call.args[1:])
     condition = inline(call, arms.decide, [logit])
     computed = inline(call, arms.body, inputs, **{TAG: index})
-    reused = inline(call, arms.reuse, slots)
-
-    def select(then: Sequence[fx.Node], otherwise: Sequence[fx.Node]) -> list[fx.Node]:
-        with call.graph.inserting_before(call):
-            return [
-                call.graph.call_function(torch.ops.lazy_compile.select.default, (condition, *pair, index))
-                for pair in zip(then, otherwise, strict=True)
-            ]
-
-    outputs = select(computed, reused)
-    states = select(computed, cache) + select(cache, previous) if arms.linear else outputs
-    replace_results(call, outputs + states)
+    renewed = inline(call, arms.renew, [*state, *computed]) if arms.renew else ()
+    reused = inline(call, arms.reuse, state)
+    with call.graph.inserting_before(call):
+        chosen = [
+            call.graph.call_function(torch.ops.lazy_compile.select.default, (condition, *pair, index))
+            for pair in zip([*computed, *renewed], [*reused, *arms.deltas(state)], strict=True)
+        ]
+    outputs = chosen[: arms.outputs]
+    replace_results(call, [*outputs, *chosen])

@@ -221,7 +221,11 @@ def test_policies_that_cannot_be_followed_are_refused(exported: Exported) -> Non
 
 def test_the_file_names_everything(exported: Exported) -> None:
     lazy, path, report = exported("dit", "linear")
-    slots = [name for branch in range(4) for name in (f"cache_{branch}_0", f"previous_{branch}_0")] + ["age", "gap"]
+    slots = [name for branch in range(4) for name in (f"cache_{branch}_0", f"delta_{branch}_0")] + [
+        "age",
+        "gap",
+        "moved",
+    ]
     assert report.inputs == ("x", "t", "y", *slots, "gate_weight", "gate_bias")
     assert report.outputs == ("output_0", *(f"next_{name}" for name in slots), "compute_logits")
     model = onnx.load(path)

@@ -200,7 +200,7 @@ def _all_inputs(
         if item.role is Role.USER:
             example.append((item.name, next(remaining)))
         elif item.role in (Role.SLOT, Role.GATE):
-            if item.name.startswith(("cache_", "previous_")):
+            if item.name.startswith(("cache_", "delta_")):
                 _, branch, output = item.name.split("_")
                 fake = observed.outputs[int(branch)][int(output)]
             example.append((item.name, torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)))

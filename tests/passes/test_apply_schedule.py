@@ -61,8 +61,8 @@ def test_only_what_a_step_needs_goes_in_and_only_what_it_changes_comes_out(compi
 def test_linear_reuse_keeps_the_time(compiled: Compiled) -> None:
     lifted = LiftCacheSlots("linear")(compiled("dit").graph.program).program
     lean = ApplySchedule((True, False, False, False))(lifted).program
-    assert names(lean, Role.SLOT)[:3] == ["cache_0_0", "cache_1_0", "previous_1_0"]
-    assert state_names(lean) == ("cache_0_0", "previous_0_0", "age", "gap")
+    assert names(lean, Role.SLOT)[:3] == ["cache_0_0", "delta_0_0", "cache_1_0"]
+    assert state_names(lean) == ("cache_0_0", "delta_0_0", "cache_1_0", "cache_2_0", "cache_3_0", "age", "gap", "moved")
 
 
 @pytest.mark.parametrize("toy", ["dit", "mmdit"])

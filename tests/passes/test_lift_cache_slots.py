@@ -46,11 +46,11 @@ def test_inputs_and_outputs_have_names_in_one_order(compiled: Compiled, reuse: s
     slots = [
         f"{kind}_{branch.index}_{position}"
         for branch in lazy.branches
-        for kind in (["cache", "previous"] if reuse == "linear" else ["cache"])
+        for kind in (["cache", "delta"] if reuse == "linear" else ["cache"])
         for position in range(len(branch.outputs))
     ]
     names = [item.name for item in lifted.inputs if item.role is Role.SLOT]
-    assert names == slots + (["age", "gap"] if reuse == "linear" else [])
+    assert names == slots + (["age", "gap", "moved"] if reuse == "linear" else [])
     assert state_names(lifted) == (*names, "compute_logits")
     assert lifted.state_outputs == len(names) + 1
     assert [item.name for item in lifted.inputs if item.role is Role.GATE] == ["gate_weight", "gate_bias"]

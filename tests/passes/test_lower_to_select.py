@@ -51,7 +51,7 @@ def test_a_branch_becomes_its_body_and_a_select() -> None:
     ]
 
 
-@pytest.mark.parametrize(("reuse", "selects"), [("last", 1), ("linear", 3)])
+@pytest.mark.parametrize(("reuse", "selects"), [("last", 1), ("linear", 2)])
 def test_every_output_and_slot_is_selected_once(compiled: Compiled, reuse: str, selects: int) -> None:
     lazy = compiled("mmdit")
     flat = lower(lazy.graph.program, reuse)

@@ -1,0 +1,83 @@
+"""Linear reuse in a program without hidden state, as formulas over ATen operators.
+
+A branch keeps ``cache``, its output carried forward to the last step, and ``delta``, the difference of its last two
+computed outputs. To reuse is to move the cache on by a part of delta: the result is at once the output and the next
+cache, so that little is written. Time is kept for all G branches together, in vectors named by :data:`CLOCK`:
+
+- ``age: float32[G]``, steps since a branch computed, infinite before the first time;
+- ``gap: float32[G]``, steps between its last two computations, infinite before the second;
+- ``moved: float32[G]``, how many deltas the cache was moved since it was computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+CLOCK = {"age": math.inf, "gap": math.inf, "moved": 0.0}
+"""The slots that keep time, and what they start from."""
+
+SCALARS = ("shift", "moved", "known")
+"""What a branch needs of the clock: by how many deltas its cache moves if it is reused now, by how many it was moved,
+and whether it was ever computed."""
+
+
+def read_clock(age: Any, gap: Any, moved: Any) -> tuple[Any, Any]:
+    """``shift: float32[G]`` and ``known: bool[G]``.
+
+    The line through the values computed ``age + 1 + gap`` and ``age + 1`` steps ago is followed to this step.
+    """
+    return aten.sub.Tensor(_target(age, gap), moved), aten.lt.Scalar(age, math.inf)
+
+
+def advance_clock(computes: Any, age: Any, gap: Any, moved: Any) -> tuple[Any, Any, Any]:
+    """The clock behind a step in which ``computes: bool[G]`` computed."""
+    older = aten.add.Tensor(age, 1.0)
+    return (
+        aten.where.ScalarSelf(computes, 0.0, older),
+        aten.where.self(computes, older, gap),
+        aten.where.ScalarSelf(computes, 0.0, _target(age, gap)),
+    )
+
+
+def moved_on(
+    scalars: Sequence[Any], caches: Sequence[Any], deltas: Sequence[Any], dtypes: Sequence[torch.dtype]
+) -> tuple[Any, ...]:
+    """``cache + shift * delta``: outputs of a branch that is reused, and its next caches."""
+    shift, _, _ = scalars
+    return tuple(
+        aten.add.Tensor(cache, aten.mul.Tensor(delta, _cast(shift, dtype)))
+        for cache, delta, dtype in zip(caches, deltas, dtypes, strict=True)
+    )
+
+
+def new_deltas(
+    scalars: Sequence[Any],
+    caches: Sequence[Any],
+    deltas: Sequence[Any],
+    outputs: Sequence[Any],
+    dtypes: Sequence[torch.dtype],
+) -> tuple[Any, ...]:
+    """``output - (cache - moved * delta)``: what a branch that computes has changed; 0 at its first time."""
+    _, moved, known = scalars
+    return tuple(
+        aten.where.ScalarOther(
+            known, aten.sub.Tensor(output, aten.sub.Tensor(cache, aten.mul.Tensor(delta, _cast(moved, dtype)))), 0.0
+        )
+        for cache, delta, output, dtype in zip(caches, deltas, outputs, dtypes, strict=True)
+    )
+
+
+def _target(age: Any, gap: Any) -> Any:
+    """By how many deltas the cache of each branch is to be moved at this step; none while gap is infinite."""
+    deltas = aten.div.Tensor(aten.add.Tensor(age, 1.0), gap)
+    return aten.where.ScalarOther(aten.lt.Scalar(gap, math.inf), deltas, 0.0)
+
+
+def _cast(scalar: Any, dtype: torch.dtype) -> Any:
+    return scalar if dtype == torch.float32 else aten._to_copy.default(scalar, dtype=dtype)
