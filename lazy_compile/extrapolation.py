@@ -7,6 +7,8 @@ cache, so that little is written. Time is kept for all G branches together, in v
 - ``age: float32[G]``, steps since a branch computed, infinite before the first time;
 - ``gap: float32[G]``, steps between its last two computations, infinite before the second;
 - ``moved: float32[G]``, how many deltas the cache was moved since it was computed.
+
+While gap is infinite nothing moves: delta is void then, but must be finite. Slots of zeros are a good start.
 """
 
 from __future__ import annotations
@@ -22,17 +24,14 @@ aten = torch.ops.aten
 CLOCK = {"age": math.inf, "gap": math.inf, "moved": 0.0}
 """The slots that keep time, and what they start from."""
 
-SCALARS = ("shift", "moved", "known")
-"""What a branch needs of the clock: by how many deltas its cache moves if it is reused now, by how many it was moved,
-and whether it was ever computed."""
+SCALARS = ("shift", "moved")
+"""What a branch needs of the clock: by how many deltas its cache moves if it is reused now, and by how many it was
+moved before."""
 
 
-def read_clock(age: Any, gap: Any, moved: Any) -> tuple[Any, Any]:
-    """``shift: float32[G]`` and ``known: bool[G]``.
-
-    The line through the values computed ``age + 1 + gap`` and ``age + 1`` steps ago is followed to this step.
-    """
-    return aten.sub.Tensor(_target(age, gap), moved), aten.lt.Scalar(age, math.inf)
+def read_clock(age: Any, gap: Any, moved: Any) -> Any:
+    """``shift: float32[G]``, which follows the line through the last two computed values to this step."""
+    return aten.sub.Tensor(_target(age, gap), moved)
 
 
 def advance_clock(computes: Any, age: Any, gap: Any, moved: Any) -> tuple[Any, Any, Any]:
@@ -49,7 +48,7 @@ def moved_on(
     scalars: Sequence[Any], caches: Sequence[Any], deltas: Sequence[Any], dtypes: Sequence[torch.dtype]
 ) -> tuple[Any, ...]:
     """``cache + shift * delta``: outputs of a branch that is reused, and its next caches."""
-    shift, _, _ = scalars
+    shift, _ = scalars
     return tuple(
         aten.add.Tensor(cache, aten.mul.Tensor(delta, _cast(shift, dtype)))
         for cache, delta, dtype in zip(caches, deltas, dtypes, strict=True)
@@ -63,12 +62,10 @@ def new_deltas(
     outputs: Sequence[Any],
     dtypes: Sequence[torch.dtype],
 ) -> tuple[Any, ...]:
-    """``output - (cache - moved * delta)``: what a branch that computes has changed; 0 at its first time."""
-    _, moved, known = scalars
+    """``output - (cache - moved * delta)``: the difference of what a branch computes now and computed before."""
+    _, moved = scalars
     return tuple(
-        aten.where.ScalarOther(
-            known, aten.sub.Tensor(output, aten.sub.Tensor(cache, aten.mul.Tensor(delta, _cast(moved, dtype)))), 0.0
-        )
+        aten.sub.Tensor(output, aten.sub.Tensor(cache, aten.mul.Tensor(delta, _cast(moved, dtype))))
         for cache, delta, output, dtype in zip(caches, deltas, outputs, dtypes, strict=True)
     )
 

@@ -60,8 +60,7 @@ class LiftCacheSlots(GraphPass):
         scalars: tuple[fx.Node, ...] = ()
         if self.reuse == "linear":
             clock = [inputs[name] for name in CLOCK]
-            shift, known = inline(_first_operator(program), formula(list(CLOCK), read_clock), clock)
-            scalars = (shift, inputs["moved"], known)
+            scalars = (inline(_first_operator(program), formula(list(CLOCK), read_clock), clock), inputs["moved"])
         logits = [self._lift(program, call, lazy, inputs, scalars) for call, lazy in calls]
         self._add_outputs(program, calls, inputs, logits)
         return True
