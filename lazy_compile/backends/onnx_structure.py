@@ -93,6 +93,20 @@ def check_structure(model: str | Path | Model | Any) -> StructureReport:
     )
 
 
+def heavy_nodes(model: str | Path | Model | Any) -> dict[str, tuple[str, ...]]:
+    """Names of the heavy operators by the name of the ``If`` that holds them; those in none stand under ``""``.
+
+    Raises:
+        ArtifactError: there is no readable ONNX file at that path.
+    """
+    graph = _load(model).graph
+    places = {"": _names(node for node in graph if node.op_type in HEAVY)}
+    for node in graph:
+        if node.op_type == "If":
+            places[_name(node)] = _names(_heavy_in(node, "then_branch"))
+    return places
+
+
 def _load(model: Any) -> Model:
     ir = import_optional("onnx_ir", "onnx")
     if isinstance(model, ir.Model):
@@ -133,4 +147,9 @@ def _nodes(graph: Graph) -> Iterator[Node]:
 
 
 def _names(nodes: Iterable[Node]) -> tuple[str, ...]:
-    return tuple(node.name or node.op_type for node in nodes)
+    return tuple(map(_name, nodes))
+
+
+def _name(node: Node) -> str:
+    """Its name; for one without, the name that TensorRT gives it."""
+    return node.name or f"node_of_{node.outputs[0].name}"

@@ -1,0 +1,212 @@
+"""Building an engine: read, check, build, look at what came out, and only then write it under its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lazy_compile.backends.onnx_metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx_structure import heavy_nodes
+from lazy_compile.backends.tensorrt_api import Flavor, Message, flavor_of, listen, load
+from lazy_compile.backends.tensorrt_check import EngineStructure, check_branches
+from lazy_compile.backends.tensorrt_config import BuildConfig
+from lazy_compile.backends.tensorrt_layers import parse_layers
+from lazy_compile.backends.tensorrt_network import configure, parse_network, serialize
+from lazy_compile.backends.tensorrt_sidecar import EngineSidecar, digest, policy_to_json
+from lazy_compile.errors import ArtifactError, BackendError, import_optional
+from lazy_compile.policy import AlwaysCompute, Policy
+from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.storage import atomic_path
+
+logger = logging.getLogger("lazy_compile")
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built.
+
+    Attributes:
+        path: the engine; its description stands beside it, see :class:`EngineSidecar`.
+        flavor: TensorRT or TensorRT-RTX, and its version.
+        bytes: size of the engine.
+        structure: where its kernels stand.
+        skipped: whether the engine was there already, made from the same file with the same options.
+        seconds: how long it took.
+    """
+
+    path: Path
+    flavor: str
+    bytes: int
+    structure: EngineStructure
+    skipped: bool
+    seconds: float
+
+
+def build_engine(
+    onnx: str | Path,
+    engine: str | Path,
+    config: BuildConfig | None = None,
+    *,
+    policy: Policy | None = None,
+    on_progress: OnProgress = no_progress,
+) -> BuildReport:
+    """Build a TensorRT engine from an ONNX file, in which every ``If`` is a jump over the kernels of its branch.
+
+    An engine that was made from the same file with the same options by the same builder is left as it is.
+
+    Args:
+        onnx: what ``export_onnx`` wrote; any other ONNX model is built too.
+        engine: where to write. The file appears when it is complete and checked.
+        config: all options.
+        policy: the rule that a runner of this engine follows unless told otherwise.
+        on_progress: called as the builder's phases go on.
+
+    Raises:
+        ArtifactError: the ONNX file cannot be read, or the engine not written.
+        BackendError: the builder refuses, or the engine has not one jump for each ``If``.
+        ConfigError: the options contradict each other or the file.
+        MissingDependencyError: that flavor of TensorRT is not installed.
+    """
+    start = time.perf_counter()
+    config, policy = config or BuildConfig(), policy or AlwaysCompute()
+    target = Path(engine)
+    flavor = flavor_of(config.flavor)
+    trt = load(flavor)
+    version, title = str(trt.__version__), f"{flavor.title} {trt.__version__}"
+    device = _device(flavor, config)
+    source = _Source.read(Path(onnx))
+    key = _key(source, config, policy, version, device)
+    if (known := _finished(target, key)) is not None:
+        seconds = time.perf_counter() - start
+        return BuildReport(target, title, target.stat().st_size, known.structure(), True, seconds)
+    if source.model is not None:
+        policy.check(source.model.branches)
+    with listen(trt) as heard, tempfile.TemporaryDirectory() as folder:
+        path = _sanitized(source, Path(folder)) if config.sanitize else source.path
+        network = parse_network(trt, flavor, path, heard)
+        settings, profile = configure(network, config, _timing_cache(config))
+        plan = serialize(network, settings, heard, on_progress)
+        structure = _structure(heard, source.nodes)
+        tensors = network.tensors(profile)
+        _keep_timing_cache(config, settings)
+    sidecar = EngineSidecar(
+        flavor.name, version, device, key, digest(plan), config.options(), tensors, source.model, policy,
+        source.nodes, structure.layers,
+    )  # fmt: skip
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(plan)
+    sidecar.save(target)
+    for problem in structure.problems:
+        logger.warning("%s is right but not as lazy as it could be: %s", target, problem)
+    return BuildReport(target, title, target.stat().st_size, structure, False, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An ONNX file: what it holds, and what identifies it."""
+
+    path: Path
+    nodes: dict[str, tuple[str, ...]]
+    model: OnnxMetadata | None
+    sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> _Source:
+        onnx = import_optional("onnx", "onnx")
+        content = hashlib.sha256()
+        try:
+            proto = onnx.load(str(path), load_external_data=False)
+            locations = [entry for item in proto.graph.initializer for entry in item.external_data]
+            locations = [entry for entry in locations if entry.key == "location"]
+            for name in sorted({entry.value for entry in locations}):
+                with (path.parent / name).open("rb") as file:
+                    content.update(hashlib.file_digest(file, "sha256").digest())
+            nodes = heavy_nodes(proto)
+        except Exception as error:  # protobuf's, and the operating system's
+            raise ArtifactError(f"cannot read {path} as ONNX ({first_line(error)}); export the model again") from error
+        for entry in locations:
+            entry.value = ""  # its name is drawn anew at every export
+        content.update(proto.SerializeToString(deterministic=True))
+        properties = {item.key: item.value for item in proto.metadata_props}
+        return cls(path, nodes, OnnxMetadata.parse(properties) if KEY in properties else None, content.hexdigest())
+
+
+def _key(source: _Source, config: BuildConfig, policy: Policy, version: str, device: str) -> str:
+    """All that an engine and its description depend on, in one digest."""
+    values = [source.sha256, config.flavor, config.options(), policy_to_json(policy), version, device]
+    return digest(json.dumps(values, sort_keys=True).encode())
+
+
+def _device(flavor: Flavor, config: BuildConfig) -> str:
+    """The GPU that the engine will be tied to."""
+    tied = not flavor.builds_without_gpu or "CURRENT" in config.compute_capabilities
+    if not tied:
+        return ""
+    if not torch.cuda.is_available():
+        raise BackendError(
+            f"{flavor.title} builds for the GPU at hand, and PyTorch sees none here; build on the machine that will "
+            "run the engine, or use flavor='rtx', which needs no GPU"
+        )
+    return torch.cuda.get_device_name()
+
+
+def _finished(target: Path, key: str) -> EngineSidecar | None:
+    """The description of an engine that is there, whole, and made from the same."""
+    try:
+        sidecar = EngineSidecar.load(target)
+        if sidecar.key != key:
+            return None
+        sidecar.check_file(target)
+    except ArtifactError:
+        return None
+    return sidecar
+
+
+def _structure(heard: list[Message], nodes: dict[str, tuple[str, ...]]) -> EngineStructure:
+    listed = [message.text for message in heard if "LayerType: " in message.text]
+    layers = parse_layers(listed[-1] if listed else "")
+    structure = check_branches(layers, len(nodes) - 1, nodes)
+    if len(structure.branches) != len(nodes) - 1:
+        raise BackendError(f"the engine is not lazy: {structure.problems[0]}; nothing was written")
+    return structure
+
+
+def _sanitized(source: _Source, folder: Path) -> Path:
+    """What Polygraphy makes of a model; the model itself if its conditionals no longer hold the same."""
+    loaders = import_optional("polygraphy.backend.onnx", "tensorrt-rtx")
+    result = folder / source.path.name
+    try:
+        folded = loaders.fold_constants(
+            loaders.onnx_from_path(str(source.path)), allow_onnxruntime_shape_inference=False
+        )
+        loaders.save_onnx(folded, str(result), external_data_path=f"{source.path.name}.data")
+    except Exception as error:
+        logger.warning("Polygraphy cannot fold constants here and was left out: %s", first_line(error))
+        return source.path
+    if heavy_nodes(result) != source.nodes:
+        logger.warning("Polygraphy moved operators of a branch; its result was left out")
+        return source.path
+    return result
+
+
+def _timing_cache(config: BuildConfig) -> bytes:
+    try:
+        return b"" if config.timing_cache is None else Path(config.timing_cache).read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ArtifactError(f"cannot read the timing cache {config.timing_cache}: {error.strerror}") from error
+
+
+def _keep_timing_cache(config: BuildConfig, settings: Any) -> None:
+    if config.timing_cache is not None and (cache := settings.get_timing_cache()) is not None:
+        with atomic_path(config.timing_cache) as temporary:
+            temporary.write_bytes(cache.serialize())
