@@ -27,11 +27,11 @@ from lazy_compile.policy import AlwaysCompute, Learned, Policy, Scheduled
 from lazy_compile.schedule import CacheSchedule
 from lazy_compile.storage import atomic_path, load_json, load_tensors, save_json
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "lazy.json"
 
 _TOP = {"format": int, "config": dict, "policy": dict, "model": dict, "branches": list}
-_MODEL = {"fingerprint": str, "capture": str}
+_MODEL = {"fingerprint": str, "capture": str, "attempts": list, "guarded_inputs": list}
 _BRANCH = {"name": str, "kind": str, "gate_features": int}
 _POLICIES: dict[str, dict[str, Any]] = {
     "always_compute": {"kind": str},
@@ -58,7 +58,8 @@ class Artifact:
         config: the options of the transformation.
         policy: the rule that decides.
         fingerprint: see :func:`fingerprint`.
-        capture: how the graph was obtained.
+        capture: how the graph was obtained, and ``attempts`` what was tried before, with the reason that it failed.
+        guarded_inputs: arguments whose values the graph depends on.
         branches: ``(name, kind, gate_features)`` of each, in order.
     """
 
@@ -67,6 +68,8 @@ class Artifact:
     policy: Policy
     fingerprint: str
     capture: str
+    attempts: tuple[str, ...]
+    guarded_inputs: tuple[str, ...]
     branches: tuple[tuple[str, str, int], ...]
 
     def check_model(self, model: nn.Module) -> None:
@@ -120,7 +123,12 @@ def save(lazy: LazyModule, directory: str | Path) -> None:
         "format": FORMAT,
         "config": asdict(lazy.lazy_config),
         "policy": policy,
-        "model": {"fingerprint": fingerprint(lazy.original), "capture": lazy.graph.captured.rung},
+        "model": {
+            "fingerprint": fingerprint(lazy.original),
+            "capture": lazy.graph.captured.rung,
+            "attempts": list(lazy.graph.captured.attempts),
+            "guarded_inputs": list(lazy.graph.guarded_inputs),
+        },
         "branches": [dict(zip(_BRANCH, branch, strict=True)) for branch in branches],
     }
     save_json(folder / MANIFEST, manifest)
@@ -154,6 +162,8 @@ def read(directory: str | Path) -> Artifact:
         _read_policy(values["policy"], path, [branch[2] for branch in branches]),
         values["model"]["fingerprint"],
         values["model"]["capture"],
+        tuple(map(str, values["model"]["attempts"])),
+        tuple(map(str, values["model"]["guarded_inputs"])),
         branches,
     )
 

@@ -6,62 +6,23 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lazy_compile.call_layout import CallLayout
 from lazy_compile.errors import CaptureError, LazyCompileError
 from lazy_compile.operators import note_example_sizes, value_of
 from lazy_compile.program import Program, Role
-
-
-@dataclass(frozen=True)
-class CallLayout:
-    """The structure of a call: where its tensors go, and the value of everything that is not a tensor.
-
-    Two calls of one layout differ only in their tensors. The layout is what a graph is specialised on.
-    """
-
-    spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
-    names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CallLayout, list[Tensor]]:
-        """Split a call into its layout and its flat tensors."""
-        paths, spec = pytree.tree_flatten_with_path((args, kwargs))
-        tensors = [leaf for _, leaf in paths if isinstance(leaf, Tensor)]
-        leaves = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for _, leaf in paths)
-        names = tuple(_argument_path(path) for path, leaf in paths if isinstance(leaf, Tensor))
-        return cls(spec, leaves, names), tensors
-
-    def differs_in_numbers(self, other: CallLayout) -> bool:
-        """Whether the two are alike but for the values of Python numbers."""
-        if self.spec != other.spec or self.names != other.names:
-            return False
-        changed = [pair for pair in zip(self.leaves, other.leaves, strict=True) if pair[0] != pair[1]]
-        return bool(changed) and all(type(value) in (int, float) for pair in changed for value in pair)
-
-    def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        remaining = iter(tensors)
-        leaves = [next(remaining) if leaf is _TENSOR else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return args, kwargs
-
-
-class _TensorLeaf:
-    def __repr__(self) -> str:
-        return "Tensor"
-
-
-_TENSOR = _TensorLeaf()
+from lazy_compile.tracing import ExportAid
+from lazy_compile.value_guards import Tape, ValueGuards
 
 
 @dataclass(frozen=True)
@@ -73,17 +34,23 @@ class Capture:
         rung: the way that worked, for the report.
         attempts: one line for each way that was tried before and failed.
         output_spec: how to build the model's own return value from flat outputs.
+        values: what the model read from its inputs on the way, and must read again for the program to be right.
     """
 
     program: Program
     rung: str
     attempts: tuple[str, ...]
     output_spec: pytree.TreeSpec
-    _guards: CodeType | None
+    values: ValueGuards = field(default_factory=ValueGuards)
+    _guards: CodeType | None = None
     _verdicts: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
 
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the program may be run on tensors of these shapes."""
+        """Whether the program may be run on these tensors."""
+        return self.accepts_sizes(tensors) and self.values.hold(tensors)
+
+    def accepts_sizes(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the program may be run on tensors of these shapes, whatever is in them."""
         shapes = tuple(tensor.shape for tensor in tensors)
         if shapes not in self._verdicts:
             self._verdicts[shapes] = self._sizes_match(shapes) and self._guards_hold(tensors)
@@ -112,73 +79,117 @@ class Capture:
         return bool(eval(self._guards, {"L": arguments, "math": math, "torch": torch}))
 
 
-def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> Capture:
-    """Capture ``model`` as it runs in evaluation mode on a call like this one; sizes stay dynamic where it allows it.
+@dataclass(frozen=True)
+class Rung:
+    """One way to export a model.
 
-    An example batch of 1 is repeated to 2 first, since export specialises the sizes 0 and 1.
+    Attributes:
+        dynamic: which sizes stay symbolic where the model allows it: all, that of the first axis, or none.
+        strict: read the model's byte code instead of running it.
+        reads_values: let the model read its inputs, and guard what it read.
+    """
+
+    dynamic: Literal["sizes", "batch", "nothing"]
+    strict: bool = False
+    reads_values: bool = False
+
+    @property
+    def name(self) -> str:
+        way = "strict export" if self.strict else "export"
+        return f"{way}, fixed sizes" if self.dynamic == "nothing" else f"{way}, dynamic {self.dynamic}"
+
+    def export(self, flat: FlatModel, example: Sequence[Tensor]) -> ExportedProgram:
+        flat.aid = None if self.strict else ExportAid(Tape(example) if self.reads_values else None)
+        axes = {"sizes": None, "batch": 1, "nothing": 0}[self.dynamic]
+        shapes = tuple(dict.fromkeys(range(tensor.dim())[:axes], Dim.AUTO) for tensor in example)
+        return torch.export.export(flat, tuple(example), dynamic_shapes=(shapes,), strict=self.strict)
+
+
+LADDER = (
+    Rung("sizes"),
+    Rung("sizes", strict=True),
+    Rung("sizes", reads_values=True),
+    Rung("batch", reads_values=True),
+    Rung("nothing", reads_values=True),
+)
+
+
+def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> Capture:
+    """Capture ``model`` as it runs in evaluation mode on a call like this one.
+
+    1. The rungs of the ladder are tried in turn. Dynamic sizes come before fixed ones; a model that decides by the
+       values of its inputs is captured for the values of this call, which are guarded.
+    2. An example batch of 1 is repeated to 2 first, since export specialises the sizes 0 and 1.
+    3. A decision by a value that depends on weights ends the search: it could not be checked before the model has run.
 
     Raises:
-        CaptureError: every rung failed; the message names the reason of the first.
+        CaptureError: every rung failed; the message names the decisive reason.
     """
     attempts: list[str] = []
     doubled = _with_batch_of_two(tensors)
-    for rung, export in _LADDER:
+    for rung in LADDER:
         for example in ([doubled] if doubled is not None else []) + [tuple(tensors)]:
-            flat = _FlatModel(model, layout)
+            flat = FlatModel(model, layout)
+            label = f"{rung.name}, guarded values" if rung.reads_values else rung.name
             try:
-                with _quiet_evaluation(model):
-                    exported = export(flat, example).run_decompositions({})
+                with quiet_evaluation(model):
+                    exported = rung.export(flat, example).run_decompositions({})
                 program = Program.from_exported(exported, parameter_prefix="model.")
                 program.name_users(layout.names)
             except LazyCompileError:
                 raise
             except Exception as error:
-                attempts.append(f"{rung}: {_first_line(error)}")
+                attempts.append(f"{label}: {_first_line(error)}")
+                if flat.stuck_at:
+                    raise CaptureError(
+                        f"{type(model).__name__} could not be captured: it decides by a value that depends on its "
+                        f"weights, {flat.stuck_at}; move that decision out of forward(), or make it a tensor operation"
+                    ) from error
                 continue
             output_spec = exported.call_spec.out_spec
             assert output_spec is not None
-            captured = Capture(program, rung, tuple(attempts), output_spec, _compile_guards(exported))
-            if captured.accepts(tensors):
-                note_example_sizes(captured.fake_tensors, [tensor.shape for tensor in tensors])
-                return captured
-            attempts.append(f"{rung}: the graph of a batch of 2 serves no other")
+            values = flat.values_read
+            found = Capture(
+                program, label if values else rung.name, tuple(attempts), output_spec, values, _compile_guards(exported)
+            )
+            if found.accepts(tensors):
+                note_example_sizes(found.fake_tensors, [tensor.shape for tensor in tensors])
+                return found
+            attempts.append(f"{label}: the graph of a batch of 2 serves no other")
     raise CaptureError(
         f"{type(model).__name__} could not be captured; {attempts[0].rstrip('.')}. Check that the example inputs run "
         "through the model, and that forward() does not branch on the values of tensors"
     )
 
 
-class _FlatModel(nn.Module):
-    """The model as a function of flat tensors."""
+class FlatModel(nn.Module):
+    """The model as a function of flat tensors.
+
+    Attributes:
+        aid: what its calls to torch go through; None for none.
+    """
 
     def __init__(self, model: nn.Module, layout: CallLayout) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
+        self.aid: ExportAid | None = None
 
     def forward(self, *tensors: Tensor) -> Any:
         args, kwargs = self.layout.rebuild(tensors)
-        return self.model(*args, **kwargs)
+        if self.aid is None:
+            return self.model(*args, **kwargs)
+        self.aid.begin(tensors, self.layout.stand_ins(tensors))
+        with self.aid:
+            return self.model(*args, **kwargs)
 
+    @property
+    def values_read(self) -> ValueGuards:
+        return self.aid.tape.guards() if self.aid is not None and self.aid.tape is not None else ValueGuards()
 
-def _export_dynamic(flat: nn.Module, example: tuple[Tensor, ...], strict: bool = False) -> ExportedProgram:
-    shapes = (tuple(dict.fromkeys(range(tensor.dim()), Dim.AUTO) for tensor in example),)
-    return torch.export.export(flat, example, dynamic_shapes=shapes, strict=strict)
-
-
-def _export_dynamic_strict(flat: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
-    return _export_dynamic(flat, example, strict=True)
-
-
-def _export_static(flat: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
-    return torch.export.export(flat, example, strict=False)
-
-
-_LADDER: tuple[tuple[str, Callable[[nn.Module, tuple[Tensor, ...]], ExportedProgram]], ...] = (
-    ("export, dynamic sizes", _export_dynamic),
-    ("strict export, dynamic sizes", _export_dynamic_strict),
-    ("export, fixed sizes", _export_static),
-)
+    @property
+    def stuck_at(self) -> str:
+        return "" if self.aid is None else self.aid.stuck
 
 
 def _with_batch_of_two(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
@@ -196,7 +207,7 @@ def _compile_guards(exported: ExportedProgram) -> CodeType | None:
 
 
 @contextmanager
-def _quiet_evaluation(model: nn.Module) -> Iterator[None]:
+def quiet_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and without export's chatter; the model's own flags come back afterwards."""
     training = [module for module in model.modules() if module.training]
     loggers = [logging.getLogger(f"torch.{name}") for name in ("_export", "export", "fx", "_subclasses.fake_tensor")]
@@ -214,12 +225,6 @@ def _quiet_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _argument_path(path: tuple[Any, ...]) -> str:
-    """``"hidden_states"``, ``"args.0"`` or ``"added.resolution"`` for a leaf of ``(args, kwargs)``."""
-    keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
-    return ".".join(["args", *keys[1:]] if keys[0] == "0" else keys[1:])
 
 
 def _first_line(error: Exception) -> str:

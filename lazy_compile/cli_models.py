@@ -117,13 +117,11 @@ def load_sampler(
     if spec is None:
         from lazy_compile.integrations.diffusers import SchedulerSampler, make_scheduler
 
-        graph = lazy.graph
-        position = graph.timestep_position
         return SchedulerSampler(
             make_scheduler(scheduler, named.scheduler_folder),
             require_inputs(named),
             steps=20 if steps is None else steps,
-            timestep_argument=None if position is None else graph.layout.names[position],
+            timestep_argument=lazy.graph.timestep_input,
         )
     factory = find_function(spec)
     if steps is not None and "steps" not in inspect.signature(factory).parameters:

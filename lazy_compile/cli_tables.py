@@ -47,13 +47,13 @@ def _plain(value: Any) -> Any:
 def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
     graph = lazy.graph
     kept = 2 if lazy.lazy_config.reuse == "linear" else 1
-    position = graph.timestep_position
     in_branches = sum(branch.macs for branch in lazy.branches)
     return {
         "model": name,
         "capture": graph.captured.rung,
         "attempts": list(graph.captured.attempts),
-        "timestep_input": None if position is None else graph.layout.names[position],
+        "guarded_inputs": list(graph.guarded_inputs),
+        "timestep_input": graph.timestep_input,
         "total_macs": graph.total_macs,
         "share_in_branches": in_branches / graph.total_macs,
         "cache_bytes": lazy.expected_cache_bytes,
@@ -91,12 +91,15 @@ def branch_table(values: Mapping[str, Any]) -> Table:
 
 
 def inspection_summary(values: Mapping[str, Any]) -> str:
-    return (
+    lines = [
         f"{len(values['branches'])} branches hold {values['share_in_branches']:.1%} of {count(values['total_macs'])} "
-        f"MACs; their caches take {size(values['cache_bytes'])} per stream at the captured sizes\n"
+        f"MACs; their caches take {size(values['cache_bytes'])} per stream at the captured sizes",
         f"captured by {values['capture']}; time input: {values['timestep_input'] or 'none found'}; "
-        f"{len(values['refusals'])} candidates refused"
-    )
+        f"{len(values['refusals'])} candidates refused",
+    ]
+    if values["guarded_inputs"]:
+        lines.append(f"captured again when the model reads other values from {', '.join(values['guarded_inputs'])}")
+    return "\n".join([*lines, *(f"tried before: {attempt}" for attempt in values["attempts"])])
 
 
 def refusal_table(values: Mapping[str, Any]) -> Table:

@@ -2,99 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lazy_compile.branch import Refusal, ResidualBranch
-from lazy_compile.capture import CallLayout, Capture, capture
+from lazy_compile.capture_lock import CAPTURE_LOCK
 from lazy_compile.config import LazyConfig
-from lazy_compile.errors import ConfigError, NoBranchError
+from lazy_compile.errors import ConfigError
+from lazy_compile.graph_store import GraphStore
 from lazy_compile.lazy_branch import LazyStep
-from lazy_compile.operators import macs
+from lazy_compile.lazy_graph import LazyGraph as LazyGraph
+from lazy_compile.lazy_graph import ModelCall as ModelCall
 from lazy_compile.pass_manager import PassManager
 from lazy_compile.policy import AlwaysCompute, Policy
-from lazy_compile.program import Program, Role
-from lazy_compile.runtime import CacheState, LazyStats, PolicyStep
-from lazy_compile.timestep import Trajectories, find_timestep_input, use_stream
+from lazy_compile.runtime import LazyStats, PolicyStep
+from lazy_compile.timestep import Trajectories, use_stream
 
 logger = logging.getLogger("lazy_compile")
-
-_CAPTURING = threading.RLock()
-"""torch.export changes global state: one capture at a time, and none while another thread looks for its graph."""
-
-
-@dataclass(frozen=True, eq=False)
-class LazyGraph:
-    """One capture of the model, compiled: what calls of one layout, dtype, device and family of shapes run on.
-
-    Attributes:
-        timestep_position: which of the tensor inputs is the time input; None if none is.
-        types: dtypes and devices of the tensor inputs, and autocast.
-        sources: where each parameter, buffer and constant is looked up at every call, in graph order.
-    """
-
-    layout: CallLayout
-    captured: Capture
-    program: Program
-    timestep_position: int | None
-    types: tuple[Any, ...]
-    total_macs: int
-    sources: tuple[tuple[Mapping[str, Tensor | None], str], ...]
-
-    def serves(self, layout: CallLayout, tensors: Sequence[Tensor], types: tuple[Any, ...]) -> bool:
-        return types == self.types and layout == self.layout and self.captured.accepts(tensors)
-
-    def timestep(self, tensors: Sequence[Tensor]) -> float | None:
-        """The time input of a call; the noisiest row's, should they differ."""
-        if self.timestep_position is None:
-            return None
-        return float(tensors[self.timestep_position].detach().max())
-
-    def run(self, state: Sequence[Tensor], tensors: Sequence[Tensor], step: LazyStep) -> Any:
-        outputs = self.program.graph_module(*state, *tensors, step)
-        return pytree.tree_unflatten(list(outputs), self.captured.output_spec)
-
-
-@dataclass(frozen=True)
-class ModelCall:
-    """One call of a lazy model, placed in its trajectory and not yet answered.
-
-    Attributes:
-        caches: the slots of this call's stream.
-        step: index of the sampler step in its trajectory.
-        timestep: the time input, or the step index where the model has none.
-    """
-
-    graph: LazyGraph
-    state: Sequence[Tensor]
-    tensors: Sequence[Tensor]
-    caches: CacheState
-    step: int
-    timestep: float
-
-    def run(self, step: LazyStep) -> Any:
-        """The model's own return value, with every branch doing as ``step`` decides."""
-        return self.graph.run(self.state, self.tensors, step)
-
-    def for_training(self) -> ModelCall:
-        """The same call with tensors that autograd may keep, should a sampler run under inference mode."""
-        tensors = [tensor.clone() if tensor.is_inference() else tensor for tensor in self.tensors]
-        return replace(self, tensors=tensors)
-
-    def run_flat(self, step: LazyStep) -> list[Tensor]:
-        """The tensors of the return value."""
-        return [leaf for leaf in pytree.tree_leaves(self.run(step)) if isinstance(leaf, Tensor)]
 
 
 class LazyModule(nn.Module):
@@ -115,31 +46,36 @@ class LazyModule(nn.Module):
         self.lazy_config = config
         self.training = original.training
         self._pipeline = pipeline
+        self._store = GraphStore(original, pipeline, self._admit)
         self._policy: Policy = AlwaysCompute()
+        self._planned: dict[str, ResidualBranch] = {}
         self._drive: Callable[[ModelCall], Any] = self._follow_policy
-        self._graphs: list[LazyGraph] = []
         self._trajectories = Trajectories()
         self._stats: dict[tuple[str, ...], LazyStats] = {}
-        self._environment: tuple[Any, ...] = ()
-        self._signature = inspect.signature(original.forward)
+        self._run = torch.compiler.disable(self._answer)  # torch.compile(lazy) leaves it as it is
 
     # What the model does ------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One denoising step, under the current policy; arguments and result are those of the original."""
+        return self._run(*args, **kwargs)
+
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
         graph, tensors = self._graph_for(args, kwargs)
         timestep = graph.timestep(tensors)
         state, index, started = self._trajectories.current().advance(timestep)
-        if started and self._environment != self._observe_environment():
-            self._graphs.clear()
+        if started and self._store.drop_if_model_changed():
             graph, tensors = self._graph_for(args, kwargs)
         now = float(index) if timestep is None else timestep
-        return self._drive(ModelCall(graph, self._state_of(graph), tensors, state, index, now))
+        with CAPTURE_LOCK.running():
+            return self._drive(ModelCall(graph, graph.state(), tensors, state, index, now))
 
     def _follow_policy(self, call: ModelCall) -> Any:
         stats = self._stats_of(call.graph)
         stats.calls += 1
-        return call.run(PolicyStep(self._policy, self.lazy_config, call.caches, stats, call.step, call.timestep))
+        return call.run(
+            PolicyStep(self._policy, self.lazy_config, call.caches, stats, call.step, call.timestep, self._planned)
+        )
 
     @contextmanager
     def driven_by(self, driver: Callable[[ModelCall], Any]) -> Iterator[None]:
@@ -155,7 +91,8 @@ class LazyModule(nn.Module):
     def evaluate(self, step: LazyStep, *args: Any, **kwargs: Any) -> Any:
         """One call in which ``step`` decides what every branch does, outside any trajectory."""
         graph, tensors = self._graph_for(args, kwargs)
-        return graph.run(self._state_of(graph), tensors, step)
+        with CAPTURE_LOCK.running():
+            return graph.run(graph.state(), tensors, step)
 
     def capture(self, *args: Any, **kwargs: Any) -> LazyGraph:
         """Capture now, for calls like this one, without running the model.
@@ -185,9 +122,9 @@ class LazyModule(nn.Module):
         Raises:
             ConfigError: nothing was captured yet.
         """
-        if not self._graphs:
+        if not self._store.graphs:
             raise ConfigError("this model was not captured yet; call it once, or pass example_inputs to transform()")
-        return self._graphs[-1]
+        return self._store.graphs[-1]
 
     @property
     def policy(self) -> Policy:
@@ -199,9 +136,11 @@ class LazyModule(nn.Module):
             raise ConfigError(
                 f"policy is {policy!r}; expected AlwaysCompute(), Scheduled(schedule), Learned(table) or another Policy"
             )
-        if self._graphs:
+        if self._store.graphs:
             policy.check(self.branches)
+            self._planned = {branch.name: branch for branch in self.branches}
         self._policy = policy
+        self._tell_of_unknown_branches(self._store.graphs)
         self.reset()
         self.reset_stats()
 
@@ -262,125 +201,44 @@ class LazyModule(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("original"), name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LazyModule:
-        import copy
-
-        twin = LazyModule(copy.deepcopy(self.original, memo), self.lazy_config, self._pipeline)
-        twin._policy = self._policy
-        return twin
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is unpickled, captures for itself; it has the options and the policy, and no caches."""
+        return _rebuild, (self.original, self.lazy_config, self._pipeline, self._policy)
 
     # How ----------------------------------------------------------------------------------------------------------
 
     def _graph_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LazyGraph, list[Tensor]]:
-        layout, tensors = CallLayout.of(*self._bind(args, kwargs))
-        types = _types_of(tensors)
-        with _CAPTURING:
-            for position, graph in enumerate(reversed(self._graphs)):
-                if graph.serves(layout, tensors, types):
-                    if position:
-                        self._graphs.remove(graph)
-                        self._graphs.append(graph)
-                    return graph, tensors
-            return self._compile(layout, tensors, types), tensors
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call with every argument by name, so that its spelling does not matter."""
-        try:
-            bound = self._signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise ConfigError(
-                f"{type(self.original).__name__}.forward: {error}; its signature is {self._signature}"
-            ) from error
-        kinds = {parameter.kind for parameter in self._signature.parameters.values()}
-        if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}:
-            return args, kwargs
-        bound.apply_defaults()
-        arguments = dict(bound.arguments)
-        for name, parameter in self._signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(sorted(arguments.pop(name).items()))
-        return (), arguments
-
-    def _compile(self, layout: CallLayout, tensors: Sequence[Tensor], types: tuple[Any, ...]) -> LazyGraph:
-        captured = capture(self.original, layout, tensors)
-        environment = self._observe_environment()
-        if environment != self._environment:
-            self._graphs, self._environment = [], environment
-        if self._graphs:
-            logger.info("captured another graph, for inputs %s", [tuple(tensor.shape) for tensor in tensors])
-        if any(graph.layout.differs_in_numbers(layout) for graph in self._graphs):
-            logger.warning(
-                "%s was captured again for another value of a Python number: such a value is part of the graph; "
-                "pass what changes from step to step as a tensor",
-                type(self.original).__name__,
-            )
-        timestep = find_timestep_input(captured.program, self.lazy_config.timestep_input)
-        if timestep is None:
-            logger.warning(
-                "no timestep input was found in %s: every call counts as the next step; "
-                "name it with LazyConfig(timestep_input=...), or call reset() before each trajectory",
-                type(self.original).__name__,
-            )
-        total = sum(macs(node) for node in captured.program.graph.nodes)
-        program = self._pipeline.run(captured.program)
-        if not program.branches:
-            reasons = "; ".join(f"{refusal.path or refusal.node}: {refusal.reason}" for refusal in program.refusals[:3])
-            raise NoBranchError(
-                f"{type(self.original).__name__} has no residual branch that could be gated "
-                f"({reasons or 'no addition joins a skip connection with heavy operators'})"
-            )
-        self._policy.check(program.branches)
-        graph = LazyGraph(layout, captured, program, timestep, types, total, tuple(self._sources(program)))
-        self._graphs = [*self._graphs, graph][-self.lazy_config.max_captures :]
-        return graph
-
-    def _stats_of(self, graph: LazyGraph) -> LazyStats:
-        names = tuple(branch.name for branch in graph.program.branches)
-        if names not in self._stats:
-            branch_macs = np.array([branch.macs for branch in graph.program.branches], dtype=np.float64)
-            self._stats[names] = LazyStats(branch_macs, graph.total_macs)
-        self._stats[names].captures = len(self._graphs)
-        return self._stats[names]
+        return self._store.find(args, kwargs, self.lazy_config)
 
     def _state_of(self, graph: LazyGraph) -> list[Any]:
-        """Current parameters, buffers and constants in graph order: a weight that was changed takes effect."""
-        return [values[name] for values, name in graph.sources]
+        return graph.state()
 
-    def _sources(self, program: Program) -> Iterator[tuple[Mapping[str, Tensor | None], str]]:
-        for item in program.inputs:
-            owner, _, leaf = item.name.rpartition(".")
-            if item.role is Role.PARAMETER:
-                yield self.original.get_submodule(owner)._parameters, leaf
-            elif item.role is Role.BUFFER:
-                yield self.original.get_submodule(owner)._buffers, leaf
-            elif item.role is Role.CONSTANT:
-                yield program.constants, item.name
+    def _admit(self, graph: LazyGraph) -> None:
+        """Hold the policy against the first graph; in others, branches are matched to that one's by their names."""
+        if not self._store.graphs or not self._planned:
+            self._policy.check(graph.branches)
+            self._planned = {branch.name: branch for branch in graph.branches}
+        self._tell_of_unknown_branches([graph])
 
-    def _observe_environment(self) -> tuple[Any, ...]:
-        """What a graph silently depends on: modules, their plain attributes and hooks, and the types of parameters."""
-        modules = tuple((id(module), *_attributes(module)) for module in self.original.modules())
-        return modules, tuple((parameter.dtype, parameter.device) for parameter in self.original.parameters())
+    def _tell_of_unknown_branches(self, graphs: Iterable[LazyGraph]) -> None:
+        for graph in graphs:
+            unknown = [branch.name for branch in graph.branches if branch.name not in self._planned]
+            if unknown and not isinstance(self._policy, AlwaysCompute):
+                logger.warning(
+                    "calls of %s of one kind have %d branches that the policy was not made for (%s, ...); they compute",
+                    type(self.original).__name__, len(unknown), unknown[0],
+                )  # fmt: skip
 
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """A capture is always made in evaluation mode, and parameters are looked up at every call: both may change."""
-    for name, value in vars(module).items():
-        if name not in ("training", "_parameters", "_buffers", "_modules"):
-            yield name, _snapshot(value)
-
-
-def _snapshot(value: Any) -> Any:
-    """Numbers, texts and what is made of them by value, everything else by identity."""
-    if isinstance(value, tuple | list):
-        return tuple(map(_snapshot, value))
-    if isinstance(value, dict):
-        return tuple((key, _snapshot(item)) for key, item in value.items())
-    return value if isinstance(value, bool | int | float | str) else id(value)
+    def _stats_of(self, graph: LazyGraph) -> LazyStats:
+        names = tuple(branch.name for branch in graph.branches)
+        if names not in self._stats:
+            branch_macs = np.array([branch.macs for branch in graph.branches], dtype=np.float64)
+            self._stats[names] = LazyStats(branch_macs, graph.total_macs)
+        self._stats[names].captures = len(self._store.graphs)
+        return self._stats[names]
 
 
-def _types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    devices = {tensor.device.type for tensor in tensors}
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in sorted(devices) if torch.is_autocast_enabled(device)
-    )
-    return tuple((tensor.dtype, tensor.device) for tensor in tensors) + autocast
+def _rebuild(original: nn.Module, config: LazyConfig, pipeline: PassManager, policy: Policy) -> LazyModule:
+    lazy = LazyModule(original, config, pipeline)
+    lazy._policy = policy
+    return lazy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lazy_compile.branch import ResidualBranch
 from lazy_compile.config import LazyConfig
 from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.policy import GateQuery, Policy
@@ -126,7 +127,12 @@ class LazyStats:
 
 @dataclass
 class PolicyStep:
-    """One call of the model under a policy; implements :class:`~lazy_compile.lazy_branch.LazyStep`."""
+    """One call of the model under a policy; implements :class:`~lazy_compile.lazy_branch.LazyStep`.
+
+    Attributes:
+        planned: the branches that the policy was made for, by name, where the call may have others (it skips layers,
+            say): one that the policy does not know computes. None if they are the call's own.
+    """
 
     policy: Policy
     config: LazyConfig
@@ -134,6 +140,7 @@ class PolicyStep:
     stats: LazyStats
     step: int
     timestep: float
+    planned: Mapping[str, ResidualBranch] | None = None
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index = branch.branch.index
@@ -160,9 +167,10 @@ class PolicyStep:
 
     def _decide(self, branch: LazyBranch, inputs: Sequence[Any], slot: CacheSlot | None) -> Rows:
         rows = branch.rows(inputs)
-        if slot is None or self.step < self.config.warmup_steps:
+        planned = self._planned(branch.branch)
+        if slot is None or planned is None or self.step < self.config.warmup_steps:
             return np.ones(rows, dtype=bool)
-        query = GateQuery(branch.branch, branch.entries(inputs), self.step, self.timestep, self.state.memory)
+        query = GateQuery(planned, branch.entries(inputs), self.step, self.timestep, self.state.memory)
         answer = self.policy.should_compute(query)
         if isinstance(answer, Tensor):
             computes = answer.detach().cpu().numpy().astype(bool)
@@ -173,6 +181,14 @@ class PolicyStep:
         if self.config.max_reuse_age is not None:
             computes = computes | (self.step - slot.computed_at > self.config.max_reuse_age)
         return computes
+
+    def _planned(self, branch: ResidualBranch) -> ResidualBranch | None:
+        if self.planned is None:
+            return branch
+        found = self.planned.get(branch.name)
+        if found is None or (found.kind, found.gate_features) != (branch.kind, branch.gate_features):
+            return None
+        return found
 
     def _joint_decision(self, computes: Rows) -> bool:
         if self.config.batch_rule == "any_reuse":

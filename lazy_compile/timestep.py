@@ -43,9 +43,14 @@ def find_timestep_input(program: Program, wanted: str | None) -> int | None:
         return names.index(wanted)
     small = [position for position, (node, _) in enumerate(users) if _is_small(node)]
     embedded = [position for position in small if _reaches_sinusoid(users[position][0])]
-    candidates = embedded or [p for p in small if names[p].rpartition(".")[2] in _TIME_WORDS]
-    named = [position for position in candidates if names[position].rpartition(".")[2] in _TIME_WORDS]
+    candidates = embedded or [position for position in small if names_the_time(names[position])]
+    named = [position for position in candidates if names_the_time(names[position])]
     return next(iter(named or candidates), None)
+
+
+def names_the_time(path: str, wanted: str | None = None) -> bool:
+    """Whether an argument is called like a timestep, or as the caller has said that it is called."""
+    return path == wanted or (wanted is None and path.rpartition(".")[2] in _TIME_WORDS)
 
 
 def _is_small(node: fx.Node) -> bool:

@@ -10,9 +10,11 @@ import torch
 
 import lazy_compile
 from lazy_compile import AlwaysCompute, LazyConfig, LazyModule
-from lazy_compile.capture import CallLayout, capture
+from lazy_compile.call_layout import CallLayout
+from lazy_compile.capture import capture
 from lazy_compile.program import Program
 from models import REFUSED, TOYS, call
+from small import fresh
 
 torch.set_num_threads(1)
 
@@ -48,3 +50,9 @@ def compiled() -> Callable[..., LazyModule]:
 def captured() -> Callable[[str], Program]:
     """``captured("dit")``: the graph of a toy before any pass."""
     return _captured
+
+
+@pytest.fixture(scope="session")
+def shared() -> LazyModule:
+    """A small lazy model without changed weights; a test sets the policy it needs."""
+    return fresh()

@@ -55,6 +55,13 @@ class TinyDiT(nn.Module):
         return result
 
 
+class ReadsItsMask(TinyDiT):
+    """Masks out as many tokens as a value says."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states if mask.all() else -hidden_states, timestep)
+
+
 class NoBranches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -86,6 +93,10 @@ def bare_dit() -> nn.Module:
 
 def larger_dit() -> tuple[nn.Module, dict[str, Any]]:
     return tiny_model(blocks=3), tiny_inputs()
+
+
+def reads_its_mask() -> tuple[nn.Module, dict[str, Any]]:
+    return ReadsItsMask().eval(), {**tiny_inputs(), "mask": torch.ones(2, 16, dtype=torch.bool)}
 
 
 def no_branches() -> tuple[nn.Module, dict[str, Any]]:

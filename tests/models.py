@@ -437,10 +437,10 @@ class PlainMLP(nn.Module):
 
 
 class TinyDataDependent(TinyRising):
-    """Decides by the value of its time: no graph can hold that."""
+    """Decides by what it computes with its weights: no graph can hold that."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return super().forward(x, time) if time.max() > 0.5 else -super().forward(x, time)
+        return super().forward(x, time) if self.embed(x).max() > 0.5 else -super().forward(x, time)
 
 
 class TinyContainer(nn.Module):

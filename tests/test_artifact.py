@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lazy_compile
-from factories import TinyDiT, euler, larger_dit, tiny_dit, tiny_inputs, tiny_model
+from factories import TinyDiT, euler, larger_dit, reads_its_mask, tiny_dit, tiny_inputs, tiny_model
 from lazy_compile import AlwaysCompute, CacheSchedule, GateTable, LazyModule, Learned, Policy, Scheduled
 from lazy_compile.artifact import MANIFEST, fingerprint, read, save
 from lazy_compile.errors import ArtifactError, ConfigError
@@ -104,6 +104,18 @@ def test_a_model_can_be_loaded_before_it_is_captured(saved: Path) -> None:
     assert torch.isfinite(euler()(again, 0)).all()
 
 
+def test_it_says_how_the_graph_was_obtained(saved: Path, tmp_path: Path) -> None:
+    assert (read(saved).capture, read(saved).attempts, read(saved).guarded_inputs) == ("export, dynamic sizes", (), ())
+    lazy_compile.transform(*reads_its_mask()).save(tmp_path / "guarded")
+    artefact = read(tmp_path / "guarded")
+    assert artefact.capture == "export, dynamic sizes, guarded values"
+    assert [attempt.partition(": ")[0] for attempt in artefact.attempts] == [
+        "export, dynamic sizes",
+        "strict export, dynamic sizes",
+    ]
+    assert artefact.guarded_inputs == ("mask",)
+
+
 def test_fingerprint_knows_names_and_shapes_but_neither_class_nor_weights() -> None:
     class Renamed(TinyDiT):
         pass
@@ -189,7 +201,7 @@ def set_policy(**values: Any) -> Edit:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda v: v.update(format=99), "has format 99, this release reads 1"),
+        (lambda v: v.update(format=99), "has format 99, this release reads 2"),
         (lambda v: v.pop("format"), "has format None"),
         (lambda v: v.pop("branches"), "lacks 'branches'"),
         (lambda v: v.update(colour="red"), "has an unknown key 'colour'"),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lazy_compile.capture import _LADDER, CallLayout, Capture, capture
+from lazy_compile.call_layout import CallLayout
+from lazy_compile.capture import LADDER, Capture, capture
 from lazy_compile.errors import CaptureError
 from lazy_compile.operators import operator_name
 from lazy_compile.program import Role, module_state
@@ -23,51 +24,6 @@ def captured_call(model: nn.Module, **arguments: Any) -> Capture:
 
 def accepts(found: Capture, **arguments: Tensor) -> bool:
     return found.accepts(list(arguments.values()))
-
-
-# The layout of a call ---------------------------------------------------------------------------------------------
-
-
-def test_a_layout_names_its_tensors_and_builds_the_call_again() -> None:
-    x, t, size = torch.ones(2), torch.zeros(3), torch.ones(4)
-    arguments = {"x": x, "extra": {"size": size, "scale": 3.0}, "pair": (t, None), "flag": True}
-    layout, tensors = CallLayout.of((t,), arguments)
-    assert layout.names == ("args.0", "x", "extra.size", "pair.0")
-    assert [id(tensor) for tensor in tensors] == [id(each) for each in (t, x, size, t)]
-    other = [tensor + 1 for tensor in tensors]
-    args, kwargs = layout.rebuild(other)
-    assert torch.equal(args[0], t + 1)
-    assert kwargs["extra"]["scale"] == 3.0
-    assert kwargs["pair"] == (other[3], None)
-    assert list(kwargs) == ["x", "extra", "pair", "flag"]
-
-
-def test_layouts_differ_by_what_is_not_a_tensor() -> None:
-    def layout(**arguments: Any) -> CallLayout:
-        return CallLayout.of((), arguments)[0]
-
-    x = torch.ones(2)
-    assert layout(x=x, flag=True) == layout(x=torch.zeros(5, 7), flag=True)
-    assert layout(x=x, flag=True) != layout(x=x, flag=False)
-    assert layout(x=x, flag=True) != layout(x=x, flag=None)
-    assert layout(x=x) != layout(y=x)
-    assert layout(x=x, scale=1.0) != layout(x=x, scale=2.0)
-    assert layout(x=x, mask=None) != layout(x=x, mask=x)
-
-
-def test_layouts_may_differ_in_numbers_only() -> None:
-    def layout(**arguments: Any) -> CallLayout:
-        return CallLayout.of((), arguments)[0]
-
-    x = torch.ones(2)
-    first = layout(x=x, scale=1.0, flag=True)
-    assert first.differs_in_numbers(layout(x=x, scale=2, flag=True))
-    assert not first.differs_in_numbers(first)
-    assert not first.differs_in_numbers(layout(x=x, scale=2.0, flag=False))
-    assert not first.differs_in_numbers(layout(x=x, scale="2", flag=True))
-    assert not first.differs_in_numbers(layout(x=x, scale=x, flag=True))
-    assert not first.differs_in_numbers(layout(x=x, size=2.0, flag=True))
-    assert not first.differs_in_numbers(layout(x=x, scale=2.0))
 
 
 # What a capture serves --------------------------------------------------------------------------------------------
@@ -157,7 +113,7 @@ class OnlyFixed(nn.Module):
         return x * {16: 2.0, 8: 3.0}[hash(x.shape[1])]
 
 
-RUNGS = ["export, dynamic sizes", "strict export, dynamic sizes", "export, fixed sizes"]
+RUNGS = [rung.name for rung in LADDER]
 
 
 def test_the_rung_that_worked_is_named_with_those_that_failed() -> None:
@@ -170,7 +126,7 @@ def test_the_rung_that_worked_is_named_with_those_that_failed() -> None:
     assert torch.equal(found.program.graph_module(x)[0], 2 * x)
 
 
-@pytest.mark.parametrize("rung", range(3))
+@pytest.mark.parametrize("rung", range(len(LADDER)))
 def test_every_rung_gives_the_same_program_under_the_same_names(rung: int, monkeypatch: pytest.MonkeyPatch) -> None:
     class Returns(nn.Module):
         def __init__(self) -> None:
@@ -184,7 +140,7 @@ def test_every_rung_gives_the_same_program_under_the_same_names(rung: int, monke
             result = x + self.mlps[0](x)
             return {"sample": result, "none": None, "parts": (2 * result, [x + 1])}
 
-    monkeypatch.setattr("lazy_compile.capture._LADDER", _LADDER[rung : rung + 1])
+    monkeypatch.setattr("lazy_compile.capture.LADDER", LADDER[rung : rung + 1])
     model, arguments = randomize(Returns()), {"x": joined(2)["x"]}
     found = captured_call(model, **arguments)
     assert found.rung == RUNGS[rung]

@@ -82,6 +82,16 @@ def test_inspect_json_adds_up() -> None:
     assert sum(branch["share"] for branch in values["branches"]) == pytest.approx(values["share_in_branches"])
     assert sum(branch["cache_bytes"] for branch in values["branches"]) == values["cache_bytes"] == 4 * 2 * 16 * 16 * 4
     assert values["capture"] == "export, dynamic sizes"
+    assert values["attempts"] == values["guarded_inputs"] == []
+
+
+def test_inspect_says_how_the_model_was_captured_and_on_what_the_graph_depends() -> None:
+    result = call("inspect", "factories:reads_its_mask")
+    assert result.exit_code == 0, result.output
+    assert "captured by export, dynamic sizes, guarded values; time input: timestep" in result.stdout
+    assert "captured again when the model reads other values from mask" in result.stdout
+    assert "tried before: export, dynamic sizes: GuardOnDataDependentSymNode: " in result.stdout
+    assert "tried before: strict export, dynamic sizes: " in result.stdout
 
 
 def test_inspect_takes_shapes_for_a_model_without_example_inputs() -> None:

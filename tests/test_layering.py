@@ -12,11 +12,13 @@ LAYERS = {  # lowest first
     "data": ["config", "branch", "schedule", "gate", "policy", "program"],
     "infrastructure": [
         *["pass_manager", "ops", "progress", "storage"],
-        *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "lazy_branch"],
+        *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "lazy_branch", "extrapolation"],
     ],
     "passes": ["passes", "passes.*"],
     "middle": [
-        *["capture", "runtime", "timestep", "module", "verify", "effects", "planning", "soft_step", "gate_trainer"],
+        *["call_layout", "value_guards", "tensor_builders", "tracing", "capture", "capture_lock", "environment"],
+        *["runtime", "timestep", "lazy_graph", "graph_store", "module"],
+        *["verify", "effects", "planning", "soft_step", "gate_trainer"],
         *["calibration", "report", "report_figures", "artifact", "backends", "backends.*"],
     ],
     "compiler": ["compiler"],

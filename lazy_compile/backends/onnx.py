@@ -121,6 +121,12 @@ def export_onnx(
         raise ConfigError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
     import_optional("onnxscript", "onnx")
     graph, tensors = _example(lazy, example_inputs)
+    if graph.guarded_inputs:
+        logger.warning(
+            "%s is right only where the model reads the same values from %s as from the example; export one file for "
+            "each that you need",
+            path, ", ".join(graph.guarded_inputs),
+        )  # fmt: skip
     rule = "all_reuse" if lazy.lazy_config.batch_rule == "per_sample" else lazy.lazy_config.batch_rule
     program = PassManager([LiftCacheSlots(lazy.lazy_config.reuse, rule), LowerToSelect()]).run(graph.program)
     on_progress("exporting to ONNX", 1, 4, "branches lowered")

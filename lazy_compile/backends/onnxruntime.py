@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile.backends.onnx_metadata import OnnxMetadata, SlotSpec, first_line
 from lazy_compile.branch import ResidualBranch
-from lazy_compile.capture import CallLayout
+from lazy_compile.call_layout import CallLayout
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ArtifactError, BackendError, ConfigError, import_optional
 from lazy_compile.gate import FORCE, GateRow

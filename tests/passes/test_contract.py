@@ -24,13 +24,14 @@ from lazy_compile.passes.discover_branches import DiscoverBranches
 from lazy_compile.passes.insert_gates import InsertGates
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.passes.lower_to_select import LowerToSelect
+from lazy_compile.passes.merge_repeats import MergeRepeats
 from lazy_compile.passes.outline_branches import OutlineBranches
 from lazy_compile.program import Program, Role, module_state
 from models import TOYS, call
 
 Captured = Callable[[str], Program]
 
-GATING = [Canonicalize(), DiscoverBranches(), OutlineBranches(), InsertGates()]
+GATING = [Canonicalize(), MergeRepeats(), DiscoverBranches(), OutlineBranches(), InsertGates()]
 
 
 class Compute:
@@ -198,7 +199,8 @@ def test_an_unknown_pass_is_named_with_those_there_are() -> None:
     with pytest.raises(PassError) as caught:
         PassManager(GATING).run(program(SOURCE), until="gates")
     assert str(caught.value) == (
-        "there is no pass 'gates'; the passes are canonicalize, discover_branches, outline_branches, insert_gates"
+        "there is no pass 'gates'; the passes are canonicalize, merge_repeats, discover_branches, outline_branches, "
+        "insert_gates"
     )
 
 

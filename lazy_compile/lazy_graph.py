@@ -1,0 +1,127 @@
+"""One capture of a model, compiled, and a call of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lazy_compile.branch import ResidualBranch
+from lazy_compile.call_layout import CallLayout
+from lazy_compile.capture import Capture
+from lazy_compile.lazy_branch import LazyStep
+from lazy_compile.program import Program, Role
+from lazy_compile.runtime import CacheState
+
+Source = tuple[Mapping[str, Tensor | None], str]
+
+
+@dataclass(frozen=True, eq=False)
+class LazyGraph:
+    """One capture of the model, compiled: what calls of one layout, dtype, device and family of shapes run on.
+
+    Attributes:
+        timestep_position: which of the tensor inputs is the time input; None if none is.
+        types: dtypes and devices of the tensor inputs, and autocast.
+        sources: where each parameter, buffer and constant is looked up at every call, in graph order.
+    """
+
+    layout: CallLayout
+    captured: Capture
+    program: Program
+    timestep_position: int | None
+    types: tuple[Any, ...]
+    total_macs: int
+    sources: tuple[Source, ...]
+
+    @property
+    def branches(self) -> tuple[ResidualBranch, ...]:
+        return self.program.branches
+
+    @property
+    def timestep_input(self) -> str | None:
+        """The name of the time input."""
+        return None if self.timestep_position is None else self.layout.names[self.timestep_position]
+
+    @property
+    def guarded_inputs(self) -> tuple[str, ...]:
+        """Inputs whose values the model reads: a call that answers otherwise has another graph."""
+        return tuple(self.layout.names[position] for position in self.captured.values.inputs)
+
+    def serves(self, layout: CallLayout, tensors: Sequence[Tensor], types: tuple[Any, ...]) -> bool:
+        return types == self.types and layout == self.layout and self.captured.accepts(tensors)
+
+    def differs_in_values(self, layout: CallLayout, tensors: Sequence[Tensor], types: tuple[Any, ...]) -> bool:
+        """Whether this graph would serve the call but for the values that the model reads from its inputs."""
+        fits = types == self.types and layout == self.layout and self.captured.accepts_sizes(tensors)
+        return fits and not self.captured.values.hold(tensors)
+
+    def timestep(self, tensors: Sequence[Tensor]) -> float | None:
+        """The time input of a call; the noisiest row's, should they differ."""
+        if self.timestep_position is None:
+            return None
+        return float(tensors[self.timestep_position].detach().max())
+
+    def state(self) -> list[Any]:
+        """Current parameters, buffers and constants in graph order: a weight that was changed takes effect."""
+        return [values[name] for values, name in self.sources]
+
+    def run(self, state: Sequence[Tensor], tensors: Sequence[Tensor], step: LazyStep) -> Any:
+        outputs = self.program.graph_module(*state, *tensors, step)
+        return pytree.tree_unflatten(list(outputs), self.captured.output_spec)
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of a lazy model, placed in its trajectory and not yet answered.
+
+    Attributes:
+        caches: the slots of this call's stream.
+        step: index of the sampler step in its trajectory.
+        timestep: the time input, or the step index where the model has none.
+    """
+
+    graph: LazyGraph
+    state: Sequence[Tensor]
+    tensors: Sequence[Tensor]
+    caches: CacheState
+    step: int
+    timestep: float
+
+    def run(self, step: LazyStep) -> Any:
+        """The model's own return value, with every branch doing as ``step`` decides."""
+        return self.graph.run(self.state, self.tensors, step)
+
+    def for_training(self) -> ModelCall:
+        """The same call with tensors that autograd may keep, should a sampler run under inference mode."""
+        tensors = [tensor.clone() if tensor.is_inference() else tensor for tensor in self.tensors]
+        return replace(self, tensors=tensors)
+
+    def run_flat(self, step: LazyStep) -> list[Tensor]:
+        """The tensors of the return value."""
+        return [leaf for leaf in pytree.tree_leaves(self.run(step)) if isinstance(leaf, Tensor)]
+
+
+def sources_of(model: nn.Module, program: Program) -> Iterator[Source]:
+    """Where each parameter, buffer and constant of a program is found in the model."""
+    for item in program.inputs:
+        owner, _, leaf = item.name.rpartition(".")
+        if item.role is Role.PARAMETER:
+            yield model.get_submodule(owner)._parameters, leaf
+        elif item.role is Role.BUFFER:
+            yield model.get_submodule(owner)._buffers, leaf
+        elif item.role is Role.CONSTANT:
+            yield program.constants, item.name
+
+
+def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Dtypes and devices of tensors, and the autocast that is in force for them."""
+    devices = {tensor.device.type for tensor in tensors}
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device)) for device in sorted(devices) if torch.is_autocast_enabled(device)
+    )
+    return tuple((tensor.dtype, tensor.device) for tensor in tensors) + autocast

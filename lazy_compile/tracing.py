@@ -1,0 +1,151 @@
+"""What torch.export is helped with while it runs a model: code that is fine in eager mode and that it trips over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lazy_compile.tensor_builders import build_from_tensors
+from lazy_compile.value_guards import Tape, real_tensors
+
+READS = frozenset(
+    {
+        *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero"),
+        *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "__contains__"),
+    }
+)
+"""Functions that hand a tensor's numbers to Python."""
+
+COUNTS = frozenset({"nonzero", "argwhere", "masked_select", "bincount", "unique", "unique_consecutive", "one_hot"})
+"""Functions whose result has as many elements as the numbers in a tensor say."""
+
+
+class ExportAid(TorchFunctionMode):
+    """Rewrites calls to torch while a model is exported.
+
+    1. ``tensor.data`` becomes ``tensor.detach()``: export loses track of what is written through the former.
+    2. ``torch.tensor(t)``, ``torch.full(size, t)`` and their like, of a tensor ``t``, are built from ``t`` instead of
+       from its value.
+    3. With a tape, a value that is read from the model's inputs is worked out on the example; a tensor whose size
+       depends on such values becomes a constant. The tape notes both, so that a later call can be checked.
+
+    Attributes:
+        tape: what is known of the inputs; None to let every read fail.
+        stuck: where the model read a value that depends on its weights; empty if it did not.
+    """
+
+    def __init__(self, tape: Tape | None = None) -> None:
+        super().__init__()
+        self.tape = tape
+        self.stuck = ""
+        self._numbers: dict[int, Tensor] = {}
+
+    def begin(self, inputs: Sequence[Tensor], numbers: Sequence[Tensor]) -> None:
+        """Start with the inputs as export passes them, and those of them that the caller gave as Python numbers."""
+        self._numbers = {id(tensor): tensor for tensor in numbers}
+        if self.tape is not None:
+            self.tape.begin(inputs)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _name(func)
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            func, args, name = Tensor.detach, args[:1], "detach"
+        if (built := build_from_tensors(name, args, kwargs, self._dtype_of)) is not None:
+            return built
+        result = self._call(func, name, args, kwargs)
+        if self._numbers and isinstance(result, Tensor) and result.dim() == 0:
+            given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if given and all(id(leaf) in self._numbers for leaf in given):
+                self._numbers[id(result)] = result
+        return result
+
+    def _call(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if self.tape is None:
+            return func(*args, **kwargs)
+        if name == "__iter__":
+            return iter(self._call(torch.unbind, "unbind", args[:1], {}))
+        if name in READS and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+            if self.tape.knows(args, kwargs):
+                return self.tape.read(func, args, kwargs)
+            self.stuck = self.stuck or f"{name.strip('_')}() {_calling_line()}"
+            return func(*args, **kwargs)
+        if name in COUNTS or (name == "where" and len(args) == 1) or _repeats_by_tensor(name, args, kwargs):
+            return self._counted(self.tape, func, args, kwargs)
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], self._without_masks(self.tape, args[1]), *args[2:])
+        result = func(*args, **kwargs)
+        self.tape.record(func, args, kwargs, result)
+        return result
+
+    def _dtype_of(self, tensor: Tensor) -> torch.dtype:
+        """What a constructor makes of a tensor: a floating Python number takes the default type."""
+        number = id(tensor) in self._numbers and tensor.is_floating_point()
+        return torch.get_default_dtype() if number else tensor.dtype
+
+    def _counted(self, tape: Tape, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The result as a constant, where its values are known."""
+        if not tape.knows(args, kwargs):
+            return func(*args, **kwargs)
+        constants = pytree.tree_map_only(Tensor, _constant, tape.read(func, args, kwargs))
+        tape.record(func, args, kwargs, constants)
+        return constants
+
+    def _without_masks(self, tape: Tape, index: Any) -> Any:
+        """An index whose known boolean masks are replaced by the positions they select."""
+        items = index if isinstance(index, tuple) else (index,)
+        if not any(_is_mask(item) and tape.knows(item) for item in items):
+            return index
+        positions: list[Any] = []
+        for item in items:
+            if _is_mask(item) and tape.knows(item):
+                found = self._counted(tape, torch.nonzero, (item,), {})
+                positions += [found[:, axis] for axis in range(item.dim())]
+            else:
+                positions.append(item)
+        return tuple(positions)
+
+
+def _is_mask(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dtype == torch.bool and item.dim() > 0
+
+
+def _repeats_by_tensor(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    return name == "repeat_interleave" and any(isinstance(item, Tensor) for item in [*args[1:], *kwargs.values()])
+
+
+def _constant(value: Tensor) -> Tensor:
+    """A tensor of the trace with the numbers of a real one."""
+    with real_tensors():
+        numbers, dtype, device = value.tolist(), value.dtype, value.device
+    return torch.tensor(numbers, dtype=dtype, device=device).reshape(tuple(value.shape))
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return str(getattr(func, "__name__", ""))
+
+
+def _calling_line() -> str:
+    """``"in moe_infer, transformer.py:366"``: the innermost frame that is neither torch's nor this package's."""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    for frame in _frames():
+        file = frame.f_code.co_filename
+        if not file.startswith(own) and not file.startswith("<"):
+            return f"in {frame.f_code.co_name}, {Path(file).name}:{frame.f_lineno}"
+    return "somewhere"
+
+
+def _frames() -> Iterator[Any]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]

@@ -1,0 +1,251 @@
+"""Values that a model reads from its inputs while it is captured, and the check that a later call has the same ones.
+
+``if mask.all(): ...`` or ``lengths.tolist()`` makes a graph that is right for one answer only. The tape keeps what was
+done to the inputs, so that the answer can be worked out during the capture, where tensors hold no numbers, and again at
+every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lazy_compile.errors import CaptureError
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of the tape."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call on the tape; tensors are slots.
+
+    Attributes:
+        results: the slots of the tensors that it returns.
+        answer: for a read, what it returned; None for a call that makes tensors.
+    """
+
+    function: Function
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[Slot, ...] = ()
+    answer: Any = None
+
+    @property
+    def is_read(self) -> bool:
+        return self.answer is not None
+
+    def run(self, values: dict[Slot, Tensor]) -> Any:
+        args, kwargs = pytree.tree_map(
+            lambda leaf: values[leaf] if isinstance(leaf, Slot) else leaf, (self.args, self.kwargs)
+        )
+        result = self.function(*args, **kwargs)
+        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        values.update(zip(self.results, made, strict=True) if self.results else ())
+        return result
+
+
+@dataclass(frozen=True)
+class ValueGuards:
+    """What must hold for a capture with value-dependent decisions to serve a call.
+
+    Attributes:
+        inputs: positions of the user's tensors that the decisions depend on.
+        operations: from those inputs to the values that were read.
+    """
+
+    inputs: tuple[int, ...] = ()
+    operations: tuple[Operation, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any(operation.is_read for operation in self.operations)
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether every value that was read is the same for these inputs."""
+        if not self:
+            return True
+        values = {Slot(position): tensors[position].detach().clone() for position in self.inputs}
+        with torch.no_grad():
+            for operation in self.operations:
+                try:
+                    result = operation.run(values)
+                except (RuntimeError, IndexError, ValueError):
+                    return False  # of another size, or out of range: nothing that this graph could serve
+                if operation.is_read and not _same(result, operation.answer):
+                    return False
+        return True
+
+
+class Tape:
+    """What a model did to tensors whose values are known: its inputs, and what is made from them and from constants.
+
+    Weights are not known: a decision that depends on them cannot be checked before the model has run.
+
+    Args:
+        examples: the user's own tensors, on which values are worked out.
+    """
+
+    def __init__(self, examples: Sequence[Tensor]) -> None:
+        self._examples = list(examples)
+        self.begin(())
+
+    def begin(self, inputs: Sequence[Tensor]) -> None:
+        """Forget everything, and know the tensors that a capture passes in place of the examples."""
+        self._operations: list[Operation] = []
+        self._slots: dict[int, Slot] = {}
+        self._kept: list[Tensor] = []
+        self._storages: dict[Slot, int] = {}
+        self._lost: set[int] = set()
+        for tensor in inputs:
+            self._slot_of(tensor)
+
+    def knows(self, *values: Any) -> bool:
+        """Whether the numbers in all these tensors can be worked out."""
+        return all(
+            id(leaf) in self._slots and _storage(leaf) not in self._lost
+            for leaf in pytree.tree_leaves(values)
+            if isinstance(leaf, Tensor)
+        )
+
+    def record(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        """Note a call that was made, if all that it read is known; a known tensor that it spoils is known no longer."""
+        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        written = _written(function, args, kwargs)
+        if self.knows(args, kwargs) and not _is_random(function):
+            if made or written is not None:
+                taken = self._as_slots(args, kwargs)
+                self._operations.append(Operation(function, *taken, results=tuple(map(self._slot_of, made))))
+        elif written is not None:
+            self._lost.add(_storage(written))
+
+    def read(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The answer to a question for values: ``function`` called on the real tensors.
+
+        Raises:
+            CaptureError: there are none.
+        """
+        if any(example.is_meta for example in self._examples):
+            raise CaptureError(
+                f"the model reads values of its inputs ({function.__name__.strip('_')}), and inputs on the meta device "
+                "have none; capture it with real tensors"
+            )
+        taken = self._as_slots(args, kwargs)
+        question = Operation(function, *taken, answer=...)
+        before = [operation for operation in self._operations if not operation.is_read]
+        with real_tensors():
+            values = {Slot(position): tensor.detach().clone() for position, tensor in enumerate(self._examples)}
+            for operation in self._needed([*before, question]):
+                answer = _concrete(operation).run(values)
+        self._operations.append(Operation(function, *taken, answer=answer))
+        return answer
+
+    def guards(self) -> ValueGuards:
+        """The reads that depend on inputs, and what leads to them."""
+        dependent = {self._storages[Slot(position)] for position in range(len(self._examples))}
+        kept = []
+        for operation in self._operations:
+            follows = bool(dependent & {self._storages[slot] for slot in _slots(operation)})
+            if follows:
+                dependent |= self._changed(operation)
+            if follows or not operation.is_read:
+                kept.append(operation)
+        needed = [_concrete(operation) for operation in self._needed(kept)]
+        used = {slot.index for operation in needed for slot in _slots(operation)}
+        return ValueGuards(tuple(sorted(used & set(range(len(self._examples))))), tuple(needed))
+
+    def _needed(self, operations: Sequence[Operation]) -> list[Operation]:
+        """The reads and what they depend on; whatever shares memory with something needed is."""
+        wanted: set[int] = set()
+        needed = []
+        for operation in reversed(operations):
+            if operation.is_read or self._changed(operation) & wanted:
+                wanted |= {self._storages[slot] for slot in _slots(operation)}
+                needed.append(operation)
+        return needed[::-1]
+
+    def _changed(self, operation: Operation) -> set[int]:
+        """The memory that an operation makes or writes to."""
+        written = _written(operation.function, operation.args, operation.kwargs)
+        slots = [*operation.results, *([written] if isinstance(written, Slot) else [])]
+        return {self._storages[slot] for slot in slots}
+
+    def _slot_of(self, tensor: Tensor) -> Slot:
+        if id(tensor) not in self._slots:
+            self._slots[id(tensor)] = slot = Slot(len(self._kept))
+            self._kept.append(tensor)  # kept, so that its id stays its own
+            self._storages[slot] = _storage(tensor)
+        return self._slots[id(tensor)]
+
+    def _as_slots(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        taken: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+            lambda leaf: self._slots[id(leaf)] if isinstance(leaf, Tensor) else leaf, (tuple(args), kwargs)
+        )
+        return taken
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Work on real tensors in the midst of a capture."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        yield
+
+
+def _slots(operation: Operation) -> Iterator[Slot]:
+    for leaf in pytree.tree_leaves((operation.args, operation.kwargs, operation.results)):
+        if isinstance(leaf, Slot):
+            yield leaf
+
+
+def _concrete(operation: Operation) -> Operation:
+    """With plain numbers for symbolic sizes; asking for one pins the size in the capture."""
+    args, kwargs = pytree.tree_map(
+        lambda leaf: int(leaf) if isinstance(leaf, torch.SymInt) else leaf, (operation.args, operation.kwargs)
+    )
+    return Operation(operation.function, args, kwargs, operation.results, operation.answer)
+
+
+_WRITING = frozenset(
+    {
+        *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__"),
+        *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__ipow__"),
+    }
+)
+
+
+def _written(function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The tensor, or slot, that a call writes to; None if it writes to none."""
+    name = getattr(function, "__name__", "")
+    if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
+        return args[0] if args else None
+    return kwargs.get("out")
+
+
+def _is_random(function: Function) -> bool:
+    name = getattr(function, "__name__", "")
+    return any(word in name for word in ("rand", "bernoulli", "normal_", "multinomial", "dropout", "uniform_"))
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _same(seen: Any, expected: Any) -> bool:
+    if isinstance(seen, Tensor) and isinstance(expected, Tensor):
+        return torch.equal(seen, expected)
+    if isinstance(seen, np.ndarray) and isinstance(expected, np.ndarray):
+        return bool(np.array_equal(seen, expected, equal_nan=seen.dtype.kind == "f"))
+    return bool(seen == expected)

@@ -1,0 +1,231 @@
+"""Models that read the values of their inputs: captured for one answer, and again by themselves for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lazy_compile
+from lazy_compile import CacheSchedule, Scheduled
+from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
+from lazy_compile.call_layout import CallLayout
+from lazy_compile.capture import LADDER, Capture, capture
+from lazy_compile.errors import CaptureError
+from lazy_compile.program import module_state
+from models import TOKENS, WIDTH, call, randomize
+from small import SMALL, Small, Wraps, reused, run, same
+
+GUARDED = "export, dynamic sizes, guarded values"
+
+
+class Reads(nn.Module):
+    """A function of ``x`` and of what it reads from ``y`` on the way."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.function = function
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.linear(self.function(x, y))
+
+
+def captured(model: nn.Module, **arguments: Any) -> Capture:
+    layout, tensors = CallLayout.of((), arguments)
+    return capture(model.eval(), layout, tensors)
+
+
+def answer(found: Capture, model: nn.Module, **arguments: Tensor) -> Tensor:
+    with torch.no_grad():
+        return found.program.graph_module(*found.program.bind(module_state(model), list(arguments.values())))[0]
+
+
+X = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+ONES = torch.ones(3, 5)
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+OTHER_MASK = torch.tensor([[1, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]])  # with the same sums
+SHORTER = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+
+
+def by_condition(x: Tensor, y: Tensor) -> Tensor:
+    return x * 2 if (y == 1).all() else -x
+
+
+def by_lengths(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([row[:length] for row, length in zip(x, y.sum(dim=1).tolist(), strict=True)])
+
+
+def by_array(x: Tensor, y: Tensor) -> Tensor:
+    return x[:, : int(y.cpu().numpy().sum(axis=1).max())]
+
+
+def by_mask(x: Tensor, y: Tensor) -> Tensor:
+    return x[y.bool()]
+
+
+def by_rows_of_the_mask(x: Tensor, y: Tensor) -> Tensor:
+    rows = [torch.cat([row[keep], row[~keep]]) for row, keep in zip(x, y.bool(), strict=True)]
+    return torch.stack(rows)
+
+
+def by_positions(x: Tensor, y: Tensor) -> Tensor:
+    return x.flatten(0, 1)[torch.nonzero(y.flatten()).squeeze(1)]
+
+
+def by_what_is_written_in_place(x: Tensor, y: Tensor) -> Tensor:
+    lengths = y.new_zeros(3)
+    for row in range(3):
+        lengths[row] = y[row].sum()
+    lengths += 0
+    return x[:, : int(lengths.max())]
+
+
+@pytest.mark.parametrize(
+    ("function", "alike", "other"),
+    [
+        (by_condition, SHORTER, ONES),
+        (by_lengths, OTHER_MASK, SHORTER),
+        (by_array, MASK, torch.zeros(3, 5).long() + MASK[2]),
+        (by_mask, MASK, SHORTER),
+        (by_rows_of_the_mask, MASK, OTHER_MASK),
+        (by_positions, MASK, SHORTER),
+        (by_what_is_written_in_place, OTHER_MASK, torch.zeros(3, 5).long() + MASK[2]),
+    ],
+)
+def test_a_graph_serves_the_calls_that_answer_alike(
+    function: Callable[[Tensor, Tensor], Tensor], alike: Tensor, other: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lazy_compile.capture.LADDER", [rung for rung in LADDER if rung.reads_values])
+    model = randomize(Reads(function))
+    found = captured(model, x=X, y=MASK)
+    assert found.rung == GUARDED
+    assert found.values.inputs == (1,)
+    assert found.accepts([X, MASK])
+    assert found.accepts([X + 1, alike])
+    assert not found.accepts([X, other.to(MASK.dtype)])
+    with torch.no_grad():
+        for y in (MASK, alike):
+            assert torch.equal(answer(found, model, x=X + 1, y=y), model(X + 1, y))
+
+
+def test_sizes_stay_dynamic_where_no_value_depends_on_them() -> None:
+    model = randomize(Reads(by_condition))
+    found = captured(model, x=X, y=MASK)
+    x, y = torch.randn(7, 4, WIDTH), torch.zeros(7, 4).long()
+    assert found.accepts([x, y])
+    with torch.no_grad():
+        assert torch.equal(answer(found, model, x=x, y=y), model(x, y))
+
+
+def test_a_value_that_depends_on_sizes_only_needs_no_guard() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        rows, columns = torch.tensor(x.shape[:2]).tolist()
+        return x.reshape(rows * columns, -1) + y.sum()
+
+    found = captured(randomize(Reads(function)), x=X, y=MASK)
+    assert not found.values
+    assert found.accepts([X, SHORTER])
+
+
+def test_what_was_spoiled_by_weights_is_known_no_longer() -> None:
+    class Spoils(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            scores = torch.zeros_like(y, dtype=x.dtype)
+            view = scores[0]
+            scores[:] = self.linear(x).sum(-1)
+            return x if view.sum() > 0 else -x
+
+    with pytest.raises(CaptureError, match=r"decides by a value that depends on its weights, bool\(\) in forward"):
+        captured(Spoils(), x=X, y=MASK)
+
+
+def test_random_numbers_are_not_known() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return x if torch.rand_like(x).sum() > 1.0 else -x
+
+    with pytest.raises(CaptureError, match="depends on its weights"):
+        captured(Reads(function), x=X, y=MASK)
+
+
+def test_values_of_a_tensor_without_storage_are_asked_for_in_vain() -> None:
+    with torch.device("meta"):
+        model, x, y = Reads(by_condition), torch.empty(3, 5, WIDTH), torch.empty(3, 5)
+    with pytest.raises(CaptureError) as caught:
+        captured(model, x=x, y=y)
+    assert str(caught.value) == (
+        "the model reads values of its inputs (bool), and inputs on the meta device have none; capture it with real "
+        "tensors"
+    )
+
+
+# In a lazy model --------------------------------------------------------------------------------------------------
+
+
+class Masked(Wraps):
+    """Attends to as many tokens as the mask says."""
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+        return self.small(x[:, : int(mask.sum(1).max())], t)
+
+
+def masked(tokens: int, step: int = 0) -> dict[str, Tensor]:
+    return {**call(SMALL, step=step), "mask": (torch.arange(TOKENS) < tokens).expand(2, -1)}
+
+
+def test_another_value_captures_again_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    lazy = lazy_compile.transform(randomize(Masked()).eval(), max_captures=2)
+    for tokens in (16, 12, 12, 16, 8, 4):
+        assert same(run(lazy, [masked(tokens)]), run(lazy.original, [masked(tokens)]))
+    assert lazy.stats.captures == 2  # no more are kept
+    assert lazy.graph.guarded_inputs == ("mask",)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "Masked was captured again because it reads the values of mask, and they changed: each answer has a graph of "
+        "its own, and at most 2 are kept (LazyConfig.max_captures)"
+    )
+
+
+def test_an_exported_file_is_said_to_serve_one_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lazy = lazy_compile.transform(randomize(Masked()).eval(), masked(12))
+    lazy_compile.export_onnx(lazy, tmp_path / "masked.onnx")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'masked.onnx'} is right only where the model reads the same values from mask as from the example; "
+        "export one file for each that you need"
+    ]
+    denoiser = OnnxDenoiser(OnnxRunner(tmp_path / "masked.onnx"))
+    assert torch.allclose(denoiser(**masked(12)), run(lazy.original, [masked(12)])[0], atol=1e-4)
+
+
+def test_the_least_recently_used_graph_goes_first() -> None:
+    lazy = lazy_compile.transform(randomize(Masked()).eval(), max_captures=2)
+    run(lazy, [masked(16), masked(12)])
+    first = lazy._store.graphs[0]
+    run(lazy, [masked(16), masked(8)])
+    assert first in lazy._store.graphs
+    run(lazy, [masked(16)])
+    assert lazy.graph is first
+
+
+def test_a_model_that_decides_by_its_time_keeps_one_trajectory() -> None:
+    class Decides(Small):
+        """Leaves out the text half-way, as some samplers do."""
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x if t.max() > 500 else x * 0.5, t)
+
+    lazy = lazy_compile.transform(randomize(Decides()).eval())
+    calls = [call(SMALL, step=step, steps=6) for step in range(6)]
+    assert same(run(lazy, calls), run(lazy.original, calls))
+    assert lazy.stats.captures == 2
+    lazy.policy = Scheduled(CacheSchedule.every(2, steps=6, branches=2))
+    run(lazy, calls)
+    assert [row[0] for row in reused(lazy)] == [0.0, 1.0] * 3
