@@ -14,12 +14,12 @@ from lazy_compile.calibration import CalibrationConfig as CalibrationConfig
 from lazy_compile.calibration import CalibrationReport as CalibrationReport
 from lazy_compile.calibration import StepPair as StepPair
 from lazy_compile.calibration import calibrate as calibrate
-from lazy_compile.compiler import load as load
-from lazy_compile.compiler import restore as restore
-from lazy_compile.compiler import transform as transform
 from lazy_compile.config import LazyConfig as LazyConfig
 from lazy_compile.effects import measure_effects as measure_effects
 from lazy_compile.errors import LazyCompileError as LazyCompileError
+from lazy_compile.front_door import load as load
+from lazy_compile.front_door import restore as restore
+from lazy_compile.front_door import transform as transform
 from lazy_compile.gate import GateTable as GateTable
 from lazy_compile.module import LazyModule as LazyModule
 from lazy_compile.planning import Budget as Budget

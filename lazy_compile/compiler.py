@@ -57,14 +57,24 @@ def transform(
     if isinstance(model, LazyModule):
         raise ConfigError("this model is lazy already; use restore() to get the original back")
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"transform() takes a torch.nn.Module; seen {type(model).__name__}")
+        raise ConfigError(f"transform() takes a torch.nn.Module or a diffusers pipeline; seen {type(model).__name__}")
+    chosen = chosen_config(config, options)
+    lazy = LazyModule(model, chosen, gating_pipeline(chosen))
+    _capture_example(lazy, example_inputs)
+    return lazy
+
+
+def chosen_config(config: LazyConfig | None, options: Mapping[str, Any]) -> LazyConfig:
+    """The one given, or made of options by name.
+
+    Raises:
+        ConfigError: both are given, or one is not of the expected form.
+    """
     if config is not None and not isinstance(config, LazyConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected LazyConfig(...), or give options by name")
     if config is not None and options:
         raise ConfigError(f"give either config or options by name, not both; seen both config and {', '.join(options)}")
-    lazy = LazyModule(model, chosen := config or LazyConfig.from_dict(options), gating_pipeline(chosen))
-    _capture_example(lazy, example_inputs)
-    return lazy
+    return config or LazyConfig.from_dict(dict(options))
 
 
 def load(

@@ -203,7 +203,7 @@ class LazyModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, captures for itself; it has the options and the policy, and no caches."""
-        return _rebuild, (self.original, self.lazy_config, self._pipeline, self._policy)
+        return _rebuild, (type(self), self.original, self.lazy_config, self._pipeline, self._policy)
 
     # How ----------------------------------------------------------------------------------------------------------
 
@@ -238,7 +238,9 @@ class LazyModule(nn.Module):
         return self._stats[names]
 
 
-def _rebuild(original: nn.Module, config: LazyConfig, pipeline: PassManager, policy: Policy) -> LazyModule:
-    lazy = LazyModule(original, config, pipeline)
+def _rebuild(
+    kind: type[LazyModule], original: nn.Module, config: LazyConfig, pipeline: PassManager, policy: Policy
+) -> LazyModule:
+    lazy = kind(original, config, pipeline)
     lazy._policy = policy
     return lazy

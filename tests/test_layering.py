@@ -22,7 +22,7 @@ LAYERS = {  # lowest first
         *["calibration", "report", "report_figures", "artifact", "backends", "backends.*"],
     ],
     "compiler": ["compiler"],
-    "front doors": ["__init__", "cli*", "integrations", "integrations.*", "demo", "demo.*", "bench*"],
+    "front doors": ["__init__", "front_door", "cli*", "integrations", "integrations.*", "demo", "demo.*", "bench*"],
 }
 ORDER = list(LAYERS)
 

@@ -1,0 +1,144 @@
+"""diffusers pipelines: their denoisers are replaced in place, and the pipeline runs unchanged.
+
+>>> pipe = lazy_compile.transform(pipe)                  # doctest: +SKIP
+>>> pipe("a lighthouse", num_inference_steps=20)         # doctest: +SKIP
+>>> pipe.transformer.stats.lazy_ratio                    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lazy_compile.artifact import MANIFEST, read
+from lazy_compile.compiler import gating_pipeline
+from lazy_compile.config import LazyConfig
+from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.module import LazyModule
+from lazy_compile.pass_manager import PassManager
+
+GATES = "lazy"
+"""The folder beside a denoiser's weights that holds its gates."""
+
+
+class LazyDenoiser(LazyModule):
+    """A lazy model that a diffusers pipeline takes for the original.
+
+    It gives the original's class where one is asked for, so that a pipeline checks, saves and registers it as before;
+    ``type()`` tells the truth. ``cache_context`` keeps apart what a guidance calls once for each condition.
+    """
+
+    def __init__(self, original: nn.Module, config: LazyConfig, pipeline: PassManager) -> None:
+        super().__init__(original, config, pipeline)
+        self.__dict__["__module__"] = type(original).__module__  # diffusers reads the library's name there
+        if save_pretrained := getattr(original, "save_pretrained", None):  # and from its signature what it may pass
+
+            @functools.wraps(save_pretrained)
+            def save_with_gates(*args: Any, **kwargs: Any) -> None:
+                self._save_with_gates(*args, **kwargs)
+
+            self.__dict__["save_pretrained"] = save_with_gates
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.__dict__["_modules"]["original"])
+
+    @contextmanager
+    def cache_context(self, name: str, **options: Any) -> Iterator[None]:
+        """Calls in here belong to the stream ``name``, as diffusers' own caches have it."""
+        with ExitStack() as stack:
+            stack.enter_context(self.stream(name))
+            if inner := getattr(self.original, "cache_context", None):
+                stack.enter_context(inner(name, **options))
+            yield
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        self.reset()
+        if inner := getattr(self.original, "_reset_stateful_cache", None):
+            inner(recurse)
+
+    def _save_with_gates(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """The original's weights and configuration, and the policy with its gates in a folder ``lazy`` beside them."""
+        self.original.save_pretrained(save_directory, *args, **kwargs)  # type: ignore[operator]
+        if self._store.graphs:
+            self.save(Path(save_directory) / GATES)
+
+
+def is_pipeline(target: object) -> bool:
+    """Whether this is a diffusers pipeline; tells without importing diffusers."""
+    return any(f"{kind.__module__}.{kind.__name__}" == _PIPELINE for kind in type(target).__mro__)
+
+
+_PIPELINE = "diffusers.pipelines.pipeline_utils.DiffusionPipeline"
+_DENOISERS = ("transformer", "unet")
+
+
+def transform_pipeline(pipe: Any, config: LazyConfig, components: Sequence[str] | None = None) -> Any:
+    """Replace the denoisers of a pipeline by lazy ones; each captures at its first call. Returns the pipeline.
+
+    Args:
+        pipe: a diffusers pipeline.
+        config: options of all its denoisers.
+        components: which ones, by name. None takes those that diffusers names ``transformer...`` and ``unet...``.
+
+    Raises:
+        ConfigError: there is no such component, or it is lazy already.
+    """
+    modules = {name: item for name, item in pipe.components.items() if isinstance(item, nn.Module)}
+    chosen = components or [name for name in modules if name.startswith(_DENOISERS)]
+    for name in chosen or ["transformer"]:
+        if name not in modules:
+            raise ConfigError(
+                f"{type(pipe).__name__} has no model {name!r}; its models are {', '.join(modules) or 'none'}: "
+                "name its denoisers with components=[...]"
+            )
+        if isinstance(modules[name], LazyModule):
+            raise ConfigError(f"{name} of this {type(pipe).__name__} is lazy already; restore(pipe) gives it back")
+    for name in chosen:
+        setattr(pipe, name, LazyDenoiser(modules[name], config, gating_pipeline(config)))
+    return pipe
+
+
+def restore_pipeline(pipe: Any) -> Any:
+    """Put the original denoisers back. Returns the pipeline.
+
+    Raises:
+        ConfigError: none of them is lazy.
+    """
+    lazy = lazy_denoisers(pipe)
+    if not lazy:
+        raise ConfigError(f"no model of this {type(pipe).__name__} is lazy; there is nothing to restore")
+    for name, denoiser in lazy.items():
+        setattr(pipe, name, denoiser.original)
+    return pipe
+
+
+def load_pipeline(directory: str | Path, pipe: Any) -> Any:
+    """Make those denoisers lazy whose gates ``pipe.save_pretrained(directory)`` wrote. Returns the pipeline.
+
+    Raises:
+        ArtifactError: the folder holds no gates, or they were made for another model.
+    """
+    folders = {name: Path(directory) / name / GATES for name in pipe.components}
+    artifacts = {name: read(folder) for name, folder in folders.items() if (folder / MANIFEST).exists()}
+    if not artifacts:
+        raise ArtifactError(
+            f"{directory} holds no gates; expected a folder that save_pretrained() of a lazy pipeline wrote, "
+            f"with {', '.join(str(Path(name) / GATES) for name in pipe.components if name.startswith(_DENOISERS))}"
+        )
+    for name, artifact in artifacts.items():
+        artifact.check_model(pipe.components[name])
+    for name, artifact in artifacts.items():
+        transform_pipeline(pipe, artifact.config, [name])
+        getattr(pipe, name).policy = artifact.policy
+    return pipe
+
+
+def lazy_denoisers(pipe: Any) -> dict[str, LazyModule]:
+    """The lazy models of a pipeline, by name."""
+    return {name: item for name, item in pipe.components.items() if isinstance(item, LazyModule)}
