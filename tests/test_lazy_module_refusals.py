@@ -100,7 +100,7 @@ def test_what_is_no_model_is_refused(shared: LazyModule) -> None:
         "this model is lazy already; use restore() to get the original back"
     )
     assert message(ConfigError, lambda: lazy_compile.transform(lambda x: x)) == (
-        "transform() takes a torch.nn.Module; seen function"
+        "transform() takes a torch.nn.Module or a diffusers pipeline; seen function"
     )
     assert message(ConfigError, lambda: lazy_compile.restore(shared.original)) == (
         "restore() takes what transform() returned; seen Small"
