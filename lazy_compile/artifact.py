@@ -36,7 +36,7 @@ _BRANCH = {"name": str, "kind": str, "gate_features": int}
 _POLICIES: dict[str, dict[str, Any]] = {
     "always_compute": {"kind": str},
     "scheduled": {"kind": str, "should_compute": list},
-    "learned": {"kind": str, "shift": float, "interpolation": str, "gates": str},
+    "learned": {"kind": str, "shift": float, "delayed": bool, "interpolation": str, "gates": str},
 }
 
 
@@ -179,6 +179,7 @@ def _write_policy(policy: Policy, folder: Path) -> dict[str, Any]:
         return {
             "kind": "learned",
             "shift": float(policy.shift),
+            "delayed": policy.delayed,
             "interpolation": table.interpolation,
             "gates": _write_gates(tensors, folder),
         }
@@ -212,7 +213,7 @@ def _read_policy(values: dict[str, Any], manifest: Path, features: Sequence[int]
         if kind == "scheduled":
             return Scheduled(_read_schedule(values["should_compute"], len(features)))
         if kind == "learned":
-            return Learned(_read_table(values, manifest, features), values["shift"])
+            return Learned(_read_table(values, manifest, features), values["shift"], values["delayed"])
     except ConfigError as error:
         raise ArtifactError(f"{manifest}: {error}; undo the edit, or make it again") from error
     return AlwaysCompute()

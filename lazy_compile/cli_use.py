@@ -40,9 +40,10 @@ def run(
     sample = load_sampler(sampler, named, lazy, steps, scheduler)
     denoiser: Any = lazy
     if onnx is not None:
-        from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
+        from lazy_compile.backends.denoiser import EngineDenoiser
+        from lazy_compile.backends.onnxruntime import OnnxRunner
 
-        denoiser = OnnxDenoiser(OnnxRunner(onnx), lazy.policy, lazy.lazy_config)
+        denoiser = EngineDenoiser(OnnxRunner(onnx), lazy.policy, lazy.lazy_config)
     denoiser.reset_stats()
     start = time.perf_counter()
     with torch.no_grad():

@@ -9,6 +9,7 @@ from lazy_compile.errors import ConfigError
 
 ReuseArm = Literal["last", "linear"]
 BatchRule = Literal["per_sample", "all_reuse", "majority", "any_reuse"]
+Group = int | Literal["block"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class LazyConfig:
             others take one decision per call: ``"all_reuse"`` reuses only if every row would, ``"any_reuse"`` if one
             would, ``"majority"`` if more than half would. Branches whose rows cannot be separated take one decision
             per call, from the mean over the whole batch.
+        group: how many consecutive branches share the decision of the first of them; ``"block"`` for all branches of a
+            transformer block. Caches stay one per branch.
         conv_branches: also gate residual branches made of dense convolutions (the ResNet blocks of a U-Net).
         timestep_input: the name of the forward argument that carries the timestep. None finds it in the graph.
         max_captures: how many graphs (one per set of shapes that cannot share one) are kept, least recently used first.
@@ -33,6 +36,7 @@ class LazyConfig:
     warmup_steps: int = 1
     max_reuse_age: int | None = None
     batch_rule: BatchRule = "per_sample"
+    group: Group = 1
     conv_branches: bool = False
     timestep_input: str | None = None
     max_captures: int = 8
@@ -40,6 +44,7 @@ class LazyConfig:
     def __post_init__(self) -> None:
         _require_one_of("reuse", self.reuse, get_args(ReuseArm))
         _require_one_of("batch_rule", self.batch_rule, get_args(BatchRule))
+        check_group(self.group)
         if self.warmup_steps < 1:
             raise ConfigError(f"warmup_steps is {self.warmup_steps}; at least 1 step must compute to fill the caches")
         if self.max_reuse_age is not None and self.max_reuse_age < 1:
@@ -54,6 +59,11 @@ class LazyConfig:
         if unknown:
             raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def check_group(group: object) -> None:
+    if group != "block" and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
+        raise ConfigError(f"group is {group!r}; expected the number of branches that share a gate, or 'block'")
 
 
 def _require_one_of(option: str, seen: object, allowed: tuple[str, ...]) -> None:

@@ -8,9 +8,14 @@ from typing import Any, Protocol
 from torch import Tensor, fx, nn
 
 from lazy_compile.branch import ResidualBranch
+from lazy_compile.program import Program
 
 TAG = "lazy_branch"
 """``node.meta[TAG]`` is the index of the branch that a node belongs to."""
+
+
+ADD = "lazy_add"
+"""``node.meta[ADD]`` is the index of the branch whose output a residual add adds to its skip connection."""
 
 
 class LazyStep(Protocol):
@@ -64,3 +69,10 @@ class LazyBranch(nn.Module):
         position = next(position for position, axis in enumerate(self.row_axes) if axis is not None)
         axis = self.row_axes[position]
         return int(inputs[position].shape[axis])
+
+
+def lazy_calls(program: Program) -> list[tuple[fx.Node, LazyBranch]]:
+    """The calls of gated branches in the order in which they run."""
+    modules = dict(program.graph_module.named_children())
+    calls = program.graph.find_nodes(op="call_module", sort=True)
+    return [(call, module) for call in calls if isinstance(module := modules[str(call.target)], LazyBranch)]

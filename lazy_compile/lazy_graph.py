@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.utils import _pytree as pytree
 from lazy_compile.branch import ResidualBranch
 from lazy_compile.call_layout import CallLayout
 from lazy_compile.capture import Capture
-from lazy_compile.lazy_branch import LazyStep
+from lazy_compile.config import Group
+from lazy_compile.grouping import leaders_of
+from lazy_compile.lazy_branch import LazyStep, lazy_calls
 from lazy_compile.program import Program, Role
 from lazy_compile.runtime import CacheState
 
@@ -37,6 +39,7 @@ class LazyGraph:
     types: tuple[Any, ...]
     total_macs: int
     sources: tuple[Source, ...]
+    _leaders: dict[Group, tuple[int, ...]] = field(default_factory=dict, init=False)
 
     @property
     def branches(self) -> tuple[ResidualBranch, ...]:
@@ -65,6 +68,12 @@ class LazyGraph:
         if self.timestep_position is None:
             return None
         return float(tensors[self.timestep_position].detach().max())
+
+    def leaders(self, group: Group) -> tuple[int, ...]:
+        """For each branch the one that decides for it, see :func:`lazy_compile.grouping.leaders_of`."""
+        if group not in self._leaders:
+            self._leaders[group] = leaders_of([lazy.branch for _, lazy in lazy_calls(self.program)], group)
+        return self._leaders[group]
 
     def state(self) -> list[Any]:
         """Current parameters, buffers and constants in graph order: a weight that was changed takes effect."""

@@ -73,8 +73,11 @@ class LazyModule(nn.Module):
     def _follow_policy(self, call: ModelCall) -> Any:
         stats = self._stats_of(call.graph)
         stats.calls += 1
+        leaders = call.graph.leaders(self.lazy_config.group)
         return call.run(
-            PolicyStep(self._policy, self.lazy_config, call.caches, stats, call.step, call.timestep, self._planned)
+            PolicyStep(
+                self._policy, self.lazy_config, call.caches, stats, call.step, call.timestep, self._planned, leaders
+            )
         )
 
     @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lazy_compile.branch import ResidualBranch
 from lazy_compile.errors import ConfigError
-from lazy_compile.gate import GateRow, GateTable, compute_logit, should_compute
+from lazy_compile.gate import FORCE, GateRow, GateTable, compute_logit, should_compute
 from lazy_compile.schedule import CacheSchedule
 
 
@@ -79,17 +79,26 @@ class Learned(Policy):
     Attributes:
         table: from calibration.
         shift: added to every compute logit: the quality dial. Positive computes more, negative reuses more.
+        delayed: decide by the logits of the step before, which a host knows before a step begins; the first computes.
     """
 
     table: GateTable
     shift: float = 0.0
+    delayed: bool = False
     _rows: dict[tuple[float, torch.device], list[tuple[Tensor, Tensor]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def should_compute(self, query: GateQuery) -> Tensor:
         weight, bias = self._gates(query.timestep, query.entries[0].device)[query.branch.index]
-        return should_compute(compute_logit(query.branch, query.entries, weight, bias) + self.shift)
+        logit = compute_logit(query.branch, query.entries, weight, bias) + self.shift
+        if self.delayed:
+            key = f"compute_logit_{query.branch.index}"
+            before, query.memory[key] = query.memory.get(key), logit
+            if not isinstance(before, Tensor) or before.shape != logit.shape:
+                before = torch.full_like(logit, FORCE)
+            logit = before
+        return should_compute(logit)
 
     def check(self, branches: Sequence[ResidualBranch]) -> None:
         features = tuple(branch.gate_features for branch in branches)

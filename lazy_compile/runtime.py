@@ -132,6 +132,8 @@ class PolicyStep:
     Attributes:
         planned: the branches that the policy was made for, by name, where the call may have others (it skips layers,
             say): one that the policy does not know computes. None if they are the call's own.
+        leaders: for each branch the one that decides for it, see :func:`lazy_compile.grouping.leaders_of`; empty if
+            each decides for itself.
     """
 
     policy: Policy
@@ -141,6 +143,8 @@ class PolicyStep:
     step: int
     timestep: float
     planned: Mapping[str, ResidualBranch] | None = None
+    leaders: tuple[int, ...] = ()
+    _decided: dict[int, Rows] = field(default_factory=dict, init=False)
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index = branch.branch.index
@@ -167,19 +171,32 @@ class PolicyStep:
 
     def _decide(self, branch: LazyBranch, inputs: Sequence[Any], slot: CacheSlot | None) -> Rows:
         rows = branch.rows(inputs)
-        planned = self._planned(branch.branch)
+        index, planned = branch.branch.index, self._planned(branch.branch)
+        leader = self.leaders[index] if self.leaders else index
         if slot is None or planned is None or self.step < self.config.warmup_steps:
-            return np.ones(rows, dtype=bool)
-        query = GateQuery(planned, branch.entries(inputs), self.step, self.timestep, self.state.memory)
-        answer = self.policy.should_compute(query)
-        if isinstance(answer, Tensor):
-            computes = answer.detach().cpu().numpy().astype(bool)
-            if not branch.branch.row_separable or self.config.batch_rule != "per_sample":
-                computes = np.full(rows, self._joint_decision(computes))
+            if leader == index and planned is not None:
+                self.policy.observe(self._query(planned, branch, inputs))
+            computes = np.ones(rows, dtype=bool)
+        elif leader == index:
+            computes = self._ask(self._query(planned, branch, inputs), rows)
+            if self.config.max_reuse_age is not None:
+                computes = computes | (self.step - slot.computed_at > self.config.max_reuse_age)
         else:
-            computes = np.full(rows, answer)
-        if self.config.max_reuse_age is not None:
-            computes = computes | (self.step - slot.computed_at > self.config.max_reuse_age)
+            decided = self._decided[leader]
+            computes = decided if len(decided) == rows else np.full(rows, decided.any())
+        self._decided[index] = computes
+        return computes
+
+    def _query(self, planned: ResidualBranch, branch: LazyBranch, inputs: Sequence[Any]) -> GateQuery:
+        return GateQuery(planned, branch.entries(inputs), self.step, self.timestep, self.state.memory)
+
+    def _ask(self, query: GateQuery, rows: int) -> Rows:
+        answer = self.policy.should_compute(query)
+        if not isinstance(answer, Tensor):
+            return np.full(rows, answer)
+        computes = answer.detach().cpu().numpy().astype(bool)
+        if not query.branch.row_separable or self.config.batch_rule != "per_sample":
+            return np.full(rows, self._joint_decision(computes))
         return computes
 
     def _planned(self, branch: ResidualBranch) -> ResidualBranch | None:

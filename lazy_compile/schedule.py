@@ -51,6 +51,10 @@ class CacheSchedule:
         """Share of branch evaluations that are reused."""
         return float(1.0 - self.should_compute.mean())
 
+    def tied(self, leaders: Sequence[int]) -> CacheSchedule:
+        """The same table with every branch doing as its leader, see :func:`lazy_compile.grouping.leaders_of`."""
+        return CacheSchedule(self.should_compute[:, list(leaders)])
+
     def compute_ratio(self, branch_macs: Sequence[int], total_macs: int) -> float:
         """MACs spent over the MACs of the dense model, always-on parts included."""
         weights = np.asarray(branch_macs, dtype=np.float64)

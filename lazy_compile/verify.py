@@ -87,6 +87,7 @@ def compare(
         checks = [_computes_like_the_original(lazy, sample, seed)]
         steps = len(lazy.stats.evaluated)
         schedule = CacheSchedule.random(lazy_ratio, steps, len(lazy.branches), seed)
+        schedule = schedule.tied(lazy.graph.leaders(lazy.lazy_config.group))
         checks += _follows_a_schedule(lazy, sample, schedule, seed)
         policies: list[Policy] = [Scheduled(schedule)]
         if type(policy) is not AlwaysCompute:
@@ -120,7 +121,10 @@ def _follows_a_schedule(lazy: LazyModule, sample: Sampler, schedule: CacheSchedu
     def run_both(call: ModelCall) -> Any:
         """Each call is compared alone, since a sampler would amplify what is rounded otherwise."""
         nonlocal tolerance
-        result = call.run(PolicyStep(lazy.policy, lazy.lazy_config, call.caches, lazy.stats, call.step, call.timestep))
+        leaders = call.graph.leaders(lazy.lazy_config.group)
+        result = call.run(
+            PolicyStep(lazy.policy, lazy.lazy_config, call.caches, lazy.stats, call.step, call.timestep, leaders=leaders)
+        )
         seen, expected = _tensors(result), replay.run(call)
         scale = max(float(tensor.abs().max()) for tensor in expected) or 1.0
         tolerance = max(tolerance, *(8 * torch.finfo(tensor.dtype).eps for tensor in expected))
@@ -158,8 +162,9 @@ def _stays_finite(lazy: LazyModule, sample: Sampler, policy: Policy, seed: int) 
 def _exported_like(
     lazy: LazyModule, sample: Sampler, path: Path, policies: Sequence[Policy], seed: int
 ) -> Iterator[Check]:
+    from lazy_compile.backends.denoiser import EngineDenoiser
     from lazy_compile.backends.onnx_structure import check_structure
-    from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
+    from lazy_compile.backends.onnxruntime import OnnxRunner
 
     structure = check_structure(path)
     expected = f"{len(lazy.branches)} If nodes and no heavy operator outside"
@@ -171,7 +176,7 @@ def _exported_like(
     for policy in policies:
         lazy.policy = policy
         lazy.reset_stats()
-        denoiser = OnnxDenoiser(runner, policy, lazy.lazy_config)
+        denoiser = EngineDenoiser(runner, policy, lazy.lazy_config)
         with torch.no_grad():
             there, here = sample(denoiser, seed), sample(lazy, seed)  # type: ignore[arg-type]
         wrong = int(np.count_nonzero(denoiser.stats.reuse_table != lazy.stats.reuse_table))

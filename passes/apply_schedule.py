@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,10 @@ from torch import fx
 from lazy_compile.errors import ConfigError
 from lazy_compile.lazy_branch import TAG
 from lazy_compile.operators import value_of
-from lazy_compile.ops import STATE_NAMES, BranchArms, inline, replace_results, state_names
+from lazy_compile.ops import DECISIONS, STATE_NAMES, BranchArms, inline, replace_results, state_names
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program, ProgramInput, Role
+from lazy_compile.slots import LOGITS
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class ApplySchedule(GraphPass):
     ::
 
                                                     it computes              it reuses
-        %gate_0 = gate_0(%modulated, ...)       |   %o = linear(...)     |
-        %arms_0 = arms_0(%gate_0, %cache_0_0)   |                        |
+        %decide_0 = decide_0(%gate_0)           |   %o = linear(...)     |
+        %arms_0 = arms_0(%decide_0, %cache_0_0) |                        |
         %g = mul(%gate_msa, %arms_0[0])         |   %g = mul(..., %o)    |   %g = mul(..., %cache_0_0)
         return (%y, %arms_0[1], %logits)        |   return (%y, %o)      |   return (%y,)
 
@@ -31,12 +33,13 @@ class ApplySchedule(GraphPass):
        :func:`lazy_compile.ops.state_names`: the caller keeps all others.
     2. Inputs that nothing reads any more are dropped: gates, the slots of branches that compute, the parameters of
        branches that reuse. The user's own inputs stay.
-    3. Linear reuse keeps its clock; the decisions of this step are a constant of the program.
+    3. Linear reuse keeps its clock; the decisions of this step are a constant of the program. Branches that share a
+       gate must agree.
 
     The model's own outputs are those of the lifted program for the same decisions, bit for bit.
 
     Raises:
-        ConfigError: there is not one decision for each branch.
+        ConfigError: there is not one decision for each branch, or branches of one gate have two.
     """
 
     should_compute: tuple[bool, ...]
@@ -55,10 +58,17 @@ class ApplySchedule(GraphPass):
                 f"the step has {len(self.should_compute)} decisions, the model has {len(program.branches)} branches; "
                 "give one decision for each branch"
             )
+        decided: dict[fx.Node, bool] = {}
+        for call in arms:
+            computes = self.should_compute[call.meta[TAG]]
+            if decided.setdefault(call.args[0], computes) != computes:
+                raise ConfigError(
+                    f"branch {call.meta[TAG]} shares a gate with one that does otherwise; tie the schedule"
+                )
         for call, module in arms.items():
             _keep_one_arm(call, module, self.should_compute[call.meta[TAG]])
-        for call in program.graph.find_nodes(op="call_module", target="decide"):
-            _fix_decisions(program, call, self.should_compute)
+        for call in program.graph.find_nodes(op="call_module", target=DECISIONS):
+            _fix_decisions(program, call, [decided[gate] for gate in call.args])
         _drop_unchanged_state(program)
         program.graph.eliminate_dead_code()
         _drop_unused_inputs(program)
@@ -76,7 +86,7 @@ def _keep_one_arm(call: fx.Node, arms: BranchArms, computes: bool) -> None:
     replace_results(call, [*outputs, *outputs, *deltas])
 
 
-def _fix_decisions(program: Program, call: fx.Node, should_compute: tuple[bool, ...]) -> None:
+def _fix_decisions(program: Program, call: fx.Node, should_compute: Sequence[bool]) -> None:
     example = next(value_of(node) for node in program.placeholders if node.target == "age")
     decisions = torch.tensor(should_compute, device=example.device)
     with program.graph.inserting_before(program.placeholders[0]):
@@ -94,7 +104,7 @@ def _drop_unchanged_state(program: Program) -> None:
     state = {
         name: node
         for name, node in zip(state_names(program), results[own:], strict=True)
-        if name != "compute_logits" and not (isinstance(node, fx.Node) and node.target == name)
+        if name != LOGITS and not (isinstance(node, fx.Node) and node.target == name)
     }
     output.args = ((*results[:own], *state.values()),)
     output.meta[STATE_NAMES] = tuple(state)

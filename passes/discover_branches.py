@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from lazy_compile.branch import BranchTensor, Refusal, ResidualBranch
 from lazy_compile.dataflow import Dataflow
 from lazy_compile.kinds import classify
-from lazy_compile.lazy_branch import TAG
+from lazy_compile.lazy_branch import ADD, TAG
 from lazy_compile.operators import CONVOLUTIONS, is_heavy, macs, operator_name, shape_of, value_of
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program, Role
@@ -49,6 +49,8 @@ class DiscoverBranches(GraphPass):
         for index, candidate in enumerate(accepted):
             for node in flow.members(candidate.body):
                 node.meta[TAG] = index
+            for node in candidate.adds:
+                node.meta[ADD] = index
         names = _unique([_path(flow, candidate.heavy) for candidate in accepted])
         activations = _activations(flow, program)
         program.branches = tuple(

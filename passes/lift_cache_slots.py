@@ -5,19 +5,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lazy_compile.config import BatchRule, ReuseArm
 from lazy_compile.extrapolation import CLOCK, advance_clock, read_clock
-from lazy_compile.lazy_branch import LazyBranch
+from lazy_compile.gate_ops import add_decision, add_predictor, logit_table
+from lazy_compile.grouping import GateLayout
+from lazy_compile.lazy_branch import LazyBranch, lazy_calls
 from lazy_compile.operators import value_of
-from lazy_compile.ops import STATE_NAMES, BranchArms, decision, formula, gate, inline
+from lazy_compile.ops import DECISIONS, STATE_NAMES, BranchArms, formula, inline
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program, ProgramInput, Role
+from lazy_compile.slots import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name, slot_names
 
 aten = torch.ops.aten
 
@@ -30,57 +32,80 @@ class LiftCacheSlots(GraphPass):
 
         %lazy_step = placeholder            |   %cache_0_0, %gate_weight, %gate_bias = placeholder
         %lazy_branch_0 = lazy_branch_0(     |   %gate_0 = gate_0(%modulated, %gate_weight[0:D], %gate_bias[0])
-            %lazy_step, %modulated, %w)     |   %arms_0 = arms_0(%gate_0, %cache_0_0, %modulated, %w)
-        %out = getitem(%lazy_branch_0, 0)   |   %out    = getitem(%arms_0, 0)
-        return (%y,)                        |   return (%y, getitem(%arms_0, 1), %compute_logits)
+            %lazy_step, %modulated, %w)     |   %decide_0 = decide_0(%gate_0)
+        %out = getitem(%lazy_branch_0, 0)   |   %arms_0 = arms_0(%decide_0, %cache_0_0, %modulated, %w)
+        return (%y,)                        |   %out    = getitem(%arms_0, 0)
+                                            |   return (%y, getitem(%arms_0, 1), %compute_logits)
 
     1. Slots are inputs of role SLOT: ``cache_{branch}_{output}``, and with ``reuse="linear"`` also
        ``delta_{branch}_{output}``. The outputs behind the model's own are the next values of all slots, in the
        order of the inputs, then ``compute_logits: float32[rows, G]``.
     2. Linear reuse moves a cache on by a part of its delta. :mod:`lazy_compile.extrapolation` says how, and names the
        slots ``float32[G]`` that keep time.
-    3. Inputs of role GATE are one row of a gate table: ``gate_weight: float32[sum of gate_features]`` and
-       ``gate_bias: float32[G]``. A bias of +FORCE computes and -FORCE reuses, whatever the gate reads.
-    4. A branch takes one decision a call: ``batch_rule`` joins those of the rows, a NaN computes. ``"per_sample"`` is
-       lowered as ``"all_reuse"``. A branch whose rows cannot be separated shows its one logit in every row.
-    5. A slot starts as :func:`initial_value` says. Nothing here knows a first step: the caller forces it to compute.
+    3. ``leaders`` says for each branch which one decides for it; G gates belong to those that decide for themselves.
+       Empty stands for every branch.
+    4. ``gating="predicate"``: inputs of role GATE are one row of a gate table, ``gate_weight: float32[sum of
+       gate_features]`` and ``gate_bias: float32[G]``. A bias of +FORCE computes and -FORCE reuses, whatever the gate
+       reads. A branch takes one decision a call: ``batch_rule`` joins those of the rows, a NaN computes.
+       ``"per_sample"`` is lowered as ``"all_reuse"``. A branch whose rows cannot be separated shows its one logit in
+       every row.
+    5. ``gating="input"``: inputs of role GATE are ``should_compute_{branch}: bool[]``, one for each gate. With
+       ``predictors`` the row of a gate table comes in too and the logits go out, for whoever decides the next step.
+    6. A slot starts as :func:`lazy_compile.slots.initial_value` says. Nothing here knows a first step: the caller
+       forces it to compute.
 
     While every branch computes, the model's own outputs are preserved bit for bit.
     """
 
     reuse: ReuseArm
     batch_rule: BatchRule = "all_reuse"
+    gating: Literal["predicate", "input"] = "predicate"
+    leaders: tuple[int, ...] = ()
+    predictors: bool = True
 
     def apply(self, program: Program) -> bool:
-        calls = _lazy_calls(program)
+        calls = sorted(lazy_calls(program), key=lambda item: item[1].branch.index)
         if not calls:
             return False
         _remove_step(program)
-        inputs = self._add_inputs(program, [call for call, _ in calls])
+        layout = GateLayout.of(program.branches, self.leaders)
+        inputs = self._add_inputs(program, [call for call, _ in calls], layout)
         scalars: tuple[fx.Node, ...] = ()
         if self.reuse == "linear":
             clock = [inputs[name] for name in CLOCK]
             scalars = (inline(_first_operator(program), formula(list(CLOCK), read_clock), clock), inputs["moved"])
-        logits = [self._lift(program, call, lazy, inputs, scalars) for call, lazy in calls]
-        self._add_outputs(program, calls, inputs, logits)
+        logits: dict[int, fx.Node] = {}
+        decisions: dict[int, fx.Node] = {}
+        for call, lazy in lazy_calls(program):
+            index = lazy.branch.index
+            if index in layout.gates:
+                if GATE_BIAS in inputs:
+                    logits[index] = add_predictor(program, call, lazy, inputs, layout)
+                decisions[index] = inputs.get(decision_name(index)) or add_decision(
+                    program, call, index, logits[index], self.batch_rule
+                )
+            self._lift(program, call, lazy, inputs, scalars, layout, decisions[layout.leaders[index]])
+        self._add_outputs(program, calls, inputs, dict(sorted(logits.items())), dict(sorted(decisions.items())))
         return True
 
-    def _add_inputs(self, program: Program, calls: Sequence[fx.Node]) -> dict[str, fx.Node]:
+    def _add_inputs(self, program: Program, calls: Sequence[fx.Node], layout: GateLayout) -> dict[str, fx.Node]:
         """All new placeholders by name."""
         slots: dict[str, Any] = {}
+        gates: dict[str, Any] = {}
         for index, call in enumerate(calls):
             outputs = value_of(call)
-            names = self._slot_names(index, len(outputs))
+            names = slot_names(index, len(outputs), self.reuse)
             slots.update(zip(names, outputs * (len(names) // len(outputs)), strict=True))
-        sample = next(iter(slots.values()))
-        features = sum(branch.gate_features for branch in program.branches)
+        sample, count = next(iter(slots.values())), len(layout.gates)
         with sample.fake_mode:
             if self.reuse == "linear":
-                slots |= {name: _vector(len(calls), sample.device) for name in CLOCK}
-            gates = {
-                "gate_weight": _vector(features, sample.device),
-                "gate_bias": _vector(len(calls), sample.device),
-            }
+                slots |= {name: torch.empty(count, device=sample.device) for name in CLOCK}
+            if self.gating == "input":
+                empty = torch.empty((), dtype=torch.bool, device=sample.device)
+                gates |= {decision_name(index): empty for index in layout.gates}
+            if self.gating == "predicate" or self.predictors:
+                sizes = ((GATE_WEIGHT, layout.width), (GATE_BIAS, count))
+                gates |= {name: torch.empty(size, device=sample.device) for name, size in sizes}
         nodes = {}
         with program.graph.inserting_before(_first_operator(program)):
             for name, value in (slots | gates).items():
@@ -96,72 +121,49 @@ class LiftCacheSlots(GraphPass):
         lazy: LazyBranch,
         inputs: dict[str, fx.Node],
         scalars: Sequence[fx.Node],
-    ) -> fx.Node:
-        """Replace one lazy branch by its gate and its arms; returns the gate."""
-        branch, arguments, module = lazy.branch, call.args[1:], program.graph_module
-        start = sum(earlier.gate_features for earlier in program.branches[: branch.index])
-        slots = [inputs[name] for name in self._slot_names(branch.index, len(branch.outputs))]
-        module.add_submodule(f"gate_{branch.index}", gate(branch))
-        module.add_submodule(f"arms_{branch.index}", BranchArms(lazy.body, branch, self.reuse, self.batch_rule))
-        module.delete_submodule(str(call.target))
+        layout: GateLayout,
+        should_compute: fx.Node,
+    ) -> None:
+        """Replace one lazy branch by its arms."""
+        branch = lazy.branch
+        slots = [inputs[name] for name in slot_names(branch.index, len(branch.outputs), self.reuse)]
+        program.graph_module.add_submodule(f"arms_{branch.index}", BranchArms(lazy.body, branch, self.reuse))
+        program.graph_module.delete_submodule(str(call.target))
         with program.graph.inserting_before(call):
-            weight = aten.slice.Tensor(fx.Proxy(inputs["gate_weight"]), 0, start, start + branch.gate_features)
-            bias = aten.select.int(fx.Proxy(inputs["gate_bias"]), 0, branch.index)
-            logit = program.graph.call_module(
-                f"gate_{branch.index}", (*lazy.entries(arguments), weight.node, bias.node)
-            )
-            own = [aten.select.int(fx.Proxy(vector), 0, branch.index).node for vector in scalars]
+            gate_index = layout.gate_of(branch.index)
+            own = [aten.select.int(fx.Proxy(vector), 0, gate_index).node for vector in scalars]
         call.target = f"arms_{branch.index}"
-        call.args = (logit, *own, *slots, *arguments)
-        return logit
+        call.args = (should_compute, *own, *slots, *call.args[1:])
 
     def _add_outputs(
         self,
         program: Program,
         calls: Sequence[tuple[fx.Node, LazyBranch]],
         inputs: dict[str, fx.Node],
-        logits: Sequence[fx.Node],
+        logits: dict[int, fx.Node],
+        decisions: dict[int, fx.Node],
     ) -> None:
         output = program.graph.output_node()
         state: dict[str, fx.Node] = {}
         with program.graph.inserting_before(output):
             for call, lazy in calls:
                 outputs = len(lazy.branch.outputs)
-                names = self._slot_names(lazy.branch.index, outputs)
+                names = slot_names(lazy.branch.index, outputs, self.reuse)
                 for position, name in enumerate(names):
                     state[name] = program.graph.call_function(operator.getitem, (call, outputs + position))
                 call.meta["val"] = (*value_of(call), *(value_of(inputs[name]) for name in names))
-            table = _table(program, logits)
             if self.reuse == "linear":
-                program.graph_module.add_submodule(
-                    "decide", formula(["logits"], partial(decision, rule=self.batch_rule))
-                )
-                computes = program.graph.call_module("decide", (table,))
+                names = [decision_name(index) for index in decisions]
+                program.graph_module.add_submodule(DECISIONS, formula(names, lambda *each: aten.stack.default(each)))
+                computes = program.graph.call_module(DECISIONS, tuple(decisions.values()))
                 clock = formula(["computes", *CLOCK], advance_clock)
                 times = inline(output, clock, [computes, *(inputs[name] for name in CLOCK)])
                 state.update(zip(CLOCK, times, strict=True))
-        state["compute_logits"] = table
+            if logits:
+                state[LOGITS] = logit_table(program, logits)
         output.args = ((*output.args[0], *state.values()),)  # type: ignore[misc]
         output.meta[STATE_NAMES] = tuple(state)
         program.state_outputs = len(state)
-
-    def _slot_names(self, branch: int, outputs: int) -> list[str]:
-        kinds = ("cache", "delta") if self.reuse == "linear" else ("cache",)
-        return [f"{kind}_{branch}_{position}" for kind in kinds for position in range(outputs)]
-
-
-def initial_value(slot: str) -> float:
-    """What a slot is filled with before the first step of a trajectory."""
-    return CLOCK.get(slot, 0.0)
-
-
-def _lazy_calls(program: Program) -> list[tuple[fx.Node, LazyBranch]]:
-    calls = []
-    for node in program.graph.find_nodes(op="call_module"):
-        module = program.graph_module.get_submodule(str(node.target))
-        if isinstance(module, LazyBranch):
-            calls.append((node, module))
-    return sorted(calls, key=lambda item: item[1].branch.index)
 
 
 def _first_operator(program: Program) -> fx.Node:
@@ -175,17 +177,3 @@ def _remove_step(program: Program) -> None:
         user.args = (None, *user.args[1:])
     program.graph.erase_node(step)
     program.inputs = program.inputs[:position] + program.inputs[position + 1 :]
-
-
-def _vector(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.float32, device=device)
-
-
-def _table(program: Program, logits: Sequence[fx.Node]) -> fx.Node:
-    """``float32[rows, G]``; a branch that takes one decision for all rows repeats its logit."""
-    graph = program.graph
-    each = [logit for logit, branch in zip(logits, program.branches, strict=True) if branch.row_separable]
-    if each and len(each) < len(logits):
-        rows = graph.call_function(aten.sym_size.int, (each[0], 0))
-        logits = [item if item in each else graph.call_function(aten.expand.default, (item, [rows])) for item in logits]
-    return graph.call_function(aten.stack.default, (list(logits), 1))

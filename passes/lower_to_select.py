@@ -19,10 +19,11 @@ class LowerToSelect(GraphPass):
 
     ::
 
-        %gate_0 = gate_0(%modulated, %w, %b)             |   %logit   = ... mul, sum, add
-        %arms_0 = arms_0(%gate_0, %cache_0_0, ...)       |   %compute = ... le, amin, lt                bool[]
-        %out    = getitem(%arms_0, 0)                    |   %o       = linear(...)                     [branch 0]
-        %next   = getitem(%arms_0, 1)                    |   %out     = select(%compute, %o, %cache_0_0, 0)
+        %gate_0   = gate_0(%modulated, %w, %b)           |   %logit   = ... mul, sum, add
+        %decide_0 = decide_0(%gate_0)                    |   %compute = ... le, amin, lt                bool[]
+        %arms_0   = arms_0(%decide_0, %cache_0_0, ...)   |   %o       = linear(...)                     [branch 0]
+        %out      = getitem(%arms_0, 0)                  |   %out     = select(%compute, %o, %cache_0_0, 0)
+        %next     = getitem(%arms_0, 1)                  |
 
     1. Both arms run here; an engine makes one conditional of the selects of a branch, and moves into it what only they
        need. Nothing else in the graph tells it where a branch begins, so this holds for whatever the engine fuses.
@@ -50,9 +51,8 @@ class LowerToSelect(GraphPass):
 
 
 def _lower(call: fx.Node, arms: BranchArms) -> None:
-    index, logit = call.meta[TAG], call.args[0]
+    index, condition = call.meta[TAG], call.args[0]
     state, inputs = arms.split(call.args[1:])
-    condition = inline(call, arms.decide, [logit])
     computed = inline(call, arms.body, inputs, **{TAG: index})
     renewed = inline(call, arms.renew, [*state, *computed]) if arms.renew else ()
     reused = inline(call, arms.reuse, state)

@@ -12,8 +12,8 @@ from lazy_compile import GateTable, LazyModule
 from lazy_compile.gate import FORCE, GateRow
 from lazy_compile.operators import size_hint
 from lazy_compile.ops import state_names
-from lazy_compile.passes.lift_cache_slots import initial_value
 from lazy_compile.program import Program, Role, module_state
+from lazy_compile.slots import initial_value
 
 STEPS = 20
 

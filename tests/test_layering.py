@@ -9,9 +9,9 @@ import pytest
 
 LAYERS = {  # lowest first
     "errors": ["errors"],
-    "data": ["config", "branch", "schedule", "gate", "policy", "program"],
+    "data": ["config", "branch", "schedule", "gate", "grouping", "policy", "program"],
     "infrastructure": [
-        *["pass_manager", "ops", "progress", "storage"],
+        *["pass_manager", "ops", "gate_ops", "slots", "progress", "storage"],
         *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "lazy_branch", "extrapolation"],
     ],
     "passes": ["passes", "passes.*"],

@@ -17,11 +17,12 @@ import torch
 
 import lazy_compile
 from lazy_compile import AlwaysCompute, CacheSchedule, LazyModule, Learned, Scheduled
-from lazy_compile.backends import onnx as exporter
+from lazy_compile.backends import onnx_save
+from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnx import OnnxReport, check_structure, export_onnx
 from lazy_compile.backends.onnx_metadata import KEY
 from lazy_compile.backends.onnx_structure import MARK
-from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
+from lazy_compile.backends.onnxruntime import OnnxRunner
 from lazy_compile.errors import ArtifactError, BackendError, ConfigError
 from lazy_compile.policy import GateQuery, Policy
 from lowering import STEPS, knots, random_gates
@@ -50,7 +51,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return get
 
 
-def follow(lazy: LazyModule, denoiser: OnnxDenoiser, policy: Policy, calls: list[dict[str, Any]]) -> float:
+def follow(lazy: LazyModule, denoiser: EngineDenoiser, policy: Policy, calls: list[dict[str, Any]]) -> float:
     """Run both under one policy; the largest difference between their outputs. The decisions must be the same."""
     largest = 0.0
     for model in (lazy, denoiser):
@@ -72,7 +73,7 @@ def follow(lazy: LazyModule, denoiser: OnnxDenoiser, policy: Policy, calls: list
 @pytest.mark.parametrize(("toy", "reuse"), [("dit", "last"), ("dit", "linear"), ("mmdit", "linear")])
 def test_onnx_runtime_follows_pytorch(exported: Exported, toy: str, reuse: str) -> None:
     lazy, path, report = exported(toy, reuse)
-    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
+    denoiser = EngineDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
     branches = len(lazy.branches)
     for policy, lazy_ratio in (
         (AlwaysCompute(), (0.0, 0.0)),
@@ -99,7 +100,7 @@ def test_limits_hold(exported: Exported, options: dict[str, int]) -> None:
     lazy, path, _ = exported("dit", "linear")
     config = lazy.lazy_config
     lazy.lazy_config = lazy_compile.LazyConfig(**options)
-    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
+    denoiser = EngineDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
     schedule = CacheSchedule.every(STEPS, STEPS, len(lazy.branches))
     try:
         assert follow(lazy, denoiser, Scheduled(schedule), trajectory(TOYS["dit"], steps=STEPS)) < TOLERANCE
@@ -110,7 +111,7 @@ def test_limits_hold(exported: Exported, options: dict[str, int]) -> None:
 
 def test_two_streams_and_a_second_trajectory_do_not_mix(exported: Exported) -> None:
     lazy, path, _ = exported("dit", "linear")
-    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
+    denoiser = EngineDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
     first, second = (trajectory(TOYS["dit"], steps=STEPS, seed=seed) for seed in (0, 1))
     interleaved = [arguments for pair in zip(first, second, strict=True) for arguments in pair]
     policy = Learned(random_gates(lazy, knots()))
@@ -120,7 +121,7 @@ def test_two_streams_and_a_second_trajectory_do_not_mix(exported: Exported) -> N
 
 def test_a_stream_that_misses_steps_extrapolates_over_them(exported: Exported) -> None:
     lazy, path, _ = exported("dit", "linear")
-    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
+    denoiser = EngineDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
     calls = trajectory(TOYS["dit"], steps=8)
     unconditional = trajectory(TOYS["dit"], steps=8, seed=1)
     mixed = [
@@ -135,7 +136,7 @@ def test_a_stream_that_misses_steps_extrapolates_over_them(exported: Exported) -
 
 def test_arguments_may_be_given_by_position(exported: Exported) -> None:
     _, path, _ = exported("dit", "last")
-    denoiser = OnnxDenoiser(OnnxRunner(path, threads=1))
+    denoiser = EngineDenoiser(OnnxRunner(path, threads=1))
     arguments = call(TOYS["dit"])
     by_name = denoiser(**arguments)
     denoiser.reset()
@@ -176,7 +177,7 @@ def test_what_is_reused_is_what_was_computed(exported: Exported) -> None:
 def test_it_runs_under_inference_mode_and_outside(exported: Exported) -> None:
     _, path, _ = exported("dit", "linear")
     with torch.inference_mode():
-        denoiser = OnnxDenoiser(OnnxRunner(path, threads=1))
+        denoiser = EngineDenoiser(OnnxRunner(path, threads=1))
         denoiser(**call(TOYS["dit"]))
     denoiser.runner.reset()
     denoiser(**call(TOYS["dit"], step=1))
@@ -207,7 +208,7 @@ def test_policies_that_cannot_be_followed_are_refused(exported: Exported) -> Non
         def should_compute(self, query: GateQuery) -> bool:
             return True
 
-    denoiser = OnnxDenoiser(OnnxRunner(exported("dit", "last")[1], threads=1))
+    denoiser = EngineDenoiser(OnnxRunner(exported("dit", "last")[1], threads=1))
     with pytest.raises(ConfigError, match="an exported model follows AlwaysCompute"):
         denoiser.policy = Asks()
     with pytest.raises(ConfigError, match="the schedule has 3 branches, the model has 4"):
@@ -257,7 +258,7 @@ def test_another_example_call_fixes_other_sizes(tmp_path: Path, compiled: Callab
 def test_large_weights_stand_beside_the_file(
     tmp_path: Path, compiled: Callable[..., LazyModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "EXTERNAL_BYTES", 0)
+    monkeypatch.setattr(onnx_save, "EXTERNAL_BYTES", 0)
     for _ in range(2):
         report = export_onnx(compiled("windowed"), tmp_path / "m.onnx")
         assert len(list(tmp_path.iterdir())) == 2, "the weights of the file before are gone"
@@ -271,7 +272,7 @@ def test_a_model_that_fails_its_check_leaves_the_old_file(
     def refuse(*_: object, **__: object) -> None:
         raise onnx.checker.ValidationError("it is wrong")
 
-    monkeypatch.setattr(exporter, "EXTERNAL_BYTES", 0)
+    monkeypatch.setattr(onnx_save, "EXTERNAL_BYTES", 0)
     monkeypatch.setattr(onnx.checker, "check_model", refuse)
     (tmp_path / "m.onnx").write_text("old")
     with pytest.raises(BackendError, match="the exported model is not valid ONNX: it is wrong; try opset=22"):
@@ -418,7 +419,7 @@ def test_real_models_follow_pytorch(make: Callable[[], Any], reuse: str, tmp_pat
         model, arguments = make()
     lazy = lazy_compile.transform(randomize(model).eval(), arguments, reuse=reuse, batch_rule="all_reuse")
     report = export_onnx(lazy, tmp_path / "m.onnx")
-    denoiser = OnnxDenoiser(OnnxRunner(tmp_path / "m.onnx", threads=1), config=lazy.lazy_config)
+    denoiser = EngineDenoiser(OnnxRunner(tmp_path / "m.onnx", threads=1), config=lazy.lazy_config)
     steps = torch.arange(STEPS, 0, -1)
     policy = Learned(random_gates(lazy, steps.double()))
     for step in steps:

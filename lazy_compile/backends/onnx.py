@@ -4,44 +4,41 @@ from __future__ import annotations
 
 import inspect
 import logging
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from lazy_compile.artifact import fingerprint
 from lazy_compile.backends.onnx_convert import convert, name_values, own_outputs, quiet
-from lazy_compile.backends.onnx_metadata import KEY, InputSpec, OnnxMetadata, SlotSpec, first_line
+from lazy_compile.backends.onnx_example import all_inputs, example_call
+from lazy_compile.backends.onnx_masks import MaskSet, SharedWeights
+from lazy_compile.backends.onnx_metadata import KEY, Gating, InputSpec, OnnxMetadata, SlotSpec, first_line
+from lazy_compile.backends.onnx_save import OPSETS, save_model
 from lazy_compile.backends.onnx_sink import sink_branches
 from lazy_compile.backends.onnx_structure import StructureReport as StructureReport
 from lazy_compile.backends.onnx_structure import check_structure
+from lazy_compile.config import BatchRule, Group, check_group
 from lazy_compile.errors import BackendError, ConfigError, import_optional
-from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.module import LazyGraph, LazyModule
-from lazy_compile.operators import size_hint, value_of
 from lazy_compile.pass_manager import PassManager
-from lazy_compile.passes.lift_cache_slots import LiftCacheSlots, initial_value
+from lazy_compile.passes.apply_schedule import ApplySchedule
+from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.passes.lower_to_select import LowerToSelect
+from lazy_compile.passes.merge_groups import MergeGroups
+from lazy_compile.policy import Learned, Scheduled
 from lazy_compile.program import Program, Role
 from lazy_compile.progress import OnProgress, no_progress
-from lazy_compile.storage import atomic_path
+from lazy_compile.slots import initial_value
 
 if TYPE_CHECKING:
     from onnx_ir import Model
 
 logger = logging.getLogger("lazy_compile")
-
-OPSETS = range(18, 23)
-"""From 23 on the exporter keeps ``Attention`` whole, which TensorRT does not build inside an ``If``."""
-
-EXTERNAL_BYTES = 2_000_000_000
-"""Weights above this go to a file of their own: a protobuf message ends at 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,16 @@ class OnnxReport:
     """What was written.
 
     Attributes:
-        path: the model.
+        path: the model; with ``gating="schedule"`` a folder of models.
         opset: its opset.
         bytes: size of all its files.
+        gating: who decides.
+        masks: how many models there are, one for each set of decisions; 1 unless ``gating="schedule"``.
         inputs: names of all inputs.
         outputs: names of all outputs.
         nodes: nodes of the main graph.
         branches: gated branches.
-        if_nodes: conditionals; as many as branches.
+        if_nodes: conditionals; one for each branch or group of branches.
         heavy_ops_inside: matrix products and convolutions that a reused branch skips.
         always_on: those that belong to no branch.
         heavy_ops_outside_if: those that should be skipped and are not; a warning names them.
@@ -67,6 +66,8 @@ class OnnxReport:
     path: Path
     opset: int
     bytes: int
+    gating: Gating
+    masks: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     nodes: int
@@ -84,16 +85,26 @@ def export_onnx(
     path: str | Path,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     *,
+    gating: Gating = "predicate",
+    group: Group | None = None,
+    predictors: bool | None = None,
     opset: int = 20,
     simplify: bool = False,
     on_progress: OnProgress = no_progress,
 ) -> OnnxReport:
     """Write a lazy model as ONNX, for the sizes of one example call.
 
-    Inputs are the model's own, named by argument; ``cache_*`` slots; and one row of a gate table, ``gate_weight`` and
-    ``gate_bias``. Outputs are ``output_0`` and so on, ``next_*`` for every slot, and ``compute_logits``. One file
-    serves every policy: what a step decides is in the row that it is given. :class:`OnnxMetadata` describes all of it
-    inside the file.
+    Inputs are the model's own, named by argument, and ``cache_*`` slots; outputs are ``output_0`` and so on, and
+    ``next_*`` for every slot. What else there is depends on who decides:
+
+    - ``gating="predicate"``: the model reads its gates. ``gate_weight`` and ``gate_bias``, one row of a gate table, go
+      in and ``compute_logits`` comes out. One file serves every policy: what a step decides is in its row.
+    - ``gating="input"``: the host. One ``should_compute_*: bool`` for each gate goes in. Rows and logits are there too
+      if the policy is ``Learned``, so that a step can be decided by the logits of the one before.
+    - ``gating="schedule"``: nobody. The policy must be ``Scheduled``; a folder is written with one model for each
+      distinct row of its table, without any ``If``, and one copy of the weights.
+
+    :class:`OnnxMetadata` describes all of it inside the file.
 
     Args:
         lazy: a captured lazy model. ``batch_rule="per_sample"`` is exported as ``"all_reuse"``.
@@ -101,6 +112,10 @@ def export_onnx(
             it in ``<stem>.<random>.data``.
         example_inputs: arguments of one call, by name or by position: their sizes become fixed. None takes those that
             the model was captured with.
+        gating: who decides.
+        group: branches under one gate, see :class:`~lazy_compile.config.LazyConfig`; None takes the model's own. A
+            group is one ``If`` with the residual adds of its branches inside.
+        predictors: whether ``gating="input"`` also takes rows and returns logits; None leaves it to the policy.
         opset: 18 to 22.
         simplify: also run onnxsim on the result, and keep what it makes if every ``If`` still holds what it held. It is
             off because it gains nothing measurable: a model of 12 branches ran at the same speed, and it fails on two
@@ -109,47 +124,37 @@ def export_onnx(
         on_progress: called after each stage.
 
     Raises:
-        ConfigError: the model is not lazy or not captured yet, or the opset is not supported.
+        ConfigError: the model is not lazy or not captured yet, or an option is not supported.
         BackendError: the exporter does not know an operator of the model, or the result fails a check.
         ArtifactError: the file cannot be written.
         MissingDependencyError: ONNX is not installed.
     """
     start = time.perf_counter()
-    if not isinstance(lazy, LazyModule):
-        raise ConfigError(f"export_onnx() takes what transform() returned; seen {type(lazy).__name__}")
-    if opset not in OPSETS:
-        raise ConfigError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
-    import_optional("onnxscript", "onnx")
-    graph, tensors = _example(lazy, example_inputs)
-    if graph.guarded_inputs:
-        logger.warning(
-            "%s is right only where the model reads the same values from %s as from the example; export one file for "
-            "each that you need",
-            path, ", ".join(graph.guarded_inputs),
-        )  # fmt: skip
-    rule = "all_reuse" if lazy.lazy_config.batch_rule == "per_sample" else lazy.lazy_config.batch_rule
-    program = PassManager([LiftCacheSlots(lazy.lazy_config.reuse, rule), LowerToSelect()]).run(graph.program)
-    on_progress("exporting to ONNX", 1, 4, "branches lowered")
-    example = _all_inputs(lazy, graph, program, tensors)
-    model = convert(lazy.original, program, [tensor for _, tensor in example], opset)
-    on_progress("exporting to ONNX", 2, 4, "operators converted")
-    name_values(model, [name for name, _ in example], program)
-    sink_branches(model)
-    model.metadata_props[KEY] = _metadata(lazy, graph, program, dict(example), rule).to_json()
+    export = _Export.of(lazy, example_inputs, gating, group, predictors, opset)
+    target = Path(path)
+    if gating == "schedule":
+        assert isinstance(lazy.policy, Scheduled)
+        masks = MaskSet.of(lazy.policy.schedule.tied(export.leaders), target)
+        with SharedWeights(target) as weights:
+            for position, (mask, file) in enumerate(masks.files.items()):
+                model = export.make(mask)
+                weights.take(model)
+                save_model(model, file)
+                on_progress("exporting to ONNX", position + 1, len(masks.files), "one model for each set of decisions")
+            masks.save(target, weights.name)
+        size, count = sum(file.stat().st_size for file in target.iterdir()), len(masks.files)
+    else:
+        model = export.make((), on_progress)
+        model = (export.simplified(model) if simplify else None) or model
+        size, count = save_model(model, target), 1
+        on_progress("exporting to ONNX", 4, 4, "written")
     structure = check_structure(model)
-    if structure.if_nodes != structure.branches:
-        raise BackendError(f"the exported {type(lazy.original).__name__} is not sound: {structure.problems[0]}")
-    for problem in structure.problems:
-        logger.warning("%s is right but not as lazy as it could be: %s", path, problem)
-    simplified = _simplify(model, structure) if simplify else None
-    model = simplified or model
-    on_progress("exporting to ONNX", 3, 4, "branches moved into If nodes")
-    size = _save(model, Path(path))
-    on_progress("exporting to ONNX", 4, 4, "written")
     return OnnxReport(
-        path=Path(path),
+        path=target,
         opset=opset,
         bytes=size,
+        gating=gating,
+        masks=count,
         inputs=tuple(str(value.name) for value in model.graph.inputs),
         outputs=tuple(str(value.name) for value in model.graph.outputs),
         nodes=len(model.graph),
@@ -158,96 +163,139 @@ def export_onnx(
         heavy_ops_inside=structure.heavy_ops_inside,
         always_on=structure.always_on,
         heavy_ops_outside_if=structure.heavy_ops_outside_if,
-        simplified=simplified is not None,
+        simplified=export.is_simplified,
         seconds=time.perf_counter() - start,
     )
 
 
-# The example call ---------------------------------------------------------------------------------------------------
+@dataclass
+class _Export:
+    """A lifted program and the call that its sizes are taken from, ready to be converted for any set of decisions."""
 
+    lazy: LazyModule
+    graph: LazyGraph
+    lifted: Program
+    example: dict[str, Tensor]
+    gating: Gating
+    leaders: tuple[int, ...]
+    rule: BatchRule
+    predictors: bool
+    opset: int
+    is_simplified: bool = False
 
-def _example(lazy: LazyModule, inputs: Mapping[str, Any] | Sequence[Any] | None) -> tuple[LazyGraph, Sequence[Tensor]]:
-    if isinstance(inputs, Mapping):
-        return lazy._graph_for((), dict(inputs))
-    if inputs is not None:
-        return lazy._graph_for(tuple(inputs), {})
-    program = lazy.graph.captured.program
-    fakes = [
-        value_of(node)
-        for node, item in zip(program.placeholders, program.inputs, strict=True)
-        if item.role is Role.USER
-    ]
-    return lazy.graph, [
-        torch.zeros([size_hint(size) for size in fake.shape], dtype=fake.dtype, device=fake.device) for fake in fakes
-    ]
+    @classmethod
+    def of(
+        cls,
+        lazy: LazyModule,
+        example_inputs: Mapping[str, Any] | Sequence[Any] | None,
+        gating: Gating,
+        group: Group | None,
+        predictors: bool | None,
+        opset: int,
+    ) -> _Export:
+        if not isinstance(lazy, LazyModule):
+            raise ConfigError(f"export_onnx() takes what transform() returned; seen {type(lazy).__name__}")
+        if opset not in OPSETS:
+            raise ConfigError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
+        if gating not in get_args(Gating):
+            raise ConfigError(f"gating is {gating!r}; expected one of {', '.join(map(repr, get_args(Gating)))}")
+        if gating == "schedule" and not isinstance(lazy.policy, Scheduled):
+            raise ConfigError(
+                f"gating='schedule' fixes a schedule, the model's policy is {type(lazy.policy).__name__}; "
+                "set lazy.policy = Scheduled(...), or take another gating"
+            )
+        config = lazy.lazy_config
+        check_group(group := config.group if group is None else group)
+        import_optional("onnxscript", "onnx")
+        graph, tensors = example_call(lazy, example_inputs)
+        if graph.guarded_inputs:
+            logger.warning(
+                "the exported %s is right only where it reads the same values from %s as from the example; export one "
+                "file for each that you need",
+                type(lazy.original).__name__, ", ".join(graph.guarded_inputs),
+            )  # fmt: skip
+        leaders = graph.leaders(group)
+        rule: BatchRule = "all_reuse" if config.batch_rule == "per_sample" else config.batch_rule
+        if predictors is None:
+            predictors = isinstance(lazy.policy, Learned)
+        predictors = gating == "predicate" or (gating == "input" and predictors)
+        lift = LiftCacheSlots(
+            config.reuse, rule, "predicate" if gating == "predicate" else "input", leaders, predictors
+        )
+        lifted = lift(graph.program).program
+        example = dict(all_inputs(lazy, graph, lifted, tensors))
+        return cls(lazy, graph, lifted, example, gating, leaders, rule, predictors, opset)
 
+    def make(self, mask: tuple[bool, ...], on_progress: OnProgress = no_progress) -> Model:
+        """The model for one set of decisions; without a mask, the one with conditionals."""
+        name = type(self.lazy.original).__name__
+        lower = PassManager([ApplySchedule(mask)] if mask else [LowerToSelect(), MergeGroups()])
+        program = lower.run(self.lifted)
+        on_progress("exporting to ONNX", 1, 4, "branches lowered")
+        inputs = [item.name for item in program.inputs if item.role in (Role.USER, Role.SLOT, Role.GATE)]
+        model = convert(self.lazy.original, program, [self.example[item] for item in inputs], self.opset)
+        on_progress("exporting to ONNX", 2, 4, "operators converted")
+        name_values(model, inputs, program)
+        conditionals = sink_branches(model)
+        model.metadata_props[KEY] = self._metadata(program, mask, conditionals).to_json()
+        structure = check_structure(model)
+        if structure.if_nodes != structure.conditionals:
+            raise BackendError(f"the exported {name} is not sound: {structure.problems[0]}")
+        for problem in structure.problems:
+            logger.warning("the exported %s is right but not as lazy as it could be: %s", name, problem)
+        on_progress("exporting to ONNX", 3, 4, "branches moved into If nodes")
+        return model
 
-class _Observe:
-    """A denoising step that computes everything and notes what every branch returns."""
+    def _metadata(self, program: Program, mask: tuple[bool, ...], conditionals: int) -> OnnxMetadata:
+        parameters = inspect.signature(self.lazy.original.forward).parameters.values()
+        named = all(item.kind not in (item.VAR_POSITIONAL, item.POSITIONAL_ONLY) for item in parameters)
+        position = self.graph.timestep_position
+        return OnnxMetadata(
+            model=type(self.lazy.original).__name__,
+            branches=program.branches,
+            inputs=tuple(InputSpec(*item) for item in self._described(Role.USER)),
+            outputs=tuple(own_outputs(program)),
+            slots=tuple(
+                SlotSpec(name, f"next_{name}", shape, dtype, initial_value(name))
+                for name, shape, dtype in self._described(Role.SLOT)
+            ),
+            reuse=self.lazy.lazy_config.reuse,
+            batch_rule=self.rule,
+            gating=self.gating,
+            leaders=self.leaders,
+            predictors=self.predictors,
+            conditionals=conditionals,
+            should_compute=mask,
+            fingerprint=fingerprint(self.lazy.original),
+            arguments=tuple(item.name for item in parameters if named and item.kind is item.POSITIONAL_OR_KEYWORD),
+            timestep_input=None if position is None else self.graph.layout.names[position],
+            output_spec=_dump(self.graph.captured.output_spec),
+            total_macs=self.graph.total_macs,
+        )
 
-    def __init__(self) -> None:
-        self.outputs: dict[int, tuple[Tensor, ...]] = {}
+    def _described(self, role: Role) -> list[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and dtype of all inputs of one role that the lifted program has."""
+        tensors = [(item.name, self.example[item.name]) for item in self.lifted.inputs if item.role is role]
+        return [(name, tuple(item.shape), str(item.dtype).removeprefix("torch.")) for name, item in tensors]
 
-    def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        self.outputs[branch.branch.index] = branch.compute(inputs)
-        return self.outputs[branch.branch.index]
-
-
-def _all_inputs(
-    lazy: LazyModule, graph: LazyGraph, program: Program, tensors: Sequence[Tensor]
-) -> list[tuple[str, Tensor]]:
-    """Name and example of every input that is not a parameter; nothing is computed to find the sizes."""
-    observed, mode = _Observe(), FakeTensorMode()
-    state = [mode.from_tensor(tensor) for tensor in lazy._state_of(graph)]
-    with mode, torch.no_grad():
-        graph.program.graph_module(*state, *(mode.from_tensor(tensor) for tensor in tensors), observed)
-    remaining, example = iter(tensors), []
-    for item, fake in zip(program.inputs, program.fake_inputs(), strict=True):
-        if item.role is Role.USER:
-            example.append((item.name, next(remaining)))
-        elif item.role in (Role.SLOT, Role.GATE):
-            if item.name.startswith(("cache_", "delta_")):
-                _, branch, output = item.name.split("_")
-                fake = observed.outputs[int(branch)][int(output)]
-            example.append((item.name, torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)))
-    names = [name for name, _ in example]
-    if len(set(names)) < len(names):
-        raise BackendError(f"an argument of {type(lazy.original).__name__} has the name of a slot; rename it: {names}")
-    return example
-
-
-# Description and file ------------------------------------------------------------------------------------------------
-
-
-def _metadata(
-    lazy: LazyModule, graph: LazyGraph, program: Program, example: Mapping[str, Tensor], rule: Any
-) -> OnnxMetadata:
-    def described(role: Role) -> list[tuple[str, tuple[int, ...], str]]:
-        return [
-            (item.name, tuple(example[item.name].shape), str(example[item.name].dtype).removeprefix("torch."))
-            for item in program.inputs
-            if item.role is role
-        ]
-
-    parameters = inspect.signature(lazy.original.forward).parameters.values()
-    named = all(item.kind not in (item.VAR_POSITIONAL, item.POSITIONAL_ONLY) for item in parameters)
-    position = graph.timestep_position
-    return OnnxMetadata(
-        model=type(lazy.original).__name__,
-        branches=program.branches,
-        inputs=tuple(InputSpec(*item) for item in described(Role.USER)),
-        outputs=tuple(own_outputs(program)),
-        slots=tuple(
-            SlotSpec(name, f"next_{name}", shape, dtype, initial_value(name))
-            for name, shape, dtype in described(Role.SLOT)
-        ),
-        reuse=lazy.lazy_config.reuse,
-        batch_rule=rule,
-        arguments=tuple(item.name for item in parameters if named and item.kind is item.POSITIONAL_OR_KEYWORD),
-        timestep_input=None if position is None else graph.layout.names[position],
-        output_spec=_dump(graph.captured.output_spec),
-        total_macs=graph.total_macs,
-    )
+    def simplified(self, model: Model) -> Model | None:
+        """What onnxsim makes of a model; None if it fails, or if the branches are no longer the same."""
+        ir, onnxsim = import_optional("onnx_ir", "onnx"), import_optional("onnxsim", "onnx")
+        description = model.metadata_props[KEY]
+        try:
+            with quiet():
+                result: Model = ir.from_proto(onnxsim.simplify(ir.to_proto(model))[0])
+        except Exception as error:
+            logger.warning("onnxsim cannot simplify this model and was left out: %s", first_line(error))
+            return None
+        result.metadata_props.clear()
+        result.metadata_props[KEY] = description
+        names = [[value.name for value in (*item.graph.inputs, *item.graph.outputs)] for item in (model, result)]
+        if names[0] != names[1] or check_structure(result) != check_structure(model):
+            logger.warning("onnxsim moved operators of a branch; its result was left out")
+            return None
+        self.is_simplified = True
+        return result
 
 
 def _dump(spec: pytree.TreeSpec) -> str:
@@ -255,48 +303,3 @@ def _dump(spec: pytree.TreeSpec) -> str:
         return pytree.treespec_dumps(spec)
     except NotImplementedError:
         return ""
-
-
-def _simplify(model: Model, structure: StructureReport) -> Model | None:
-    """What onnxsim makes of a model; None if it fails, or if the branches are no longer the same."""
-    ir, onnxsim = import_optional("onnx_ir", "onnx"), import_optional("onnxsim", "onnx")
-    description = model.metadata_props[KEY]
-    try:
-        with quiet():
-            result: Model = ir.from_proto(onnxsim.simplify(ir.to_proto(model))[0])
-    except Exception as error:
-        logger.warning("onnxsim cannot simplify this model and was left out: %s", first_line(error))
-        return None
-    result.metadata_props.clear()
-    result.metadata_props[KEY] = description
-    names = [[value.name for value in (*item.graph.inputs, *item.graph.outputs)] for item in (model, result)]
-    if names[0] != names[1] or check_structure(result) != structure:
-        logger.warning("onnxsim moved operators of a branch; its result was left out")
-        return None
-    return result
-
-
-def _save(model: Model, path: Path) -> int:
-    """Write and check a temporary file, then give it its name. The weights' name is new each time, so an older model
-    and its weights stay together until then."""
-    ir, onnx = import_optional("onnx_ir", "onnx"), import_optional("onnx", "onnx")
-    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-    external = sum(tensor.nbytes for tensor in weights) > EXTERNAL_BYTES
-    data = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.data")
-    try:
-        with atomic_path(path) as temporary:
-            ir.save(model, temporary, external_data=data.name if external else None)
-            onnx.checker.check_model(str(temporary), full_check=True)
-            size = temporary.stat().st_size
-    except BaseException as error:
-        data.unlink(missing_ok=True)
-        if isinstance(error, onnx.checker.ValidationError | onnx.shape_inference.InferenceError):
-            raise BackendError(
-                f"the exported model is not valid ONNX: {first_line(error)}; try opset={OPSETS[-1]} (bfloat16 needs "
-                "it), or another dtype"
-            ) from error
-        raise
-    for older in path.parent.glob(f"{path.stem}.{'[0-9a-f]' * 8}.data"):
-        if older != data:
-            older.unlink(missing_ok=True)
-    return size + (data.stat().st_size if external else 0)

@@ -19,6 +19,7 @@ from lazy_compile.errors import BackendError, import_optional
 from lazy_compile.lazy_branch import TAG, LazyBranch
 from lazy_compile.ops import state_names
 from lazy_compile.program import Program, Role, module_state
+from lazy_compile.slots import LOGITS
 
 if TYPE_CHECKING:
     from onnx_ir import Model, Value
@@ -45,11 +46,11 @@ class _Tracer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target is torch.ops.lazy_compile.select.default:
-            condition, computed, reused, branch = self.fetch_args_kwargs_from_env(n)[0]
+            condition, computed, reused, conditional = self.fetch_args_kwargs_from_env(n)[0]
             return torch.onnx.ops.symbolic(
                 f"{DOMAIN}::{SELECT}",
                 (condition, computed, reused),
-                {"branch": branch},
+                {"conditional": conditional},
                 dtype=computed.dtype,
                 shape=computed.shape,
                 version=1,
@@ -135,7 +136,7 @@ def name_values(model: Model, inputs: Sequence[str], program: Program) -> None:
     graph = model.graph
     state = state_names(program)
     outputs = [name for name in own_outputs(program) if name is not None]
-    outputs += [*(f"next_{name}" for name in state[:-1]), state[-1]]
+    outputs += [name if name == LOGITS else f"next_{name}" for name in state]
     seen: set[Value] = set(graph.inputs) | set(graph.initializers.values())
     for position, value in enumerate(graph.outputs):
         if value in seen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lazy_compile.branch import BranchKind, BranchTensor, ResidualBranch
 from lazy_compile.config import BatchRule, ReuseArm
@@ -14,7 +14,9 @@ from lazy_compile.errors import ArtifactError
 KEY = "lazy_compile"
 """The entry of ``ModelProto.metadata_props``; its value is JSON."""
 
-VERSION = 1
+VERSION = 2
+
+Gating = Literal["predicate", "input", "schedule"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,13 @@ class OnnxMetadata:
         slots: all cache slots.
         reuse: what a branch returns that does not compute.
         batch_rule: how the decisions of the rows are joined.
+        gating: who decides. ``"predicate"``: the gates in the graph, by the row of a gate table that comes in.
+            ``"input"``: the host, by one boolean for each gate. ``"schedule"``: nobody, the decisions are fixed.
+        leaders: for each branch, the one that decides for it.
+        predictors: whether gates are read, and their logits come out.
+        conditionals: how many ``If`` nodes the model was exported with.
+        should_compute: the fixed decisions of ``gating="schedule"``; empty otherwise.
+        fingerprint: of the original, see :func:`lazy_compile.artifact.fingerprint`.
         arguments: names of the original's positional arguments, in order.
         timestep_input: which input carries the timestep; None if the model has none.
         output_spec: how to build the original's return value from flat outputs, as ``treespec_dumps`` writes it; empty
@@ -63,6 +72,12 @@ class OnnxMetadata:
     slots: tuple[SlotSpec, ...]
     reuse: ReuseArm
     batch_rule: BatchRule
+    gating: Gating
+    leaders: tuple[int, ...]
+    predictors: bool
+    conditionals: int
+    should_compute: tuple[bool, ...]
+    fingerprint: str
     arguments: tuple[str, ...]
     timestep_input: str | None
     output_spec: str

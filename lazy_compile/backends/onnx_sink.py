@@ -1,4 +1,4 @@
-"""From selects to real conditionals: one ``If`` per branch, which holds everything that only it needs."""
+"""From selects to real conditionals: one ``If`` per group of branches, which holds everything that only it needs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ DOMAIN = "lazy_compile"
 SELECT = "Select"
 
 Arm = tuple[int, bool]
-"""A branch, and whether it is the arm that computes."""
+"""A conditional, and whether it is the arm that computes."""
 
 
 def sink_branches(model: Model) -> int:
-    """Replace the ``lazy_compile::Select`` nodes of each branch by one ``If``, in place; returns how many there are.
+    """Replace the ``lazy_compile::Select`` nodes of each number by one ``If``, in place; returns how many there are.
 
     ::
 
@@ -35,7 +35,7 @@ def sink_branches(model: Model) -> int:
     3. Initializers stay in the main graph; arms read them from the outer scope.
 
     Raises:
-        BackendError: the selects of one branch do not share one condition.
+        BackendError: the selects of one number do not share one condition.
     """
     graph = model.graph
     selects: dict[int, list[Node]] = defaultdict(list)
@@ -44,9 +44,9 @@ def sink_branches(model: Model) -> int:
         arms[arm].append(node)
     for node in graph:
         if _is_select(node):
-            selects[_branch_of(node)].append(node)
-    for branch, members in sorted(selects.items()):
-        _replace(graph, branch, members, arms[branch, True], arms[branch, False])
+            selects[_number_of(node)].append(node)
+    for number, members in sorted(selects.items()):
+        _replace(graph, number, members, arms[number, True], arms[number, False])
     graph.sort()
     model.opset_imports.pop(DOMAIN, None)
     return len(selects)
@@ -66,26 +66,26 @@ def _assign(graph: Graph) -> dict[Node, Arm]:
 
 def _arm_of(reader: Node, position: int, found: dict[Node, Arm]) -> Arm | None:
     if _is_select(reader):
-        return (_branch_of(reader), position == 1) if position in (1, 2) else None
+        return (_number_of(reader), position == 1) if position in (1, 2) else None
     return found.get(reader)
 
 
 def _replace(
-    graph: Graph, branch: int, selects: Sequence[Node], computing: Sequence[Node], reusing: Sequence[Node]
+    graph: Graph, number: int, selects: Sequence[Node], computing: Sequence[Node], reusing: Sequence[Node]
 ) -> None:
     ir = import_optional("onnx_ir", "onnx")
     conditions = {select.inputs[0] for select in selects}
     if len(conditions) != 1:
-        raise BackendError(f"branch {branch} has {len(conditions)} conditions; expected one for all its outputs")
+        raise BackendError(f"branch {number} has {len(conditions)} conditions; expected one for all its outputs")
     outputs = [_like(select.outputs[0], "") for select in selects]
     attributes = {
-        "then_branch": _arm(graph, f"compute_{branch}", computing, [select.inputs[1] for select in selects]),
-        "else_branch": _arm(graph, f"reuse_{branch}", reusing, [select.inputs[2] for select in selects]),
+        "then_branch": _arm(graph, f"compute_{number}", computing, [select.inputs[1] for select in selects]),
+        "else_branch": _arm(graph, f"reuse_{number}", reusing, [select.inputs[2] for select in selects]),
     }
     conditional = ir.Node(
         "", "If", list(conditions), [ir.AttrGraph(*item) for item in attributes.items()], outputs=outputs
     )
-    conditional.name = f"lazy_branch_{branch}"
+    conditional.name = f"lazy_branch_{number}"
     graph.insert_before(selects[0], conditional)
     for select, output in zip(selects, outputs, strict=True):
         select.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
@@ -115,5 +115,5 @@ def _is_select(node: Node) -> bool:
     return node.domain == DOMAIN and node.op_type == SELECT
 
 
-def _branch_of(select: Node) -> int:
-    return select.attributes["branch"].as_int()
+def _number_of(select: Node) -> int:
+    return select.attributes["conditional"].as_int()

@@ -31,7 +31,8 @@ class StructureReport:
 
     Attributes:
         branches: how many branches the model was exported with.
-        if_nodes: how many conditionals its main graph has.
+        conditionals: how many conditionals it was exported with: one for each branch, or for each group of them.
+        if_nodes: how many its main graph has.
         heavy_ops_inside: heavy operators in the arms that compute.
         always_on: heavy operators outside that belong to no branch: embedders, adaLN, the final projection.
         heavy_ops_outside_if: names of heavy operators that belong to a branch and run at every step all the same.
@@ -40,6 +41,7 @@ class StructureReport:
     """
 
     branches: int
+    conditionals: int
     if_nodes: int
     heavy_ops_inside: int
     always_on: int
@@ -51,8 +53,8 @@ class StructureReport:
     def problems(self) -> tuple[str, ...]:
         """One line for each way in which the model does not do what it should; empty if it is sound."""
         lines = []
-        if self.if_nodes != self.branches:
-            lines.append(f"{self.if_nodes} If nodes for {self.branches} branches")
+        if self.if_nodes != self.conditionals:
+            lines.append(f"{self.if_nodes} If nodes for {self.conditionals} branches")
         for text, names in (
             ("heavy operators of a branch run outside its If", self.heavy_ops_outside_if),
             ("heavy operators run while a branch is reused", self.heavy_ops_when_reusing),
@@ -80,10 +82,13 @@ def check_structure(model: str | Path | Model | Any) -> StructureReport:
     conditionals = [node for node in graph if node.op_type == "If"]
     served = _served(graph, conditionals)
     heavy = [node for node in graph if node.op_type in HEAVY]
-    outside = [node for node in heavy if MARK in node.metadata_props or node in served]
+    metadata = OnnxMetadata.parse(loaded.metadata_props)
+    fixed = metadata.gating == "schedule"  # what is left of a branch belongs to the step
+    outside = [node for node in heavy if (MARK in node.metadata_props and not fixed) or node in served]
     computing = {node: _heavy_in(node, "then_branch") for node in conditionals}
     return StructureReport(
-        branches=len(OnnxMetadata.parse(loaded.metadata_props).branches),
+        branches=len(metadata.branches),
+        conditionals=metadata.conditionals,
         if_nodes=len(conditionals),
         heavy_ops_inside=sum(map(len, computing.values())),
         always_on=len(heavy) - len(outside),

@@ -146,6 +146,7 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
         return {
             "kind": "learned",
             "shift": policy.shift,
+            "delayed": policy.delayed,
             "features": list(table.features),
             "interpolation": table.interpolation,
             "tensors": base64.b64encode(packed).decode(),
@@ -160,7 +161,7 @@ def policy_from_json(values: Mapping[str, Any]) -> Policy:
     if kind == "learned":
         tensors = read_tensors(base64.b64decode(values["tensors"]))
         table = GateTable(tuple(values["features"]), **tensors, interpolation=values["interpolation"])
-        return Learned(table, values["shift"])
+        return Learned(table, values["shift"], values["delayed"])
     if kind != "always_compute":
         raise ValueError(f"its policy is {kind!r}")
     return AlwaysCompute()

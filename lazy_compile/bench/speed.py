@@ -152,8 +152,9 @@ def _eager(
 def _onnxruntime(
     model: torch.nn.Module, lazy: LazyModule, inputs: dict[str, Any]
 ) -> tuple[Callable[[], None], Callable[[CacheSchedule], Iterator[None]]]:
+    from lazy_compile.backends.denoiser import EngineDenoiser
     from lazy_compile.backends.onnx import export_onnx
-    from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
+    from lazy_compile.backends.onnxruntime import OnnxRunner
 
     onnxruntime = import_optional("onnxruntime", "onnx")
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
@@ -170,7 +171,7 @@ def _onnxruntime(
         session.run(None, feed)
 
     def gated(schedule: CacheSchedule) -> Iterator[None]:
-        denoiser = OnnxDenoiser(runner, Scheduled(schedule))
+        denoiser = EngineDenoiser(runner, Scheduled(schedule))
         for step in range(schedule.steps):
             denoiser(**{**inputs, "timestep": inputs["timestep"] - step})
             yield

@@ -134,13 +134,14 @@ def follow_in_onnx_runtime(
     lazy: LazyModule, policy: Policy, settings: DemoSettings, path: Path, on_progress: OnProgress
 ) -> dict[str, Any]:
     """Export, and run one trajectory in ONNX Runtime and in PyTorch under one decision per call."""
+    from lazy_compile.backends.denoiser import EngineDenoiser
     from lazy_compile.backends.onnx import export_onnx
-    from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
+    from lazy_compile.backends.onnxruntime import OnnxRunner
 
     sampler = settings.sampler(batch=4)
     with options(lazy, batch_rule="all_reuse"):
         exported = export_onnx(lazy, path, example_inputs(rows=2 * sampler.batch), on_progress=on_progress)
-        denoiser = OnnxDenoiser(OnnxRunner(path), policy, lazy.lazy_config)
+        denoiser = EngineDenoiser(OnnxRunner(path), policy, lazy.lazy_config)
         lazy.policy = policy
         there, here = sampler(denoiser, FIRST_EVALUATION_SEED), sampler(lazy, FIRST_EVALUATION_SEED)
         differing = np.count_nonzero(denoiser.stats.reuse_table != lazy.stats.reuse_table)

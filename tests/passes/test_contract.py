@@ -24,6 +24,7 @@ from lazy_compile.passes.discover_branches import DiscoverBranches
 from lazy_compile.passes.insert_gates import InsertGates
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.passes.lower_to_select import LowerToSelect
+from lazy_compile.passes.merge_groups import MergeGroups
 from lazy_compile.passes.merge_repeats import MergeRepeats
 from lazy_compile.passes.outline_branches import OutlineBranches
 from lazy_compile.program import Program, Role, module_state
@@ -42,7 +43,7 @@ class Compute:
 def lowerings(branches: int) -> list[list[GraphPass]]:
     decisions = tuple(index % 2 == 0 for index in range(branches))
     return [
-        [LiftCacheSlots("linear"), LowerToSelect()],
+        [LiftCacheSlots("linear", leaders=(0,) * branches), LowerToSelect(), MergeGroups()],
         [LiftCacheSlots("last"), ApplySchedule(decisions)],
     ]
 

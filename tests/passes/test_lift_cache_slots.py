@@ -8,7 +8,8 @@ import torch
 
 import lazy_compile
 from lazy_compile import LazyModule, Learned
-from lazy_compile.ops import decision, state_names
+from lazy_compile.gate_ops import decision
+from lazy_compile.ops import state_names
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.program import Role
 from lowering import STEPS, OneBranch, Replay, forced, knots, random_gates, text
@@ -30,12 +31,13 @@ def test_a_branch_becomes_a_gate_and_two_arms() -> None:
         "%3 = slice.Tensor(gate_weight, 0, 0, 4)",
         "%4 = select.int(gate_bias, 0, 0)",
         "%5 = gate_0(%2, %3, %4)",
-        "%6 = arms_0(%5, cache_0_0, %2, first.weight, first.bias, second.weight, second.bias)",
-        "%7 = getitem(%6, 0)",
-        "%8 = add.Tensor(x, %7)",
-        "%9 = getitem(%6, 1)",
-        "%10 = stack.default([%5], 1)",
-        "return (%8, %9, %10)",
+        "%6 = decide_0(%5)",
+        "%7 = arms_0(%6, cache_0_0, %2, first.weight, first.bias, second.weight, second.bias)",
+        "%8 = getitem(%7, 0)",
+        "%9 = add.Tensor(x, %8)",
+        "%10 = getitem(%7, 1)",
+        "%11 = stack.default([%5], 1)",
+        "return (%9, %10, %11)",
     ]
 
 

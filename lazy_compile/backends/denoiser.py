@@ -1,0 +1,193 @@
+"""An exported model called like the original, under a policy, so that a sampler cannot tell the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lazy_compile.backends.onnx_metadata import OnnxMetadata
+from lazy_compile.backends.runner import Force, Mask, Runner, Stream
+from lazy_compile.branch import ResidualBranch
+from lazy_compile.call_layout import CallLayout
+from lazy_compile.config import LazyConfig
+from lazy_compile.errors import ConfigError
+from lazy_compile.gate import GateRow
+from lazy_compile.policy import AlwaysCompute, Learned, Policy, Scheduled
+from lazy_compile.runtime import LazyStats
+from lazy_compile.timestep import Trajectories
+
+UNREAD = 64
+"""Calls whose decisions may wait on the device to be counted."""
+
+
+@dataclass
+class _Place:
+    """Where one stream of a trajectory stands.
+
+    Attributes:
+        computed_at: ``int64[branches]``, the step at which each branch computed.
+        logits: of the step before.
+    """
+
+    stream: Stream
+    computed_at: npt.NDArray[np.int64]
+    last_step: int = -1
+    logits: Tensor | None = None
+
+
+class EngineDenoiser:
+    """A runner of an exported model, called like the original.
+
+    Trajectories and parallel streams are told apart by the timestep input, as in
+    :class:`~lazy_compile.module.LazyModule`, and the decisions are the same as there with the ``batch_rule`` and the
+    groups that the model was exported with. Arguments that are not tensors were fixed by the export and are ignored.
+
+    Args:
+        runner: the exported model.
+        policy: ``AlwaysCompute()``, ``Scheduled(schedule)`` or ``Learned(table)``. A model that does not decide itself
+            takes ``Learned(table, delayed=True)``, and only if it was exported with predictors.
+        config: ``warmup_steps`` and ``max_reuse_age`` are taken from it; the rest was fixed by the export.
+
+    Raises:
+        ConfigError: the policy was made for another model, or asks what is not known before a step.
+    """
+
+    def __init__(self, runner: Runner, policy: Policy | None = None, config: LazyConfig | None = None) -> None:
+        self.runner = runner
+        self.config = config or LazyConfig()
+        self._trajectories = Trajectories()
+        self._unread: list[tuple[int, _Place, Mask | None, Tensor | None]] = []
+        self.policy = policy or AlwaysCompute()
+        self.reset_stats()
+
+    @property
+    def branches(self) -> tuple[ResidualBranch, ...]:
+        return self.runner.branches
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        if not isinstance(policy, AlwaysCompute | Scheduled | Learned):
+            raise ConfigError(
+                f"policy is {policy!r}; an exported model follows AlwaysCompute(), Scheduled(...) or Learned(...)"
+            )
+        policy.check(self.branches)
+        if isinstance(policy, Learned):
+            _check_gating(policy, self.runner.metadata)
+        self._policy = policy
+        self.reset()
+
+    @property
+    def stats(self) -> LazyStats:
+        """What was reused since the last :meth:`reset_stats`; reading it waits for the device."""
+        self._read()
+        return self._stats
+
+    def reset(self) -> None:
+        """Forget all caches: the next call starts a trajectory."""
+        self._trajectories.reset()
+
+    def reset_stats(self) -> None:
+        macs = np.array([branch.macs for branch in self.branches], dtype=np.float64)
+        self._unread.clear()
+        self._stats = LazyStats(macs, self.runner.metadata.total_macs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One denoising step; arguments and result are those of the original, or a plain tuple if its result type is
+        not known here."""
+        inputs = self._inputs(args, kwargs)
+        name = self.runner.metadata.timestep_input
+        timestep = None if name is None else float(inputs[name].max())
+        state, step, _ = self._trajectories.current().advance(timestep)
+        place = state.memory.get("engine")
+        if not isinstance(place, _Place):
+            place = _Place(self.runner.new_stream(), np.full(len(self.branches), step))
+            state.memory["engine"] = place
+        row, force = self._decide(place, step, float(step) if timestep is None else timestep)
+        place.stream.skip(max(step - place.last_step - 1, 0))
+        outputs = self.runner.run(inputs, row, force, stream=place.stream)
+        place.last_step, place.logits = step, self.runner.logits
+        self._note(step, place)
+        return self._result(outputs)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        names = self.runner.metadata.arguments
+        if names:
+            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+        layout, tensors = CallLayout.of(args, kwargs)
+        return dict(zip(layout.names, tensors, strict=True))
+
+    def _decide(self, place: _Place, step: int, timestep: float) -> tuple[GateRow | None, Force]:
+        policy, row = self._policy, None
+        force: list[bool | None] = [True] * len(self.branches)
+        if isinstance(policy, Learned):
+            row = policy.table.row(timestep)
+            row = GateRow(row.weight, row.bias + policy.shift)
+        if step < self.config.warmup_steps or isinstance(policy, AlwaysCompute):
+            return row, force
+        if isinstance(policy, Scheduled):
+            table = policy.schedule.should_compute
+            force = table[step].tolist() if step < len(table) else force
+        elif not policy.delayed:
+            force = [None] * len(self.branches)
+        elif place.logits is not None:
+            force = self.runner.decided_by(None, place.logits).tolist()
+        if self.config.max_reuse_age is not None:
+            self._read()
+            for index in np.flatnonzero(step - place.computed_at > self.config.max_reuse_age):
+                force[index] = True
+        return row, force
+
+    def _note(self, step: int, place: _Place) -> None:
+        """Put the decisions of a call aside, so that nobody waits for them before they are asked for."""
+        self._stats.calls += 1
+        self._unread.append((step, place, self.runner.fixed, self.runner.logits))
+        if len(self._unread) >= UNREAD:
+            self._read()
+
+    def _read(self) -> None:
+        for step, place, fixed, logits in self._unread:
+            decisions = self.runner.decided_by(fixed, logits)
+            place.computed_at[decisions] = step
+            for index, computes in enumerate(decisions):
+                self._stats.record(step, index, np.full(1 if logits is None else len(logits), computes))
+        self._unread.clear()
+
+    def _result(self, outputs: Sequence[Tensor]) -> Any:
+        remaining = iter(outputs)
+        leaves = [None if name is None else next(remaining) for name in self.runner.metadata.outputs]
+        return tuple(leaves) if self._spec is None else pytree.tree_unflatten(leaves, self._spec)
+
+    @cached_property
+    def _spec(self) -> pytree.TreeSpec | None:
+        try:
+            return pytree.treespec_loads(self.runner.metadata.output_spec)
+        except (ValueError, NotImplementedError):
+            return None
+
+
+def _check_gating(policy: Learned, metadata: OnnxMetadata) -> None:
+    """
+    Raises:
+        ConfigError: the policy knows what to do at another time than the model asks.
+    """
+    if metadata.gating == "predicate" and not policy.delayed:
+        return
+    if metadata.gating == "input" and metadata.predictors and policy.delayed:
+        return
+    kind = f"gating={metadata.gating!r}" + (" and no predictors" if not metadata.predictors else "")
+    raise ConfigError(
+        f"Learned(..., delayed={policy.delayed}) cannot steer a model that was exported with {kind}: export with "
+        "gating='predicate' for Learned(...), with gating='input' and predictors for Learned(..., delayed=True), or "
+        "use Scheduled(...)"
+    )

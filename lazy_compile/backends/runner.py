@@ -1,0 +1,266 @@
+"""Exported models run step by step, whatever runtime holds them: caches that stay there, decisions as in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Protocol
+from weakref import WeakSet
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lazy_compile.backends.onnx_metadata import OnnxMetadata, SlotSpec
+from lazy_compile.branch import ResidualBranch
+from lazy_compile.errors import ConfigError
+from lazy_compile.gate import FORCE, GateRow
+from lazy_compile.gate_ops import decision
+from lazy_compile.grouping import GateLayout
+from lazy_compile.slots import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name
+
+Force = Literal["compute", "reuse"] | Sequence[bool | None]
+Mask = tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of an input or output."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Lane(Protocol):
+    """What the calls of one stream need of a runtime for themselves, such as an execution context."""
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Read ``inputs`` and write into ``outputs``, in the order of the caller's own work on the device.
+
+        Raises:
+            BackendError: the runtime failed.
+        """
+
+
+class Session(Protocol):
+    """One loaded model: what it says about itself, where its tensors lie, and all that goes in and comes out."""
+
+    @property
+    def metadata(self) -> OnnxMetadata: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]: ...
+
+    def lane(self) -> Lane: ...
+
+
+class Stream:
+    """The caches of one trajectory: two buffers for each slot, of which a call reads one and writes the other."""
+
+    def __init__(self, slots: Sequence[SlotSpec], device: torch.device) -> None:
+        self.slots = slots
+        self.filled = False
+        self.lanes: dict[Mask, Lane] = {}
+        with torch.inference_mode(False):
+            self.buffers = {
+                slot.input: [torch.empty(slot.shape, dtype=getattr(torch, slot.dtype), device=device) for _ in range(2)]
+                for slot in slots
+            }
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to what a trajectory starts from."""
+        self.filled = False
+        for slot in self.slots:
+            self.buffers[slot.input][0].fill_(slot.initial)
+
+    def swap(self, written: Sequence[str]) -> None:
+        self.filled = True
+        for name in written:
+            self.buffers[name].reverse()
+
+    def skip(self, steps: int) -> None:
+        """Steps of the trajectory passed in which this stream was not called."""
+        if steps and "age" in self.buffers:
+            self.buffers["age"][0].add_(steps)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for pair in self.buffers.values() for tensor in pair)
+
+
+@dataclass
+class Runner:
+    """An exported model, called step by step. One thread at a time for each stream.
+
+    Attributes:
+        sessions: the loaded models by the decisions that are fixed in them; a model that decides has the empty key.
+        streams: the caches that are alive.
+        logits: ``float32[rows, G]`` of the last call; None before it, and where no gate is read.
+        fixed: the decisions of the last call, if a host took them; None if the gates did.
+    """
+
+    sessions: Mapping[Mask, Session]
+    streams: WeakSet[Stream] = field(default_factory=WeakSet, init=False)
+    logits: Tensor | None = field(default=None, init=False)
+    fixed: Mask | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._session = next(iter(self.sessions.values()))
+        self.metadata = self._session.metadata
+        self.device = self._session.device
+        self.layout = GateLayout.of(self.branches, self.metadata.leaders)
+        self._stream = self.new_stream()
+
+    @property
+    def branches(self) -> tuple[ResidualBranch, ...]:
+        return self.metadata.branches
+
+    @property
+    def decisions(self) -> npt.NDArray[np.bool_]:
+        """``bool[branches]`` of the last call, True where a branch computed; reading them waits for the device."""
+        return self.decided_by(self.fixed, self.logits)
+
+    def decided_by(self, fixed: Mask | None, logits: Tensor | None) -> npt.NDArray[np.bool_]:
+        """``bool[branches]``: what all branches do that a host or the logits of their gates decided for."""
+        if fixed is not None or logits is None:
+            return np.array(fixed or [False] * len(self.branches))
+        gates = decision(logits, self.metadata.batch_rule).cpu().numpy()
+        result: npt.NDArray[np.bool_] = gates[[self.layout.gate_of(branch.index) for branch in self.branches]]
+        return result
+
+    def new_stream(self) -> Stream:
+        """Caches of their own for another trajectory: the unconditional one, or another request."""
+        stream = Stream(self.metadata.slots, self.device)
+        self.streams.add(stream)
+        return stream
+
+    def reset(self) -> None:
+        """Forget all caches: the next call of every stream computes."""
+        for stream in self.streams:
+            stream.reset()
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor | npt.NDArray[Any]],
+        row: GateRow | None = None,
+        force: Force | None = None,
+        *,
+        stream: Stream | None = None,
+    ) -> tuple[Tensor, ...]:
+        """One step.
+
+        Args:
+            inputs: the model's own inputs by name, of the shapes and dtypes that it was exported for.
+            row: the gates of this step, one for every branch of the model.
+            force: what all branches do, or each of them; None leaves a branch to its gate, or without a row computes.
+                Branches that share a gate do as the first of them. A stream whose caches are empty computes whatever is
+                asked. Where decisions are fixed, those that no model was made for compute everything.
+            stream: whose caches; None takes the runner's own.
+
+        Returns:
+            The model's own outputs that are tensors. They are the caller's: nothing writes to them again.
+
+        Raises:
+            ConfigError: an input is not of the expected form, or a host that must decide does not.
+            BackendError: the runtime failed.
+        """
+        stream = stream or self._stream
+        tensors = self._checked(inputs)
+        mask, gates, self.fixed = self._decide(row, force, stream.filled)
+        session = self.sessions[mask]
+        lane = stream.lanes.get(mask) or stream.lanes.setdefault(mask, session.lane())
+        results = {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+            for name, spec in session.outputs.items()
+            if name not in self._next
+        }
+        read = {name: pair[0] for name, pair in stream.buffers.items()}
+        written = [slot for output, slot in self._next.items() if output in session.outputs]
+        given = {**tensors, **read, **gates}
+        outputs = results | {f"next_{slot}": stream.buffers[slot][1] for slot in written}
+        lane.run({name: given[name] for name in session.inputs}, outputs)
+        stream.swap(written)
+        self.logits = results.pop(LOGITS, None)
+        return tuple(results[name] for name in self.metadata.outputs if name is not None)
+
+    @cached_property
+    def _next(self) -> dict[str, str]:
+        """Slots by the output that is their next value."""
+        return {slot.output: slot.input for slot in self.metadata.slots}
+
+    def _checked(self, inputs: Mapping[str, Tensor | npt.NDArray[Any]]) -> dict[str, Tensor]:
+        expected = {spec.name: spec for spec in self.metadata.inputs}
+        if set(inputs) != set(expected):
+            raise ConfigError(f"the inputs are {', '.join(sorted(inputs))}; expected {', '.join(sorted(expected))}")
+        tensors = {name: torch.as_tensor(value).detach() for name, value in inputs.items()}
+        for name, tensor in tensors.items():
+            seen = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+            wanted = f"{expected[name].dtype}{list(expected[name].shape)}"
+            if seen != wanted:
+                raise ConfigError(
+                    f"input {name!r} is {seen}; the model was exported for {wanted}: "
+                    "export it again with an example call of the sizes that you need"
+                )
+        return {name: tensor.to(self.device).contiguous() for name, tensor in tensors.items()}
+
+    def _decide(
+        self, row: GateRow | None, force: Force | None, filled: bool
+    ) -> tuple[Mask, dict[str, Tensor], Mask | None]:
+        """Which model runs, the inputs that decide, and the decisions of all branches where a host takes them."""
+        count = len(self.branches)
+        if force is None or isinstance(force, str):
+            force = [None if force is None else force == "compute"] * count
+        if len(force) != count:
+            raise ConfigError(f"force has {len(force)} entries; expected one for each of the {count} branches")
+        if row is None:
+            force = [item is not False for item in force]
+        if not filled:
+            force = [True] * count
+        force = [force[leader] for leader in self.layout.leaders]
+        if self.metadata.gating == "predicate":
+            return (), self._row(row, force), None
+        if None in force:
+            raise ConfigError(
+                f"this model was exported with gating={self.metadata.gating!r}: the host decides before the step; give "
+                "force for every branch, or a policy that knows before: Scheduled(...) or Learned(..., delayed=True)"
+            )
+        mask = tuple(map(bool, force))
+        if self.metadata.gating == "schedule":
+            mask = mask if mask in self.sessions else (True,) * count
+            return mask, {}, mask
+        booleans = {decision_name(index): torch.tensor(mask[index]) for index in self.layout.gates}
+        gates = self._row(row, [None] * count) if self.metadata.predictors else {}
+        return (), {**booleans, **gates}, mask
+
+    def _row(self, row: GateRow | None, force: Sequence[bool | None]) -> dict[str, Tensor]:
+        """The row of a gate table, as the model takes it: of the branches that decide, and forced where asked."""
+        gates = list(self.layout.gates)
+        if row is None:
+            weight, bias = torch.zeros(self.layout.width), torch.zeros(len(gates))
+        else:
+            weight, bias = row.weight.cpu().float()[self._columns], row.bias.cpu().float()[gates]
+        asked = [force[index] for index in gates]
+        forced = torch.tensor([item is not None for item in asked])
+        bias = torch.where(forced, torch.tensor([FORCE if item else -FORCE for item in asked]), bias)
+        weight = weight.masked_fill(forced.repeat_interleave(self._widths), 0.0)
+        return {GATE_WEIGHT: weight.to(self.device), GATE_BIAS: bias.to(self.device)}
+
+    @cached_property
+    def _widths(self) -> Tensor:
+        """``int64[G]``: features of each gate."""
+        return torch.tensor([self.layout.features[index] for index in self.layout.gates])
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """``int64[width]``: where the weights of the branches that decide lie in a row for all branches."""
+        starts = np.cumsum((0, *self.layout.features))
+        return torch.cat([torch.arange(starts[index], starts[index + 1]) for index in self.layout.gates])
