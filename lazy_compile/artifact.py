@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -264,7 +264,7 @@ def _check(values: Any, expected: Mapping[str, Any], path: Path, prefix: str) ->
 
 
 def _is(value: Any, kind: Any) -> bool:
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (Union, UnionType):
         return any(_is(value, option) for option in get_args(kind))
     if get_origin(kind) is Literal:
         return value in get_args(kind)

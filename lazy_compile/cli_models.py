@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lazy_compile.errors import ArtifactError, ConfigError
 
@@ -148,7 +148,9 @@ def parse_options(options: Sequence[str]) -> LazyConfig:
 
 
 def _parse_value(text: str, hint: Any, option: str) -> Any:
-    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if any(text in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
+        return text
     if type(None) in kinds and text.lower() == "none":
         return None
     if bool in kinds:

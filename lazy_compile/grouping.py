@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
 
 from lazy_compile.branch import BranchKind, ResidualBranch
 from lazy_compile.config import Group
+from lazy_compile.gate import GateRow
 
 _ALONE = (BranchKind.PARALLEL, BranchKind.CONV)
 
@@ -73,3 +78,13 @@ class GateLayout:
         """Where the weights of a branch that decides lie in ``gate_weight``."""
         start = sum(self.features[index] for index in self.gates if index < branch)
         return slice(start, start + self.features[branch])
+
+    def row(self, row: GateRow) -> GateRow:
+        """Of a row for all branches, what belongs to those that decide."""
+        return GateRow(row.weight.cpu().float()[self._columns], row.bias.cpu().float()[list(self.gates)])
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """``int64[width]``: where the weights of the branches that decide lie in a row for all branches."""
+        starts = list(accumulate((0, *self.features)))
+        return torch.cat([torch.arange(starts[index], starts[index + 1]) for index in self.gates])

@@ -41,6 +41,9 @@ class Policy(ABC):
     def should_compute(self, query: GateQuery) -> bool | Tensor:
         """True or False for the whole call, or ``bool[B]`` with one decision per row."""
 
+    def observe(self, query: GateQuery) -> None:  # noqa: B027, few rules look back
+        """What is asked where there is no choice: nothing is cached yet, or the model warms up."""
+
     def check(self, branches: Sequence[ResidualBranch]) -> None:  # noqa: B027, not every policy belongs to a model
         """Raise :class:`ConfigError` if this policy was made for another model."""
 
@@ -90,15 +93,20 @@ class Learned(Policy):
     )
 
     def should_compute(self, query: GateQuery) -> Tensor:
-        weight, bias = self._gates(query.timestep, query.entries[0].device)[query.branch.index]
-        logit = compute_logit(query.branch, query.entries, weight, bias) + self.shift
+        logit, before = self._logit(query), query.memory.get(_memory_of(query))
         if self.delayed:
-            key = f"compute_logit_{query.branch.index}"
-            before, query.memory[key] = query.memory.get(key), logit
-            if not isinstance(before, Tensor) or before.shape != logit.shape:
-                before = torch.full_like(logit, FORCE)
-            logit = before
+            query.memory[_memory_of(query)] = logit
+            known = isinstance(before, Tensor) and before.shape == logit.shape
+            logit = before if known else torch.full_like(logit, FORCE)  # type: ignore[assignment]
         return should_compute(logit)
+
+    def observe(self, query: GateQuery) -> None:
+        if self.delayed:
+            query.memory[_memory_of(query)] = self._logit(query)
+
+    def _logit(self, query: GateQuery) -> Tensor:
+        weight, bias = self._gates(query.timestep, query.entries[0].device)[query.branch.index]
+        return compute_logit(query.branch, query.entries, weight, bias) + self.shift
 
     def check(self, branches: Sequence[ResidualBranch]) -> None:
         features = tuple(branch.gate_features for branch in branches)
@@ -116,6 +124,10 @@ class Learned(Policy):
                 self._rows.clear()
             gates = self._rows[key] = split_row(self.table.row(timestep), self.table.features, device)
         return gates
+
+
+def _memory_of(query: GateQuery) -> str:
+    return f"compute_logit_{query.branch.index}"
 
 
 def split_row(row: GateRow, features: Sequence[int], device: torch.device) -> list[tuple[Tensor, Tensor]]:

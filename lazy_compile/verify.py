@@ -123,7 +123,9 @@ def _follows_a_schedule(lazy: LazyModule, sample: Sampler, schedule: CacheSchedu
         nonlocal tolerance
         leaders = call.graph.leaders(lazy.lazy_config.group)
         result = call.run(
-            PolicyStep(lazy.policy, lazy.lazy_config, call.caches, lazy.stats, call.step, call.timestep, leaders=leaders)
+            PolicyStep(
+                lazy.policy, lazy.lazy_config, call.caches, lazy.stats, call.step, call.timestep, leaders=leaders
+            )
         )
         seen, expected = _tensors(result), replay.run(call)
         scale = max(float(tensor.abs().max()) for tensor in expected) or 1.0

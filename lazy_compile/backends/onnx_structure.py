@@ -71,8 +71,8 @@ def check_structure(model: str | Path | Model | Any) -> StructureReport:
     A heavy operator outside every ``If`` belongs to a branch if either of two independent signs says so:
 
     1. its mark: the export notes on each node the branch whose body it came from;
-    2. the dataflow, without regard to marks: whatever reads its result, directly or through other nodes, stands in the
-       arms of one ``If``.
+    2. the dataflow, without regard to marks: whatever reads its result, directly or through other nodes, stands in one
+       arm of one ``If``.
 
     Raises:
         ArtifactError: there is no readable ONNX file at that path.
@@ -125,15 +125,16 @@ def _load(model: Any) -> Model:
 
 
 def _served(graph: Graph, conditionals: Sequence[Node]) -> set[Node]:
-    """Nodes of the main graph whose results are needed only inside one conditional."""
-    inside: dict[Node, Node] = {}
-    returned: dict[Value, Node] = {}
+    """Nodes of the main graph whose results are needed only in one arm of one conditional."""
+    inside: dict[Node, tuple[Node, str]] = {}
+    returned: dict[Value, tuple[Node, str]] = {}
     for node in conditionals:
         for attribute in node.attributes.values():
-            inside.update(dict.fromkeys(_nodes(attribute.as_graph()), node))
-            returned.update(dict.fromkeys(attribute.as_graph().outputs, node))
+            arm = node, attribute.name
+            inside.update(dict.fromkeys(_nodes(attribute.as_graph()), arm))
+            returned.update(dict.fromkeys(attribute.as_graph().outputs, arm))
     results = set(graph.outputs)
-    only: dict[Node, Node] = {}
+    only: dict[Node, tuple[Node, str]] = {}
     for node in reversed(graph):
         readers = {inside.get(use.node) or only.get(use.node) for value in node.outputs for use in value.uses()}
         readers |= {returned[value] for value in node.outputs if value in returned}

@@ -243,24 +243,17 @@ class Runner:
 
     def _row(self, row: GateRow | None, force: Sequence[bool | None]) -> dict[str, Tensor]:
         """The row of a gate table, as the model takes it: of the branches that decide, and forced where asked."""
-        gates = list(self.layout.gates)
+        asked = [force[index] for index in self.layout.gates]
         if row is None:
-            weight, bias = torch.zeros(self.layout.width), torch.zeros(len(gates))
+            own = GateRow(torch.zeros(self.layout.width), torch.zeros(len(asked)))
         else:
-            weight, bias = row.weight.cpu().float()[self._columns], row.bias.cpu().float()[gates]
-        asked = [force[index] for index in gates]
+            own = self.layout.row(row)
         forced = torch.tensor([item is not None for item in asked])
-        bias = torch.where(forced, torch.tensor([FORCE if item else -FORCE for item in asked]), bias)
-        weight = weight.masked_fill(forced.repeat_interleave(self._widths), 0.0)
+        bias = torch.where(forced, torch.tensor([FORCE if item else -FORCE for item in asked]), own.bias)
+        weight = own.weight.masked_fill(forced.repeat_interleave(self._widths), 0.0)
         return {GATE_WEIGHT: weight.to(self.device), GATE_BIAS: bias.to(self.device)}
 
     @cached_property
     def _widths(self) -> Tensor:
         """``int64[G]``: features of each gate."""
         return torch.tensor([self.layout.features[index] for index in self.layout.gates])
-
-    @cached_property
-    def _columns(self) -> Tensor:
-        """``int64[width]``: where the weights of the branches that decide lie in a row for all branches."""
-        starts = np.cumsum((0, *self.layout.features))
-        return torch.cat([torch.arange(starts[index], starts[index + 1]) for index in self.layout.gates])

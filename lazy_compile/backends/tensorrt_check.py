@@ -12,6 +12,9 @@ from lazy_compile.errors import ArtifactError
 ALWAYS = ""
 """The key of what stands in no conditional, see :data:`HeavyNodes`."""
 
+Arm = tuple[int, bool]
+"""A conditional, and whether it is the arm that computes."""
+
 HeavyNodes = Mapping[str, Sequence[str]]
 """Names of the heavy nodes of an ONNX model by the name of the ``If`` that holds them, or :data:`ALWAYS`."""
 
@@ -84,7 +87,7 @@ def check_branches(
 
     1. the names that it carries: one of its ONNX nodes stands inside an ``If`` of the model, or in no place at all;
     2. the dataflow, without regard to names: whatever reads its result, directly or through other layers, stands in
-       the arms of one conditional.
+       one arm of one conditional.
 
     Args:
         layers: of the engine, see :func:`~lazy_compile.backends.tensorrt_layers.parse_layers`.
@@ -109,11 +112,11 @@ def check_branches(
     return EngineStructure(tuple(layers), tuple(branches), always_on, tuple(problems))
 
 
-def _branches(layers: Sequence[EngineLayer]) -> tuple[list[EngineBranch], dict[int, int]]:
-    """All conditionals that stand in no other one, and the conditional of every layer in one."""
+def _branches(layers: Sequence[EngineLayer]) -> tuple[list[EngineBranch], dict[int, Arm]]:
+    """All conditionals that stand in no other one, and the arm of every layer in one."""
     position_of = {layer.name: position for position, layer in enumerate(layers)}
     branches: list[EngineBranch] = []
-    inside: dict[int, int] = {}
+    inside: dict[int, Arm] = {}
     for position, layer in enumerate(layers):
         if layer.kind != JUMP_IF or position in inside:
             continue
@@ -128,8 +131,8 @@ def _branches(layers: Sequence[EngineLayer]) -> tuple[list[EngineBranch], dict[i
         last = layers[second - 1]
         end = position_of.get(last.target, len(layers)) if last.kind == JUMP else second
         arms = {first: range(first, second), second: range(second, end)}
-        for arm in arms.values():
-            inside.update(dict.fromkeys(arm, len(branches)))
+        for start, arm in arms.items():
+            inside.update(dict.fromkeys(arm, (len(branches), start == then)))
         compute, reuse = (
             tuple(layers[index] for index in arms[start] if layers[index].kind != JUMP) for start in (then, otherwise)
         )
@@ -138,7 +141,7 @@ def _branches(layers: Sequence[EngineLayer]) -> tuple[list[EngineBranch], dict[i
 
 
 def _escaped(
-    layers: Sequence[EngineLayer], branches: Sequence[EngineBranch], inside: Mapping[int, int], nodes: HeavyNodes | None
+    layers: Sequence[EngineLayer], branches: Sequence[EngineBranch], inside: Mapping[int, Arm], nodes: HeavyNodes | None
 ) -> list[str]:
     """Heavy layers outside that should be inside."""
     served = _served(layers, inside)
@@ -152,18 +155,18 @@ def _escaped(
     return found
 
 
-def _served(layers: Sequence[EngineLayer], inside: Mapping[int, int]) -> set[int]:
-    """Layers outside whose results are needed only in the arms of one conditional."""
+def _served(layers: Sequence[EngineLayer], inside: Mapping[int, Arm]) -> set[int]:
+    """Layers outside whose results are needed only in one arm of one conditional."""
     readers: dict[str, set[int]] = defaultdict(set)
     for position, layer in enumerate(layers):
         for tensor in layer.inputs:
             readers[tensor].add(position)
-    only: dict[int, int] = {}
+    only: dict[int, Arm] = {}
     for position in reversed(range(len(layers))):
         reading = {reader for tensor in layers[position].outputs for reader in readers[tensor] if reader > position}
         served = {inside.get(reader, only.get(reader)) for reader in reading}
-        if position not in inside and len(served) == 1 and (conditional := served.pop()) is not None:
-            only[position] = conditional
+        if position not in inside and len(served) == 1 and (arm := served.pop()) is not None:
+            only[position] = arm
     return set(only)
 
 

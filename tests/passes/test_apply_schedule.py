@@ -65,6 +65,16 @@ def test_linear_reuse_keeps_the_time(compiled: Compiled) -> None:
     assert state_names(lean) == ("cache_0_0", "delta_0_0", "cache_1_0", "cache_2_0", "cache_3_0", "age", "gap", "moved")
 
 
+@pytest.mark.parametrize("gating", ["predicate", "input"])
+def test_branches_that_share_a_gate_must_agree(compiled: Compiled, gating: str) -> None:
+    lifted = LiftCacheSlots("linear", gating=gating, leaders=(0, 0, 2, 2))(compiled("dit").graph.program).program
+    lean = ApplySchedule((True, True, False, False))(lifted).program
+    assert lean.constants["should_compute"].tolist() == [True, False]
+    assert names(lean, Role.GATE) == []
+    with pytest.raises(ConfigError, match="branch 3 shares a gate with one that does otherwise; tie the schedule"):
+        ApplySchedule((True, True, False, True))(lifted)
+
+
 @pytest.mark.parametrize("toy", ["dit", "mmdit"])
 @pytest.mark.parametrize("reuse", ["last", "linear"])
 def test_a_program_for_each_step_follows_the_schedule(compiled: Compiled, toy: str, reuse: str) -> None:

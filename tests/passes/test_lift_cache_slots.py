@@ -9,6 +9,7 @@ import torch
 import lazy_compile
 from lazy_compile import LazyModule, Learned
 from lazy_compile.gate_ops import decision
+from lazy_compile.grouping import GateLayout
 from lazy_compile.ops import state_names
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.program import Role
@@ -39,6 +40,46 @@ def test_a_branch_becomes_a_gate_and_two_arms() -> None:
         "%11 = stack.default([%5], 1)",
         "return (%9, %10, %11)",
     ]
+
+
+def test_a_host_decides_by_one_boolean_for_each_gate() -> None:
+    lifted = LiftCacheSlots("last", gating="input", predictors=False)(one_branch().graph.program).program
+    assert text(lifted) == [
+        "%0 = unsqueeze.default(s, 1)",
+        "%1 = unsqueeze.default(%0, 2)",
+        "%2 = mul.Tensor(%1, x)",
+        "%3 = arms_0(should_compute_0, cache_0_0, %2, first.weight, first.bias, second.weight, second.bias)",
+        "%4 = getitem(%3, 0)",
+        "%5 = add.Tensor(x, %4)",
+        "%6 = getitem(%3, 1)",
+        "return (%5, %6)",
+    ]
+    assert state_names(lifted) == ("cache_0_0",)
+
+
+def test_a_host_may_see_the_logits(compiled: Compiled) -> None:
+    lifted = LiftCacheSlots("linear", gating="input", leaders=(0, 0, 2, 2))(compiled("dit").graph.program).program
+    gates = [item.name for item in lifted.inputs if item.role is Role.GATE]
+    assert gates == ["should_compute_0", "should_compute_2", "gate_weight", "gate_bias"]
+    assert state_names(lifted)[-1] == "compute_logits"
+
+
+def test_branches_that_share_a_gate_share_its_decision_and_clock(compiled: Compiled) -> None:
+    lazy = compiled("dit", group=2, batch_rule="all_reuse")
+    leaders = lazy.graph.leaders(2)
+    lifted = LiftCacheSlots("linear", leaders=leaders)(lazy.graph.program).program
+    gates, layout = random_gates(lazy, knots()), GateLayout.of(lazy.branches, leaders)
+    lazy.policy = Learned(gates)
+    replay = Replay(lazy.original, void=float("nan"))
+    for step, arguments in enumerate(trajectory(TOYS["dit"], steps=STEPS)):
+        row = layout.row(gates.row(float(knots()[step])))
+        with torch.no_grad():
+            expected = lazy(**arguments)
+        outputs = replay(lifted, list(arguments.values()), row if step else forced(row))
+        torch.testing.assert_close(outputs[0], expected, rtol=1e-5, atol=1e-5)
+        assert replay.logits.shape == (2, 2)
+        assert replay.slots["age"].shape == (2,)
+    assert 0.1 < lazy.stats.lazy_ratio < 0.9
 
 
 @pytest.mark.parametrize("reuse", ["last", "linear"])
