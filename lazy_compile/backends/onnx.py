@@ -18,6 +18,7 @@ from lazy_compile.backends.onnx_convert import convert, name_values, own_outputs
 from lazy_compile.backends.onnx_example import all_inputs, example_call
 from lazy_compile.backends.onnx_masks import MaskSet, SharedWeights
 from lazy_compile.backends.onnx_metadata import KEY, Gating, InputSpec, OnnxMetadata, SlotSpec, first_line
+from lazy_compile.backends.onnx_rules import check_rules
 from lazy_compile.backends.onnx_save import OPSETS, save_model
 from lazy_compile.backends.onnx_sink import sink_branches
 from lazy_compile.backends.onnx_structure import StructureReport as StructureReport
@@ -239,8 +240,9 @@ class _Export:
         conditionals = sink_branches(model)
         model.metadata_props[KEY] = self._metadata(program, mask, conditionals).to_json()
         structure = check_structure(model)
-        if structure.if_nodes != structure.conditionals:
-            raise BackendError(f"the exported {name} is not sound: {structure.problems[0]}")
+        broken = (*structure.problems[: structure.if_nodes != structure.conditionals], *check_rules(model))
+        if broken:
+            raise BackendError(f"the exported {name} is not sound: {broken[0]}")
         for problem in structure.problems:
             logger.warning("the exported %s is right but not as lazy as it could be: %s", name, problem)
         on_progress("exporting to ONNX", 3, 4, "branches moved into If nodes")

@@ -2,6 +2,7 @@
 
 from lazy_compile.backends.tensorrt_build import BuildReport as BuildReport
 from lazy_compile.backends.tensorrt_build import build_engine as build_engine
+from lazy_compile.backends.tensorrt_build import build_engines as build_engines
 from lazy_compile.backends.tensorrt_check import EngineStructure as EngineStructure
 from lazy_compile.backends.tensorrt_check import check_branches as check_branches
 from lazy_compile.backends.tensorrt_config import BuildConfig as BuildConfig

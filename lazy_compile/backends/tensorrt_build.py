@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lazy_compile.backends.onnx_masks import MaskSet
 from lazy_compile.backends.onnx_metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx_structure import heavy_nodes
 from lazy_compile.backends.tensorrt_api import Flavor, Message, flavor_of, listen, load
@@ -22,7 +23,7 @@ from lazy_compile.backends.tensorrt_layers import parse_layers
 from lazy_compile.backends.tensorrt_network import configure, parse_network, serialize
 from lazy_compile.backends.tensorrt_sidecar import EngineSidecar, digest, policy_to_json
 from lazy_compile.errors import ArtifactError, BackendError, import_optional
-from lazy_compile.policy import AlwaysCompute, Policy
+from lazy_compile.policy import AlwaysCompute, Policy, Scheduled
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.storage import atomic_path
 
@@ -107,6 +108,28 @@ def build_engine(
     for problem in structure.problems:
         logger.warning("%s is right but not as lazy as it could be: %s", target, problem)
     return BuildReport(target, title, target.stat().st_size, structure, False, time.perf_counter() - start)
+
+
+def build_engines(
+    onnx: str | Path, engines: str | Path, config: BuildConfig | None = None, *, on_progress: OnProgress = no_progress
+) -> list[BuildReport]:
+    """Build an engine for each model of a folder that ``export_onnx(gating="schedule")`` wrote, into another folder.
+
+    Every engine holds the weights that its own step needs, so together they hold those of shared branches several
+    times, on disk and on the GPU; what they do not hold twice is an engine: equal rows of the schedule share one.
+
+    Raises:
+        ArtifactError: the folder holds no such set, or see :func:`build_engine`.
+    """
+    masks = MaskSet.load(onnx)
+    result = MaskSet.of(masks.schedule, Path(engines), ".engine")
+    policy = Scheduled(masks.schedule)
+    reports = [
+        build_engine(file, result.files[mask], config, policy=policy, on_progress=on_progress)
+        for mask, file in masks.files.items()
+    ]
+    result.save(Path(engines))
+    return reports
 
 
 @dataclass(frozen=True)
