@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import lazy_compile
 from lazy_compile import CacheSchedule, Scheduled
-from lazy_compile.backends.onnxruntime import OnnxDenoiser, OnnxRunner
+from lazy_compile.backends.denoiser import EngineDenoiser
+from lazy_compile.backends.onnxruntime import OnnxRunner
 from lazy_compile.call_layout import CallLayout
 from lazy_compile.capture import LADDER, Capture, capture
 from lazy_compile.errors import CaptureError
@@ -201,7 +202,7 @@ def test_an_exported_file_is_said_to_serve_one_answer(tmp_path: Path, caplog: py
         f"{tmp_path}/masked.onnx is right only where the model reads the same values from mask as from the example; "
         "export one file for each that you need"
     ]
-    denoiser = OnnxDenoiser(OnnxRunner(tmp_path / "masked.onnx"))
+    denoiser = EngineDenoiser(OnnxRunner(tmp_path / "masked.onnx"))
     assert torch.allclose(denoiser(**masked(12)), run(lazy.original, [masked(12)])[0], atol=1e-4)
 
 
