@@ -70,7 +70,7 @@ def test_branches_that_share_a_gate_share_its_decision_and_clock(compiled: Compi
     lifted = LiftCacheSlots("linear", leaders=leaders)(lazy.graph.program).program
     gates, layout = random_gates(lazy, knots()), GateLayout.of(lazy.branches, leaders)
     lazy.policy = Learned(gates)
-    replay = Replay(lazy.original, void=float("nan"))
+    replay = Replay(lazy.original, void=7.0)
     for step, arguments in enumerate(trajectory(TOYS["dit"], steps=STEPS)):
         row = layout.row(gates.row(float(knots()[step])))
         with torch.no_grad():
