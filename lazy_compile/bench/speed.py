@@ -159,7 +159,7 @@ def _onnxruntime(
     onnxruntime = import_optional("onnxruntime", "onnx")
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(lazy, Path(folder) / "gated.onnx")
+        export_onnx(lazy, Path(folder) / "gated.onnx", gating="input", predictors=False)
         runner = OnnxRunner(Path(folder) / "gated.onnx")
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
