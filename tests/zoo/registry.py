@@ -1,0 +1,34 @@
+"""The zoo: small configurations of model classes, by name. A file `models_*.py` here registers them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+Build = Callable[[], tuple[nn.Module, dict[str, Any]]]
+"""Makes a model with random weights and the keyword inputs of one call (batch 2 where it takes a batch)."""
+
+_ZOO: dict[str, Build] = {}
+
+
+def zoo_model(name: str) -> Callable[[Build], Build]:
+    """Register a builder under `name`: the class name, with a suffix where a class comes in several configurations."""
+
+    def register(build: Build) -> Build:
+        if name in _ZOO:
+            raise ValueError(f"two zoo models are called {name}")
+        _ZOO[name] = build
+        return build
+
+    return register
+
+
+def zoo() -> dict[str, Build]:
+    """Every registered builder, sorted by name."""
+    for file in sorted(Path(__file__).parent.glob("models_*.py")):
+        importlib.import_module(f"zoo.{file.stem}")
+    return dict(sorted(_ZOO.items()))
