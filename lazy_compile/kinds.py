@@ -27,7 +27,7 @@ def classify(
     """Name a body.
 
     An attention core is a softmax attention, or a product of two tensors that both carry activations. Without one the
-    body is an MLP, or a convolution block if it mixes channels over several positions.
+    body is an MLP, or a convolution block if most of its operators mix channels over several positions.
 
     Args:
         flow: reachability of the graph.
@@ -41,10 +41,10 @@ def classify(
         from_entries |= flow.descendants(entry)
     cores = [node for node in body if _is_attention_core(flow, node, activations)]
     if not cores:
-        dense = any(is_dense_convolution(node) for node in body)
         on_the_stream = [node for node in body if is_heavy(node) and from_entries >> flow.position[node] & 1]
         only_convolutions = all(operator_name(node) in CONVOLUTIONS for node in on_the_stream)
-        return BranchKind.CONV if dense and only_convolutions else BranchKind.MLP
+        mostly_dense = 2 * sum(map(is_dense_convolution, on_the_stream)) >= max(1, len(on_the_stream))
+        return BranchKind.CONV if mostly_dense and only_convolutions else BranchKind.MLP
     if _has_parallel_mlp(flow, body, cores):
         return BranchKind.PARALLEL
     if all(_reads_a_side_input(flow, core, from_entries) for core in cores):
@@ -52,7 +52,7 @@ def classify(
     projects_another_stream = any(
         is_heavy(node)
         and not from_entries >> flow.position[node] & 1
-        and any(flow.depends(core, node) for core in cores)
+        and any(flow.depends(operand, node) for core in cores for operand in _attended(core))
         for node in body
     )
     return BranchKind.JOINT_ATTENTION if skips > 1 or projects_another_stream else BranchKind.SELF_ATTENTION
@@ -67,8 +67,13 @@ def _is_attention_core(flow: Dataflow, node: fx.Node, activations: int) -> bool:
 
 
 def _reads_a_side_input(flow: Dataflow, core: fx.Node, from_entries: int) -> bool:
-    operands = core.all_input_nodes[1:3] if operator_name(core) in SDPA else core.all_input_nodes
+    operands = _attended(core)[1:] if operator_name(core) in SDPA else _attended(core)
     return any(not from_entries >> flow.position[operand] & 1 for operand in operands)
+
+
+def _attended(core: fx.Node) -> list[fx.Node]:
+    """Query, key and value, without a mask or bias; both factors of a product."""
+    return [argument for argument in core.args[:3] if isinstance(argument, fx.Node)] or core.all_input_nodes
 
 
 def _has_parallel_mlp(flow: Dataflow, body: Sequence[fx.Node], cores: Sequence[fx.Node]) -> bool:

@@ -31,6 +31,14 @@ PASSTHROUGH = VIEWS | {
 }
 """Operators that hand on the same values in another shape, type or place: a skip connection is seen through them."""
 
+SHAPE_ONLY = frozenset(
+    [
+        *["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"],
+        *["new_zeros", "new_ones", "new_full", "new_empty"],
+    ]
+)
+"""Operators that read how large a tensor is, and not what is in it."""
+
 ACTIVATIONS = frozenset(
     {"gelu", "silu", "relu", "relu6", "tanh", "sigmoid", "erf", "hardswish", "mish", "leaky_relu", "elu"}
 )

@@ -37,7 +37,9 @@ class Candidate:
     inner: list[fx.Node] = field(default_factory=list)
 
 
-def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: bool) -> list[Candidate]:
+def find_candidates(
+    flow: Dataflow, *, batch_symbol: str | None, conv_branches: bool, activations: int
+) -> list[Candidate]:
     """All candidates in graph order, refused ones included.
 
     1. A *residual add* is an addition of two tensors of equal shape, floating and of rank 3 or more (or packed tokens
@@ -46,12 +48,18 @@ def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: 
     2. Its *region* is every node on a path from the skip to the other operand. Without a heavy operator in the region
        the add is arithmetic (a tanh formula, say) and not looked at further.
     3. Inner adds come first in graph order. An outer add owns the heavy operators that no inner branch has claimed.
-    4. Adds whose regions share a heavy operator, neither inside the other's region, are one candidate.
+    4. Adds whose regions share a heavy operator, neither inside the other's region, are one candidate, unless one
+       takes all that the other owns and goes on from there (an attention that reads what another attended).
     5. The *body* is the convex hull of the owned heavy operators. If it holds another residual add, the candidate is a
-       container and refused.
+       container and refused; unless it owns more heavy operators than the branches that it holds, which are then part
+       of it (a temporal convolution with a skip of its own, inside an MLP).
     6. The body also takes heavy operators that feed nothing but it and do not depend on the skip (keys and values of a
        text), with what lies between, back to the nearest residual add or other body, and the views behind it that
        unfold the batch axis of an output.
+    7. If it has more outputs than adds, it goes on to where they meet, as long as nothing but constants joins them on
+       the way (the product with a gate made from the same tokens, the weighted sum of experts).
+
+    ``activations`` is the set of nodes that depend on the model's inputs, and not on parameters alone.
     """
     heavy_bits = flow.bits(node for node in flow.nodes if is_heavy(node))
     candidates: list[Candidate] = []
@@ -66,6 +74,7 @@ def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: 
             heavy &= ~owner[node].heavy
         if not heavy:
             continue
+        heavy = _beyond_earlier(flow, heavy, candidates)
         sibling = next((item for item in candidates if item.heavy & heavy and not item.refusal), None)
         if sibling is None:
             candidate = Candidate([add], [skip], heavy, inner=inner)
@@ -80,6 +89,7 @@ def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: 
         if not candidate.refusal.startswith("convolution"):
             owner[add] = candidate
             candidate.body = flow.hull(candidate.heavy)
+            _absorb_smaller(flow, candidate, owner)
             candidate.refusal = _refuse_container(flow, candidate, owner)
     taken = flow.bits(owner)
     for candidate in candidates:
@@ -88,6 +98,7 @@ def find_candidates(flow: Dataflow, *, batch_symbol: str | None, conv_branches: 
         if not candidate.refusal:
             candidate.body |= _exclusive_producers(flow, candidate, heavy_bits, taken)
             candidate.body = flow.hull(candidate.body | unfolding_views(flow, candidate.body, batch_symbol))
+            candidate.body = _until_outputs_meet(flow, candidate, activations, taken)
             taken |= candidate.body
     _refuse_entangled(flow, candidates)
     return candidates
@@ -139,12 +150,16 @@ def _is_token_stream(node: fx.Node, batch_symbol: str | None) -> bool:
 
 
 def _same_shape(argument: fx.Node, add: fx.Node) -> bool:
-    """Symbolic sizes are never 1, so two of them that stand in one addition are equal, however they are written."""
+    """Only a size of 1 is stretched by an addition, and a symbolic one is never 1, however it is written."""
     value = value_of(argument)
     if not isinstance(value, Tensor) or value.dim() != value_of(add).dim():
         return False
     pairs = zip(value.shape, value_of(add).shape, strict=True)
-    return all(str(a) == str(b) or type(a) is type(b) is torch.SymInt for a, b in pairs)
+    return all(_is_one(a) == _is_one(b) for a, b in pairs)
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _refuse_convolutions(flow: Dataflow, heavy: int, conv_branches: bool) -> str:
@@ -153,8 +168,36 @@ def _refuse_convolutions(flow: Dataflow, heavy: int, conv_branches: bool) -> str
     return ""
 
 
+def _beyond_earlier(flow: Dataflow, heavy: int, candidates: list[Candidate]) -> int:
+    """What is left of ``heavy`` behind earlier candidates that it takes in as a whole."""
+    for earlier in candidates:
+        rest = heavy & ~earlier.heavy
+        takes_all = not earlier.refusal and heavy & earlier.heavy == earlier.heavy
+        if takes_all and rest and not flow.hull(rest) & flow.hull(earlier.heavy):
+            heavy = rest
+    return heavy
+
+
+def _absorb_smaller(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node, Candidate]) -> None:
+    """Make branches part of a candidate that lies around them and has more heavy operators of its own than they."""
+    held = _held(flow, candidate, owner)
+    inner = {id(owner[node]): owner[node] for node in held}.values()
+    if not held or any(item.refusal or set(item.adds) - set(held) for item in inner):
+        return
+    if sum(item.heavy.bit_count() for item in inner) < candidate.heavy.bit_count():
+        for item in inner:
+            candidate.heavy |= item.heavy
+            item.refusal = f"part of a larger branch, that of {candidate.adds[0].name}"
+        for node in held:
+            del owner[node]
+
+
+def _held(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node, Candidate]) -> list[fx.Node]:
+    return [node for node in owner if candidate.body >> flow.position[node] & 1 and node not in candidate.adds]
+
+
 def _refuse_container(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node, Candidate]) -> str:
-    held = [node for node in owner if candidate.body >> flow.position[node] & 1 and node not in candidate.adds]
+    held = _held(flow, candidate, owner)
     if held:
         return f"container: {len(held)} residual adds lie between its operators ({held[0].name}, ...)"
     return ""
@@ -176,6 +219,43 @@ def _exclusive_producers(flow: Dataflow, candidate: Candidate, heavy_bits: int, 
             exclusive |= bit
             frontier.extend(node.all_input_nodes)
     return flow.bits(node for node in flow.members(exclusive) if flow.ancestors(node) & exclusive & heavy_bits)
+
+
+def _until_outputs_meet(flow: Dataflow, candidate: Candidate, activations: int, taken: int) -> int:
+    """The body, with what lies between its outputs and where they meet; as it is if nothing joins them alone."""
+    body = candidate.body
+    outputs = _outputs(flow, body)
+    while outputs > len(candidate.adds):
+        closures = (flow.hull(body | 1 << position) for position in _follow_ups(flow, body, activations, taken))
+        fewer = next((closure for closure in closures if _outputs(flow, closure) < outputs), None)
+        if fewer is None or fewer & taken & ~body:
+            return body
+        body, outputs = fewer, _outputs(flow, fewer)
+    return body
+
+
+def _follow_ups(flow: Dataflow, body: int, activations: int, taken: int) -> Iterator[int]:
+    """Positions of the nodes that are made from a body and constants alone, in graph order."""
+    known = body
+    first = (body & -body).bit_length() - 1
+    for position in range(first, len(flow.nodes)):
+        node = flow.nodes[position]
+        if node.op != "call_function" or (taken | known) >> position & 1:
+            continue
+        needed = [flow.position[item] for item in node.all_input_nodes if isinstance(value_of(item), Tensor | tuple)]
+        if any(known >> item & 1 for item in needed) and all(
+            known >> item & 1 or not activations >> item & 1 for item in needed
+        ):
+            known |= 1 << position
+            yield position
+
+
+def _outputs(flow: Dataflow, body: int) -> int:
+    """How many tensors of a body are read outside it."""
+    return sum(
+        isinstance(value_of(node), Tensor) and any(not body >> flow.position[user] & 1 for user in node.users)
+        for node in flow.members(body)
+    )
 
 
 def _refuse_entangled(flow: Dataflow, candidates: list[Candidate]) -> None:

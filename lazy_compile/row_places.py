@@ -52,13 +52,19 @@ class RowPlaces:
         """A shape in numbers from which it can be read what a size was multiplied from.
 
         The batch is one large prime; every other symbol is another, times the factors that sizes are divided by.
+
+        Raises:
+            RowsMix: a size is divided by another that large numbers make zero.
         """
-        return [
-            size
-            if isinstance(size, int)
-            else int(size.node.expr.subs(map(self._stand_in, size.node.expr.free_symbols)))
-            for size in value_of(node).shape
-        ]
+        try:
+            return [
+                size
+                if isinstance(size, int)
+                else int(size.node.expr.subs(map(self._stand_in, size.node.expr.free_symbols)))
+                for size in value_of(node).shape
+            ]
+        except ZeroDivisionError:
+            raise RowsMix(f"a size of {node.name} is computed by division, so its rows cannot be told") from None
 
     def _stand_in(self, symbol: Any) -> tuple[Any, int]:
         if str(symbol) == self.symbol:

@@ -44,7 +44,10 @@ class DiscoverBranches(GraphPass):
         before = (program.branches, program.refusals)
         flow = Dataflow(program.graph)
         symbol = batch_symbol(program)
-        candidates = find_candidates(flow, batch_symbol=symbol, conv_branches=self.conv_branches)
+        activations = _activations(flow, program)
+        candidates = find_candidates(
+            flow, batch_symbol=symbol, conv_branches=self.conv_branches, activations=activations
+        )
         accepted = sorted((c for c in candidates if not c.refusal), key=lambda c: c.heavy & -c.heavy)
         for index, candidate in enumerate(accepted):
             for node in flow.members(candidate.body):
@@ -52,7 +55,6 @@ class DiscoverBranches(GraphPass):
             for node in candidate.adds:
                 node.meta[ADD] = index
         names = _unique([_path(flow, candidate.heavy) for candidate in accepted])
-        activations = _activations(flow, program)
         program.branches = tuple(
             _describe(flow, candidate, index, name, symbol, activations)
             for index, (candidate, name) in enumerate(zip(accepted, names, strict=True))
@@ -114,7 +116,7 @@ def _activations(flow: Dataflow, program: Program) -> int:
     result = 0
     for node, item in zip(program.placeholders, program.inputs, strict=True):
         if item.role is Role.USER:
-            result |= flow.descendants(node)
+            result |= flow.informed(node)
     return result
 
 

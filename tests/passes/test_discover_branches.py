@@ -205,16 +205,16 @@ def test_a_sum_of_attention_and_mlp_is_one_parallel_branch() -> None:
         + "    u = linear(z, up)\n    g = gelu(u)\n    d = linear(g, down)\n"
         + "    both = add.Tensor(attended, d)\n    y = add.Tensor(x, both)\n    return y"
     )
-    assert bodies(found) == ["q k v a attended u g d"]
+    assert bodies(found) == ["q k v a attended u g d both"]
     assert kinds(found) == ["parallel"]
 
 
 def test_an_add_in_the_hull_makes_a_container() -> None:
     found = discover(
-        "    first = linear(x, q_in)\n    p = linear(first, k_in)\n    h = add.Tensor(first, p)\n"
-        "    last = linear(h, v_in)\n    y = add.Tensor(x, last)\n    return y"
+        "    first = linear(x, q_in)\n    u = linear(first, up)\n    p = linear(u, down)\n"
+        "    h = add.Tensor(first, p)\n    last = linear(h, v_in)\n    y = add.Tensor(x, last)\n    return y"
     )
-    assert bodies(found) == ["p"]
+    assert bodies(found) == ["u p"]
     (refusal,) = found.refusals
     assert (refusal.node, refusal.reason) == ("y", "container: 1 residual adds lie between its operators (h, ...)")
 
