@@ -8,7 +8,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,7 +17,7 @@ from lazy_compile.errors import ArtifactError, ConfigError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lazy_compile.config import LazyConfig
+    from lazy_compile.config import Group, LazyConfig
     from lazy_compile.module import LazyModule
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -96,6 +96,32 @@ def require_inputs(named: NamedModel) -> dict[str, Any]:
         f"{named.spec} comes without example inputs; its forward takes ({arguments}): "
         "give --shape NAME:2x4x32x32 for each tensor it needs"
     )
+
+
+def in_precision(named: NamedModel, precision: str | None) -> NamedModel:
+    """The model and its floating example inputs in ``"fp32"``, ``"fp16"`` or ``"bf16"``; None leaves them."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    if precision is None:
+        return named
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return replace(named, model=named.model.to(dtype), example_inputs=pytree.tree_map(cast, named.example_inputs))
+
+
+def parse_group(text: str | None) -> Group | None:
+    """``"2"`` or ``"block"``."""
+    if text is None:
+        return None
+    if text == "block":
+        return "block"
+    if not text.isdecimal() or not int(text):
+        raise ConfigError(f"--group is {text!r}; expected a number of branches, or block")
+    return int(text)
 
 
 def load_lazy(named: NamedModel, gates: Path | None, options: Sequence[str]) -> LazyModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -39,4 +39,20 @@ Folder = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to
 LazyRatio = Annotated[float | None, typer.Option(help="Share of branch evaluations to reuse; give this or the next.")]
 ComputeRatio = Annotated[
     float | None, typer.Option(help="MACs to spend over the dense model's, always-on parts included.")
+]
+GatingOption = Annotated[
+    Literal["predicate", "input", "schedule"],
+    typer.Option(
+        "--gating",
+        help="Who decides at every step: gates in the graph, the host by boolean inputs, or nobody (one lean model for "
+        "each distinct row of the schedule in --gates, written to a folder).",
+    ),
+]
+Group = Annotated[
+    str | None,
+    typer.Option(metavar="K|block", help="Branches under one conditional, or 'block'; default is the model's own."),
+]
+Precision = Annotated[
+    Literal["fp32", "fp16", "bf16"] | None,
+    typer.Option(help="Type of weights and activations; default is the model's own."),
 ]

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: given.Model,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|ENGINE", help="A model, an engine that build wrote, or the log of a build."),
+    ],
     shape: given.Shapes = None,
     options: given.Options = None,
     why_not: Annotated[
@@ -25,10 +28,25 @@ def inspect(
     after: Annotated[
         str | None, typer.Option(metavar="PASS", help="Print the graph as it is after this pass instead.")
     ] = None,
+    expect: Annotated[
+        int | None, typer.Option(metavar="N", help="Of the log of a build: how many branches it should have.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Of an engine: an .svg file to draw it to.")] = None,
     device: given.Device = "cpu",
     json: given.Json = False,
 ) -> None:
-    """Show the branches of a model: what they are, what they cost, and what caching them takes."""
+    """Show the branches of a model: what they are, what they cost, and what caching them takes.
+
+    Of an engine: what runs at every step, and in either arm of each branch; the exit code is 7 if a branch is missing
+    or something heavy runs outside of it.
+    """
+    from lazy_compile.cli_engine import inspect_engine, is_engine
+
+    if is_engine(model):
+        inspect_engine(model, expect, picture, json)
+        return
+    if expect is not None or picture is not None:
+        raise ConfigError(f"--expect and --picture are about engines; {model} is none: leave them out")
     from lazy_compile.cli_models import load_lazy, load_model
     from lazy_compile.cli_tables import branch_table, inspection, inspection_summary, refusal_table, show
 
@@ -141,8 +159,16 @@ def plan(
 
 def export(
     model: given.Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The ONNX file to write; with --gating schedule a folder.")
+    ],
     gates: given.Gates = None,
+    gating: given.GatingOption = "predicate",
+    group: given.Group = None,
+    precision: given.Precision = None,
+    simplify: Annotated[
+        bool, typer.Option("--simplify", help="Also run onnxsim; dropped if it moves a branch.")
+    ] = False,
     shape: given.Shapes = None,
     options: given.Options = None,
     device: given.Device = "cpu",
@@ -150,12 +176,19 @@ def export(
 ) -> None:
     """Write an ONNX model in which every branch is an If node, with its caches as inputs and outputs."""
     from lazy_compile.backends.onnx import export_onnx
-    from lazy_compile.cli_models import load_lazy, load_model, require_inputs
+    from lazy_compile.cli_models import in_precision, load_lazy, load_model, parse_group, require_inputs
     from lazy_compile.cli_tables import facts, plain, show
+    from lazy_compile.progress import progress_bars
 
-    named = load_model(model, shape or (), device)
+    grouped = parse_group(group)
+    named = in_precision(load_model(model, shape or (), device), precision)
     lazy = load_lazy(named, gates, options or ())
-    values = plain(export_onnx(lazy, output, require_inputs(named)))
+    with progress_bars(not json) as on_progress:
+        report = export_onnx(
+            lazy, output, require_inputs(named), gating=gating, group=grouped, simplify=simplify,
+            on_progress=on_progress,
+        )  # fmt: skip
+    values = plain(report)
     show(values, json, facts(values))
 
 

@@ -80,10 +80,10 @@ def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
 
 
 def branch_table(values: Mapping[str, Any]) -> Table:
-    table = _table(">#", "branch", "kind", "module path", ">MACs", ">share", "entries", ">cache", "decides")
+    table = new_table(">#", "branch", "kind", "module path", ">MACs", ">share", "entries", ">cache", "decides")
     for branch in values["branches"]:
         entries = " ".join("x".join(map(str, shape)) for shape in branch["entries"])
-        _add(
+        add_row(
             table, str(branch["index"]), branch["name"], branch["kind"], branch["path"], count(branch["macs"]),
             f"{branch['share']:.1%}", entries, size(branch["cache_bytes"]), branch["decides"],
         )  # fmt: skip
@@ -103,17 +103,17 @@ def inspection_summary(values: Mapping[str, Any]) -> str:
 
 
 def refusal_table(values: Mapping[str, Any]) -> Table:
-    table = _table("node", "module path", "why not")
+    table = new_table("node", "module path", "why not")
     for refusal in values["refusals"]:
-        _add(table, refusal["node"], refusal["path"], refusal["reason"])
+        add_row(table, refusal["node"], refusal["path"], refusal["reason"])
     return table
 
 
 def check_table(comparison: Comparison) -> Table:
-    table = _table("check", "", "seen", "expected")
+    table = new_table("check", "", "seen", "expected")
     for check in comparison.checks:
         verdict = Text("passed", "green") if check.passed else Text("FAILED", "bold red")
-        _add(table, check.name, verdict, check.seen, check.expected)
+        add_row(table, check.name, verdict, check.seen, check.expected)
     return table
 
 
@@ -124,15 +124,15 @@ def facts(values: Mapping[str, Any]) -> Table:
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         if isinstance(value, list):
             text = ", ".join(map(str, value)) or "none"
-        _add(table, name.replace("_", " "), "none" if value is None else text)
+        add_row(table, name.replace("_", " "), "none" if value is None else text)
     return table
 
 
 def result_table(summary: Mapping[str, Any]) -> Table:
     """The rows of a ``summary.json``."""
-    table = _table("method", ">steps", ">reused", ">compute", ">rmse to dense", ">rmse to reference", ">Fréchet")
+    table = new_table("method", ">steps", ">reused", ">compute", ">rmse to dense", ">rmse to reference", ">Fréchet")
     for row in summary["rows"]:
-        _add(
+        add_row(
             table, row.get("label", row["method"]), str(row["sampler_steps"]), f"{row['lazy_ratio']:.1%}",
             f"{row['compute_ratio']:.1%}", *(_spread(row, key) for key in ("rmse_dense", "rmse_reference", "frechet")),
             style="bold" if row["method"] == "lazy" else None,
@@ -141,9 +141,9 @@ def result_table(summary: Mapping[str, Any]) -> Table:
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("runtime", "arm", ">reuse", ">time over dense", ">ideal", ">efficiency")
+    table = new_table("runtime", "arm", ">reuse", ">time over dense", ">ideal", ">efficiency")
     for row in rows:
-        _add(
+        add_row(
             table, row["runtime"], row["reuse_arm"], f"{row['reuse']:.0%}", f"{row['time_ratio']:.3f}",
             f"{row['ideal_ratio']:.3f}", f"{row['efficiency']:.3f}",
         )  # fmt: skip
@@ -171,7 +171,7 @@ def _spread(row: Mapping[str, Any], key: str) -> str:
     return f"{row[key]:.4f}" if deviation is None else f"{row[key]:.4f} ±{deviation:.4f}"
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     """A column of numbers starts with ``>``."""
     table = Table(header_style="bold", box=None, pad_edge=False)
     for column in columns:
@@ -179,7 +179,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _add(table: Table, *cells: str | Text, style: str | None = None) -> None:
+def add_row(table: Table, *cells: str | Text, style: str | None = None) -> None:
     """Cells are taken as they are: a shape or a path may look like markup."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells), style=style)
 

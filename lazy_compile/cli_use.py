@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lazy_compile import cli_options as given
+from lazy_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lazy_compile.backends.runner import Runner
 
 Onnx = Annotated[Path | None, typer.Option(help="The ONNX file that export wrote for this model.")]
 
@@ -17,6 +21,9 @@ def run(
     model: given.Model,
     gates: given.Gates = None,
     onnx: Onnx = None,
+    engine: Annotated[
+        Path | None, typer.Option(help="The engine that build wrote for this model; needs a GPU.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A .npy file for the samples.")] = None,
     sampler: given.Sampler = None,
     scheduler: given.Scheduler = "ddim",
@@ -27,7 +34,7 @@ def run(
     device: given.Device = "cpu",
     json: given.Json = False,
 ) -> None:
-    """Sample one trajectory, in PyTorch or (with --onnx) in ONNX Runtime, and say what was saved."""
+    """Sample one trajectory, in PyTorch, in ONNX Runtime (--onnx) or in TensorRT (--engine), and say what was saved."""
     import numpy as np
     import torch
 
@@ -38,12 +45,12 @@ def run(
     named = load_model(model, shape or (), device)
     lazy = load_lazy(named, gates, options or ())
     sample = load_sampler(sampler, named, lazy, steps, scheduler)
+    runner = _runner(onnx, engine)
     denoiser: Any = lazy
-    if onnx is not None:
+    if runner is not None:
         from lazy_compile.backends.denoiser import EngineDenoiser
-        from lazy_compile.backends.onnxruntime import OnnxRunner
 
-        denoiser = EngineDenoiser(OnnxRunner(onnx), lazy.policy, lazy.lazy_config)
+        denoiser = EngineDenoiser(runner, None if gates is None else lazy.policy, lazy.lazy_config)
     denoiser.reset_stats()
     start = time.perf_counter()
     with torch.no_grad():
@@ -51,14 +58,14 @@ def run(
     seconds = time.perf_counter() - start
     stats = denoiser.stats
     values = {
-        "runtime": "PyTorch" if onnx is None else "ONNX Runtime",
-        "policy": type(lazy.policy).__name__,
+        "runtime": "PyTorch" if runner is None else "ONNX Runtime" if engine is None else "TensorRT",
+        "policy": type(denoiser.policy).__name__,
         "steps": len(stats.evaluated),
         "seconds": seconds,
         "lazy_ratio": stats.lazy_ratio,
         "compute_ratio": stats.compute_ratio,
         "decisions_varying_between_samples": stats.decisions_varying_between_samples,
-        "cache": size(lazy.cache_bytes if onnx is None else sum(stream.bytes for stream in denoiser.runner.streams)),
+        "cache": size(lazy.cache_bytes if runner is None else sum(stream.bytes for stream in runner.streams)),
         "samples": "x".join(map(str, samples.shape)),
     }
     if output is not None:
@@ -71,6 +78,15 @@ def run(
         reuse_picture([branch.name for branch in lazy.branches], stats.reuse_table.tolist()),
         facts(values),
     )
+
+
+def _runner(onnx: Path | None, engine: Path | None) -> Runner | None:
+    from lazy_compile.backends.open import open_runner
+
+    if onnx is not None and engine is not None:
+        raise ConfigError("--onnx and --engine exclude each other: give the one to run")
+    path = onnx or engine
+    return None if path is None else open_runner(path)
 
 
 def verify(

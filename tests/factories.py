@@ -47,7 +47,7 @@ class TinyDiT(nn.Module):
     def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
         frequencies = torch.exp(-torch.arange(WIDTH // 2, device=timestep.device))
         angles = timestep[:, None].float() * frequencies
-        time = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=-1)))
+        time = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=-1).to(hidden_states.dtype)))
         x = self.embed(hidden_states.flatten(1).unsqueeze(-1))
         for block in self.blocks:
             x = block(x, time)

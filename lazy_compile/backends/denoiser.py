@@ -52,7 +52,8 @@ class EngineDenoiser:
     Args:
         runner: the exported model.
         policy: ``AlwaysCompute()``, ``Scheduled(schedule)`` or ``Learned(table)``. A model that does not decide itself
-            takes ``Learned(table, delayed=True)``, and only if it was exported with predictors.
+            takes ``Learned(table, delayed=True)``, and only if it was exported with predictors. None takes the one that
+            the runner's model carries with it, if any.
         config: ``warmup_steps`` and ``max_reuse_age`` are taken from it; the rest was fixed by the export.
 
     Raises:
@@ -64,7 +65,7 @@ class EngineDenoiser:
         self.config = config or LazyConfig()
         self._trajectories = Trajectories()
         self._unread: list[tuple[int, _Place, Mask | None, Tensor | None]] = []
-        self.policy = policy or AlwaysCompute()
+        self.policy = policy or runner.policy or AlwaysCompute()
         self.reset_stats()
 
     @property

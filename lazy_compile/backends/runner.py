@@ -19,6 +19,7 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.gate import FORCE, GateRow
 from lazy_compile.gate_ops import decision
 from lazy_compile.grouping import GateLayout
+from lazy_compile.policy import Policy
 from lazy_compile.slots import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name
 
 Force = Literal["compute", "reuse"] | Sequence[bool | None]
@@ -106,12 +107,14 @@ class Runner:
         streams: the caches that are alive.
         logits: ``float32[rows, G]`` of the last call; None before it, and where no gate is read.
         fixed: the decisions of the last call, if a host took them; None if the gates did.
+        policy: the rule that the model carries with it; None if it carries none.
     """
 
     sessions: Mapping[Mask, Session]
     streams: WeakSet[Stream] = field(default_factory=WeakSet, init=False)
     logits: Tensor | None = field(default=None, init=False)
     fixed: Mask | None = field(default=None, init=False)
+    policy: Policy | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._session = next(iter(self.sessions.values()))

@@ -8,4 +8,7 @@ from lazy_compile.backends.tensorrt_check import check_branches as check_branche
 from lazy_compile.backends.tensorrt_config import BuildConfig as BuildConfig
 from lazy_compile.backends.tensorrt_layers import EngineLayer as EngineLayer
 from lazy_compile.backends.tensorrt_layers import parse_layers as parse_layers
+from lazy_compile.backends.tensorrt_preview import BuildPreview as BuildPreview
+from lazy_compile.backends.tensorrt_preview import preview as preview
+from lazy_compile.backends.tensorrt_runner import TensorRTRunner as TensorRTRunner
 from lazy_compile.backends.tensorrt_sidecar import EngineSidecar as EngineSidecar

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -88,20 +89,28 @@ class Message:
     text: str
 
 
+ERRORS = ("ERROR", "INTERNAL_ERROR")
+
 _LOGGERS: dict[str, Any] = {}
 _LISTENING = threading.RLock()
 
 
 def logger_of(trt: ModuleType) -> Any:
-    """The logger of this process: TensorRT keeps the first that it is given, whatever is passed later."""
+    """The logger of this process: TensorRT keeps the first that it is given, whatever is passed later.
+
+    Its ``errors`` are the last ones that any engine caused.
+    """
     if trt.__name__ not in _LOGGERS:
 
         class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
                 self.heard: list[Message] | None = None
+                self.errors: deque[Message] = deque(maxlen=8)
 
             def log(self, severity: Any, text: str) -> None:
+                if severity.name in ERRORS:
+                    self.errors.append(Message(severity.name, text))
                 if self.heard is not None:
                     self.heard.append(Message(severity.name, text))
 
@@ -122,9 +131,9 @@ def listen(trt: ModuleType) -> Iterator[list[Message]]:
             logger.heard = before
 
 
-def complaint(messages: list[Message]) -> str:
+def complaint(messages: Iterable[Message]) -> str:
     """The first error among them, in one line."""
-    errors = [message.text for message in messages if message.severity in ("ERROR", "INTERNAL_ERROR")]
+    errors = [message.text for message in messages if message.severity in ERRORS]
     return first_sentence(errors[0]) if errors else "it gave no reason"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from lazy_compile.backends.onnx_masks import MaskSet
-from lazy_compile.backends.onnx_metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx_metadata import first_line
 from lazy_compile.backends.onnx_structure import heavy_nodes
 from lazy_compile.backends.tensorrt_api import Flavor, Message, flavor_of, listen, load
 from lazy_compile.backends.tensorrt_check import EngineStructure, check_branches
@@ -22,6 +21,7 @@ from lazy_compile.backends.tensorrt_config import BuildConfig
 from lazy_compile.backends.tensorrt_layers import parse_layers
 from lazy_compile.backends.tensorrt_network import configure, parse_network, serialize
 from lazy_compile.backends.tensorrt_sidecar import EngineSidecar, digest, policy_to_json
+from lazy_compile.backends.tensorrt_source import OnnxSource
 from lazy_compile.errors import ArtifactError, BackendError, import_optional
 from lazy_compile.policy import AlwaysCompute, Policy, Scheduled
 from lazy_compile.progress import OnProgress, no_progress
@@ -83,7 +83,7 @@ def build_engine(
     trt = load(flavor)
     version, title = str(trt.__version__), f"{flavor.title} {trt.__version__}"
     device = _device(flavor, config)
-    source = _Source.read(Path(onnx))
+    source = OnnxSource.read(onnx)
     key = _key(source, config, policy, version, device)
     if (known := _finished(target, key)) is not None:
         seconds = time.perf_counter() - start
@@ -132,37 +132,7 @@ def build_engines(
     return reports
 
 
-@dataclass(frozen=True)
-class _Source:
-    """An ONNX file: what it holds, and what identifies it."""
-
-    path: Path
-    nodes: dict[str, tuple[str, ...]]
-    model: OnnxMetadata | None
-    sha256: str
-
-    @classmethod
-    def read(cls, path: Path) -> _Source:
-        onnx = import_optional("onnx", "onnx")
-        content = hashlib.sha256()
-        try:
-            proto = onnx.load(str(path), load_external_data=False)
-            locations = [entry for item in proto.graph.initializer for entry in item.external_data]
-            locations = [entry for entry in locations if entry.key == "location"]
-            for name in sorted({entry.value for entry in locations}):
-                with (path.parent / name).open("rb") as file:
-                    content.update(hashlib.file_digest(file, "sha256").digest())
-            nodes = heavy_nodes(proto)
-        except Exception as error:  # protobuf's, and the operating system's
-            raise ArtifactError(f"cannot read {path} as ONNX ({first_line(error)}); export the model again") from error
-        for entry in locations:
-            entry.value = ""  # its name is drawn anew at every export
-        content.update(proto.SerializeToString(deterministic=True))
-        properties = {item.key: item.value for item in proto.metadata_props}
-        return cls(path, nodes, OnnxMetadata.parse(properties) if KEY in properties else None, content.hexdigest())
-
-
-def _key(source: _Source, config: BuildConfig, policy: Policy, version: str, device: str) -> str:
+def _key(source: OnnxSource, config: BuildConfig, policy: Policy, version: str, device: str) -> str:
     """All that an engine and its description depend on, in one digest."""
     values = [source.sha256, config.flavor, config.options(), policy_to_json(policy), version, device]
     return digest(json.dumps(values, sort_keys=True).encode())
@@ -202,7 +172,7 @@ def _structure(heard: list[Message], nodes: dict[str, tuple[str, ...]]) -> Engin
     return structure
 
 
-def _sanitized(source: _Source, folder: Path) -> Path:
+def _sanitized(source: OnnxSource, folder: Path) -> Path:
     """What Polygraphy makes of a model; the model itself if its conditionals no longer hold the same."""
     loaders = import_optional("polygraphy.backend.onnx", "tensorrt-rtx")
     result = folder / source.path.name

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lazy_compile.backends.tensorrt_layers import JUMP, JUMP_IF, EngineLayer
-from lazy_compile.errors import ArtifactError
+from lazy_compile.errors import ArtifactError, VerificationError
 
 ALWAYS = ""
 """The key of what stands in no conditional, see :data:`HeavyNodes`."""
@@ -76,6 +77,43 @@ class EngineStructure:
     def host_copies_before_first_branch(self) -> int:
         first = min((branch.position for branch in self.branches), default=len(self.layers))
         return sum(layer.is_host_copy for layer in self.layers[:first])
+
+    def segments(self) -> Iterator[tuple[tuple[EngineLayer, ...], EngineBranch | None]]:
+        """What runs at every step before each branch, and the branch; at last what runs after all of them."""
+        inside = {layer.name for branch in self.branches for layer in (*branch.compute, *branch.reuse)}
+        starts = {branch.position: branch for branch in self.branches}
+        always: list[EngineLayer] = []
+        for position, layer in enumerate(self.layers):
+            if position in starts:
+                yield tuple(always), starts[position]
+                always = []
+            elif layer.kind not in (JUMP, JUMP_IF) and layer.name not in inside:
+                always.append(layer)
+        yield tuple(always), None
+
+    def require(self, name: str) -> None:
+        """
+        Raises:
+            VerificationError: a branch is missing, or something heavy runs outside of it.
+        """
+        if self.problems:
+            raise VerificationError(
+                f"{name} is not as lazy as it should be: {'; '.join(self.problems)}; check the ONNX file it was built "
+                "from with lazy-compile verify, and report what its builder moved"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """The counts and the problems, as JSON has them."""
+        return {
+            "layers": len(self.layers),
+            "branches": len(self.branches),
+            "heavy_inside": self.heavy_inside,
+            "heavy_always": self.heavy_always,
+            "fused_attention": self.fused_attention,
+            "host_copies": self.host_copies,
+            "host_copies_before_first_branch": self.host_copies_before_first_branch,
+            "problems": list(self.problems),
+        }
 
 
 def check_branches(

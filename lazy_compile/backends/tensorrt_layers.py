@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lazy_compile.errors import ArtifactError
 
 JUMP_IF, JUMP = "cjmp", "jmp"
+
+LayerRole = Literal["product", "attention", "host copy", "other"]
+"""Products are matrix products and convolutions; attention is a fused kernel."""
 
 _LINE = re.compile(r"Name: (?P<Name>.*?), LayerType: (?P<LayerType>\w+), (?P<rest>.*)")
 _PARTS = re.compile(
@@ -64,6 +67,15 @@ class EngineLayer:
         return "mha" in f"{self.name} {self.tactic}"
 
     @property
+    def role(self) -> LayerRole:
+        """The one thing to know about it."""
+        if self.is_fused_attention:
+            return "attention"
+        if self.is_heavy:
+            return "product"
+        return "host copy" if self.is_host_copy else "other"
+
+    @property
     def is_host_copy(self) -> bool:
         """Whether it brings a value to the host, which must read a condition before it can jump."""
         return self.kind == "copy" and "d2h" in self.name
@@ -99,7 +111,7 @@ def _json_fields(text: str) -> list[Mapping[str, Any]]:
 
 
 def _line_fields(text: str) -> Iterator[Mapping[str, Any]]:
-    for line in text.splitlines():
+    for line in _last_list(text.splitlines()):
         if match := _LINE.search(line):
             fields: dict[str, Any] = match.groupdict()
             rest = fields.pop("rest")
@@ -108,6 +120,14 @@ def _line_fields(text: str) -> Iterator[Mapping[str, Any]]:
             fields.update(dict(_TARGET.findall(rest)))
             fields["Metadata"] = rest.partition("Metadata: ")[2]
             yield fields
+
+
+def _last_list(lines: Sequence[str]) -> Sequence[str]:
+    """A builder may list several times, as it optimizes or as it builds several engines."""
+    found = [bool(_LINE.search(line)) for line in lines]
+    end = len(found) - found[::-1].index(True) if True in found else 0
+    start = end - next((length for length, layer in enumerate(reversed(found[:end])) if not layer), end)
+    return lines[start:end]
 
 
 def _from_fields(fields: Mapping[str, Any]) -> EngineLayer:

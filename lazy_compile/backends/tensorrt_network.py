@@ -62,13 +62,16 @@ class Network:
             (False, self.network.num_outputs, self.network.get_output),
         ):
             for tensor in map(get, range(count)):
-                dtype = _DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower())
                 sizes = profile.get(tensor.name, ()) if is_input else ()
+                dtype = dtype_name(tensor.dtype)
                 found.append(EngineTensor(tensor.name, is_input, dtype, tuple(tensor.shape), sizes))
         return tuple(found)
 
 
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+def dtype_name(dtype: Any) -> str:
+    """A ``trt.DataType`` as PyTorch calls it."""
+    name = str(dtype.name)
+    return {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(name, name.lower())
 
 
 def parse_network(trt: ModuleType, flavor: Flavor, path: Path, heard: list[Message]) -> Network:

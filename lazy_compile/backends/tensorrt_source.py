@@ -1,0 +1,120 @@
+"""The ONNX file that an engine is built from: what goes in and out, where its heavy nodes stand, what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lazy_compile.backends.onnx_metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx_structure import heavy_nodes
+from lazy_compile.backends.tensorrt_network import EngineTensor
+from lazy_compile.errors import ArtifactError, import_optional
+
+
+@dataclass(frozen=True)
+class OnnxSource:
+    """An ONNX file.
+
+    Attributes:
+        path: where it lies.
+        tensors: its inputs and outputs; free sizes are -1.
+        nodes: names of the heavy nodes by conditional, ``""`` for those in none.
+        model: the contract of a lazy model; None if ``export_onnx`` did not write the file.
+        proto: its ``ModelProto``, without weights that lie in files of their own.
+    """
+
+    path: Path
+    tensors: tuple[EngineTensor, ...]
+    nodes: dict[str, tuple[str, ...]]
+    model: OnnxMetadata | None
+    proto: Any
+
+    @classmethod
+    def read(cls, path: str | Path) -> OnnxSource:
+        """
+        Raises:
+            ArtifactError: it cannot be read.
+        """
+        path = Path(path)
+        onnx = import_optional("onnx", "onnx")
+        try:
+            proto = onnx.load(str(path), load_external_data=False)
+            for name in _external(proto):
+                if not (path.parent / name).is_file():
+                    raise FileNotFoundError(f"No such file: {path.parent / name}")
+            nodes = heavy_nodes(proto)
+            tensors = tuple(_tensors(proto.graph))
+        except Exception as error:  # protobuf's, and the operating system's
+            raise ArtifactError(f"cannot read {path} as ONNX ({first_line(error)}); export the model again") from error
+        properties = {item.key: item.value for item in proto.metadata_props}
+        model = OnnxMetadata.parse(properties) if KEY in properties else None
+        return cls(path, tensors, nodes, model, proto)
+
+    def require_lazy(self) -> OnnxMetadata:
+        """The contract of the lazy model.
+
+        Raises:
+            ArtifactError: this is another ONNX model.
+        """
+        if self.model is None:
+            raise ArtifactError(
+                f"{self.path} was not written by export_onnx and says nothing about branches and caches; export the "
+                "model with lazy-compile export, or give --any-onnx to build it as it is"
+            )
+        return self.model
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all its content; the names of files with weights, which are drawn anew at every export, do not count."""
+        content = hashlib.sha256()
+        try:
+            for name in _external(self.proto):
+                with (self.path.parent / name).open("rb") as file:
+                    content.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ArtifactError(f"cannot read the weights of {self.path}: {error}; export the model again") from error
+        entries = _locations(self.proto)
+        names = [entry.value for entry in entries]
+        for entry in entries:
+            entry.value = ""
+        content.update(self.proto.SerializeToString(deterministic=True))
+        for entry, name in zip(entries, names, strict=True):
+            entry.value = name
+        return content.hexdigest()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights, wherever they lie."""
+        onnx = import_optional("onnx", "onnx")
+        total = 0
+        for item in self.proto.graph.initializer:
+            count = 1
+            for size in item.dims:
+                count *= size
+            total += count * int(onnx.helper.tensor_dtype_to_np_dtype(item.data_type).itemsize)
+        return total
+
+
+def _locations(proto: Any) -> list[Any]:
+    entries = [entry for item in proto.graph.initializer for entry in item.external_data]
+    return [entry for entry in entries if entry.key == "location"]
+
+
+def _external(proto: Any) -> list[str]:
+    return sorted({str(entry.value) for entry in _locations(proto)})
+
+
+def _tensors(graph: Any) -> list[EngineTensor]:
+    onnx = import_optional("onnx", "onnx")
+    weights = {item.name for item in graph.initializer}
+    found = []
+    for is_input, values in ((True, graph.input), (False, graph.output)):
+        for value in (value for value in values if value.name not in weights):
+            kind = value.type.tensor_type
+            dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+            shape = tuple(size.dim_value if size.HasField("dim_value") else -1 for size in kind.shape.dim)
+            found.append(EngineTensor(value.name, is_input, dtype, shape))
+    return found

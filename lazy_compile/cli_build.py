@@ -1,0 +1,206 @@
+"""The verb that makes an engine: build."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lazy_compile import cli_options as given
+from lazy_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lazy_compile.backends.onnx_metadata import Gating
+    from lazy_compile.backends.tensorrt_build import BuildReport
+    from lazy_compile.backends.tensorrt_config import BuildConfig
+    from lazy_compile.policy import Policy
+    from lazy_compile.progress import OnProgress
+
+_SHAPES = "Of inputs with free sizes, as trtexec takes them: x:1x4x32x32,t:1."
+
+
+def build(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL|ONNX", help="A model as for export, or the file or folder that it wrote.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The engine to write; a folder where there are several.")
+    ],
+    flavor: Annotated[
+        Literal["tensorrt", "rtx"],
+        typer.Option(help="tensorrt builds on and for the GPU at hand; rtx (TensorRT-RTX) needs none."),
+    ] = "tensorrt",
+    precision: given.Precision = None,
+    gating: given.GatingOption = "predicate",
+    group: given.Group = None,
+    gates: given.Gates = None,
+    min_shapes: Annotated[str, typer.Option("--minShapes", help=_SHAPES)] = "",
+    opt_shapes: Annotated[str, typer.Option("--optShapes", help="The shapes to optimize for.")] = "",
+    max_shapes: Annotated[str, typer.Option("--maxShapes", help="The largest shapes.")] = "",
+    compute_capabilities: Annotated[
+        str, typer.Option(metavar="8.6,8.9|CURRENT", help="GPUs to build for (rtx); default is 8.6 and newer.")
+    ] = "",
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File of kernel timings, kept up to date (tensorrt).")
+    ] = None,
+    workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Limit of scratch memory.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="0 builds fast, 5 searches longest.")] = None,
+    tf32: Annotated[bool, typer.Option(help="Whether float32 products may run in TF32.")] = True,
+    any_onnx: Annotated[bool, typer.Option("--any-onnx", help="Also take ONNX that export did not write.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; needs no TensorRT.")] = False,
+    print_trtexec: Annotated[
+        bool, typer.Option("--print-trtexec", help="Print the command that builds the same with trtexec, and stop.")
+    ] = False,
+    print_polygraphy: Annotated[
+        bool, typer.Option("--print-polygraphy", help="Print the one for Polygraphy, and stop.")
+    ] = False,
+    shape: given.Shapes = None,
+    options: given.Options = None,
+    device: given.Device = "cpu",
+    json: given.Json = False,
+) -> None:
+    """Build a TensorRT engine in which every branch is a jump over its kernels.
+
+    A MODEL is exported first; its ONNX file stays beside the engine, and runs in ONNX Runtime too. The engine is
+    written when it is complete and its branches are checked, with a description beside it (ENGINE.json) that a runner
+    needs. What was built already, from the same with the same options, is left as it is.
+    """
+    from lazy_compile.backends.tensorrt_config import BuildConfig
+    from lazy_compile.backends.tensorrt_preview import preview
+    from lazy_compile.backends.tensorrt_profile import parse_shapes
+    from lazy_compile.backends.tensorrt_source import OnnxSource
+    from lazy_compile.cli_engine_tables import build_table, preview_tables, preview_values
+    from lazy_compile.cli_models import parse_group
+    from lazy_compile.cli_tables import plain, show
+    from lazy_compile.progress import progress_bars
+
+    config = BuildConfig(
+        flavor=flavor,
+        min_shapes=parse_shapes("--minShapes", min_shapes),
+        opt_shapes=parse_shapes("--optShapes", opt_shapes),
+        max_shapes=parse_shapes("--maxShapes", max_shapes),
+        compute_capabilities=tuple(filter(None, compute_capabilities.split(","))),
+        workspace_bytes=None if workspace is None else workspace * 2**20,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        tf32=tf32,
+    )
+    parse_group(group)
+    request = _Request(source, gating, group, precision, gates, tuple(shape or ()), tuple(options or ()), device)
+    request.check(output)
+    if print_trtexec or print_polygraphy:
+        lines = list(_commands(request, output, config, print_trtexec, print_polygraphy))
+        show({"commands": lines}, json, *lines)
+        return
+    with tempfile.TemporaryDirectory() as folder, progress_bars(not json) as on_progress:
+        onnx = request.onnx(Path(folder) / "model.engine" if dry_run else output)
+        policy = request.export(onnx, on_progress)
+        if not any_onnx and onnx.is_file():
+            OnnxSource.read(onnx).require_lazy()
+        if not dry_run:
+            reports = _build(onnx, output, config, policy, on_progress)
+        seen = preview(onnx)
+    if dry_run:
+        show(preview_values(seen, request.source, output), json, *preview_tables(seen))
+        return
+    values = {"engines": [{**plain(report), "structure": report.structure.summary()} for report in reports]}
+    show({**values, "onnx": str(onnx), "output": str(output)}, json, build_table(reports), f"written to {output}")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What an engine is built from: an ONNX file or folder, or a model and how it is exported."""
+
+    source: str
+    gating: Gating
+    group: str | None
+    precision: str | None
+    gates: Path | None
+    shapes: tuple[str, ...]
+    options: tuple[str, ...]
+    device: str
+
+    @property
+    def is_onnx(self) -> bool:
+        from lazy_compile.backends.onnx_masks import MANIFEST
+
+        return self.source.endswith(".onnx") or (Path(self.source) / MANIFEST).is_file()
+
+    def check(self, output: Path) -> None:
+        """
+        Raises:
+            ConfigError: an option has no meaning here, or the engine would take the place of what it is built from.
+        """
+        belonging = {
+            "--precision": self.precision, "--group": self.group, "--shape": self.shapes, "--set": self.options,
+            "--gating": self.gating if self.gating != "predicate" else None,
+        }  # fmt: skip
+        if self.is_onnx and (given := [name for name, value in belonging.items() if value]):
+            raise ConfigError(
+                f"{given[0]} says how a MODEL is exported; {self.source} is exported already: leave it out"
+            )
+        if output.suffix == ".onnx" or output.resolve() == Path(self.source).resolve():
+            raise ConfigError(f"--output {output} is not the name of an engine; give one such as model.engine")
+
+    def onnx(self, output: Path) -> Path:
+        """Where the ONNX file or folder lies, or will lie."""
+        return Path(self.source) if self.is_onnx else output.with_suffix(".onnx")
+
+    def export(self, onnx: Path, on_progress: OnProgress) -> Policy | None:
+        """Write the ONNX file of a model; the rule that its engine follows unless told otherwise."""
+        from lazy_compile import artifact
+        from lazy_compile.backends.onnx import export_onnx
+        from lazy_compile.cli_models import in_precision, load_lazy, load_model, parse_group, require_inputs
+
+        if self.is_onnx:
+            return None if self.gates is None else artifact.read(self.gates).policy
+        named = in_precision(load_model(self.source, self.shapes, self.device), self.precision)
+        lazy = load_lazy(named, self.gates, self.options)
+        inputs, group = require_inputs(named), parse_group(self.group)
+        export_onnx(lazy, onnx, inputs, gating=self.gating, group=group, on_progress=on_progress)
+        return lazy.policy
+
+    def export_command(self, onnx: Path) -> list[str]:
+        command = ["lazy-compile", "export", self.source, "--output", str(onnx), "--gating", self.gating]
+        for name, value in (("--gates", self.gates), ("--group", self.group), ("--precision", self.precision)):
+            command += [name, str(value)] if value is not None else []
+        for name, values in (("--shape", self.shapes), ("--set", self.options)):
+            command += [word for value in values for word in (name, value)]
+        return command
+
+
+def _build(
+    onnx: Path, output: Path, config: BuildConfig, policy: Policy | None, on_progress: OnProgress
+) -> list[BuildReport]:
+    from lazy_compile.backends.tensorrt_build import build_engine, build_engines
+
+    if onnx.is_dir():
+        return build_engines(onnx, output, config, on_progress=on_progress)
+    return [build_engine(onnx, output, config, policy=policy, on_progress=on_progress)]
+
+
+def _commands(request: _Request, output: Path, config: BuildConfig, trtexec: bool, polygraphy: bool) -> Iterator[str]:
+    """The lines of a shell that do the same with other tools."""
+    from lazy_compile.backends.onnx_masks import MaskSet
+    from lazy_compile.backends.tensorrt_commands import polygraphy_command, trtexec_command
+
+    onnx = request.onnx(output)
+    pairs = [(onnx, output)]
+    if not request.is_onnx:
+        if request.gating == "schedule":
+            raise ConfigError(
+                "how many engines a schedule needs is known after lazy-compile export; give what it wrote"
+            )
+        yield shlex.join(request.export_command(onnx))
+    elif onnx.is_dir():
+        pairs = [(file, output / f"{file.stem}.engine") for file in MaskSet.load(onnx).files.values()]
+    for file, engine in pairs:
+        if trtexec:
+            yield shlex.join(trtexec_command(file, engine, config))
+        if polygraphy:
+            yield shlex.join(polygraphy_command(file, engine, config))
