@@ -1,0 +1,126 @@
+"""Pipelines of diffusers with an exported model in the place of their transformer, ONNX Runtime behind it."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import lazy_compile
+from lazy_compile import AlwaysCompute, CacheSchedule, Scheduled
+from lazy_compile.backends.onnx import export_onnx
+from lazy_compile.backends.onnxruntime import OnnxRunner
+from lazy_compile.errors import ArtifactError, BackendError, ConfigError
+from lazy_compile.integrations.engine_module import EngineModule, observed_call
+from pipelines import CASES, STEPS, Case, wan
+
+# Two of diffusers' schedulers trip over numpy's own deprecation.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+TOLERANCE = 1e-3
+"""Largest difference per unit of the largest value, after a whole trajectory."""
+
+
+Exported = Callable[[str], tuple[Case, Any, Path]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A pipeline with a lazy denoiser, that denoiser, and what was exported for the calls that the pipeline makes."""
+    made: dict[str, tuple[Case, Any, Path]] = {}
+
+    def get(name: str) -> tuple[Case, Any, Path]:
+        if name not in made:
+            case, path = CASES[name](), tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
+            lazy_compile.transform(case.pipe)
+            with observed_call(case.model) as example:
+                case.sample(num_inference_steps=1)
+            export_onnx(case.model, path, example, gating="input", predictors=False)
+            made[name] = case, case.model, path
+        case, lazy, _ = made[name]
+        lazy.policy = AlwaysCompute()
+        replace(case, lazy)
+        return made[name]
+
+    return get
+
+
+def replace(case: Case, module: Any) -> None:
+    setattr(case.pipe, case.denoiser, module)
+
+
+def difference(seen: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((seen - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("dit", "wan") else pytest.mark.zoo) for name in CASES]
+)
+def test_a_pipeline_runs_with_an_exported_model(name: str, exported: Exported) -> None:
+    case, lazy, path = exported(name)
+    for policy in (AlwaysCompute(), Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))):
+        replace(case, lazy)
+        lazy.policy = policy
+        expected = case.sample()
+        replace(case, EngineModule(path, like=lazy, policy=policy))
+        assert difference(case.sample(), expected) < TOLERANCE
+        assert case.model.stats.lazy_ratio == lazy.stats.lazy_ratio
+    assert case.model.stats.lazy_ratio == 0.5
+    assert torch.equal(case.sample(), case.sample()), "a second sample starts afresh"
+
+
+def test_it_is_taken_for_the_original_and_keeps_none_of_its_weights(exported: Exported, tmp_path: Path) -> None:
+    case, path = CASES["dit"](), exported("dit")[2]
+    original = case.model
+    module = EngineModule(OnnxRunner(path), like=original)
+    case.pipe.transformer = module
+    assert isinstance(module, diffusers.DiTTransformer2DModel)
+    assert type(module) is EngineModule
+    assert case.pipe.config["transformer"] == ("diffusers", "DiTTransformer2DModel")
+    assert (module.config, module.dtype, module.device) == (original.config, original.dtype, original.device)
+    assert inspect.signature(module.forward) == inspect.signature(original.forward)
+    assert list(module.parameters()) == []
+    case.sample()
+    weights = weakref.ref(original)
+    del original, module
+    gc.collect()
+    assert weights() is None
+    case.sample()
+    with pytest.raises(BackendError, match="an exported model has no weights to save; copy its file"):
+        case.pipe.save_pretrained(tmp_path / "pipe")
+
+
+def test_a_call_of_other_sizes_says_what_was_exported(exported: Exported) -> None:
+    case, lazy, path = exported("dit")
+    replace(case, EngineModule(path, like=lazy))
+    with pytest.raises(
+        ConfigError, match=r"input 'hidden_states' is float32\[6, 4, 8, 8\]; the model was exported for"
+    ):
+        case.sample(class_labels=[1, 2, 3])
+
+
+def test_conditions_that_are_called_apart_do_not_mix(exported: Exported) -> None:
+    """Without guidance Wan calls once a step; with it twice, each in a cache context of its own."""
+    case, lazy, path = exported("wan")
+    policy = Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))
+    replace(case, EngineModule(path, like=lazy, policy=policy))
+    alone = case.sample(guidance_scale=1.0)
+    prompt = case.arguments["prompt_embeds"]
+    together = case.sample(guidance_scale=5.0, prompt_embeds=prompt, negative_prompt_embeds=prompt)
+    assert difference(together, alone) < TOLERANCE
+    assert len(case.model.denoiser.runner.streams) > 1
+
+
+def test_a_model_of_other_sizes_is_refused(exported: Exported) -> None:
+    _, _, path = exported("dit")
+    with pytest.raises(
+        ArtifactError, match="was exported from another DiTTransformer2DModel than the WanTransformer3D"
+    ):
+        EngineModule(path, like=wan().model)
