@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from lazy_compile.cli_build import build
+from lazy_compile.cli_build import build, export_triton
 from lazy_compile.cli_prepare import calibrate, export, inspect, plan
 from lazy_compile.cli_use import demo, report, run, speed, verify
 from lazy_compile.errors import LazyCompileError
@@ -60,6 +60,7 @@ for group, verb, example in (
     (app, plan, f"plan {_GIVEN} --compute-ratio 0.6 --output schedule"),
     (app, export, "export lazy_compile.demo:model --gates gates --output model.onnx"),
     (app, build, "build lazy_compile.demo:model --gates gates --flavor rtx --precision fp16 --output model.engine"),
+    (app, export_triton, "export-triton model.onnx --gates gates --name denoiser --output models"),
     (app, run, f"run {_GIVEN} --gates gates --onnx model.onnx --output samples.npy"),
     (app, verify, f"verify {_GIVEN} --gates gates --onnx model.onnx"),
     (app, report, "report gates --output gates.html"),

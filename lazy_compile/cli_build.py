@@ -1,4 +1,4 @@
-"""The verb that makes an engine: build."""
+"""The verbs that make something to deploy: build, export-triton."""
 
 from __future__ import annotations
 
@@ -204,3 +204,42 @@ def _commands(request: _Request, output: Path, config: BuildConfig, trtexec: boo
             yield shlex.join(trtexec_command(file, engine, config))
         if polygraphy:
             yield shlex.join(polygraphy_command(file, engine, config))
+
+
+def export_triton(
+    onnx: Annotated[Path, typer.Argument(metavar="ONNX", help="What export wrote with --gating predicate or input.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The repository: the folder of all models.")],
+    name: Annotated[str, typer.Option(help="Of the model in the repository.")] = "denoiser",
+    gates: given.Gates = None,
+    embed_gates: Annotated[
+        bool, typer.Option(help="Put the gates or the schedule into the graph; else every request brings its row.")
+    ] = True,
+    backend: Annotated[
+        Literal["onnxruntime", "tensorrt"], typer.Option(help="tensorrt builds an engine on and for the GPU at hand.")
+    ] = "onnxruntime",
+    sequences: Annotated[int, typer.Option(help="Trajectories that one instance keeps at once.")] = 16,
+    idle_seconds: Annotated[float, typer.Option(help="After which an unfinished trajectory is dropped.")] = 60.0,
+    json: given.Json = False,
+) -> None:
+    """Write a model repository for the Triton Inference Server: a trajectory is a sequence, its caches are its state.
+
+    The first request of a trajectory is sent with sequence_start, which makes every branch compute. With the policy in
+    the graph (the default) a request brings nothing but what the original model takes.
+    """
+    from lazy_compile import artifact
+    from lazy_compile.backends.triton import export_triton as write
+    from lazy_compile.cli_tables import facts, plain, show, size
+
+    saved = None if gates is None else artifact.read(gates)
+    if saved is not None and embed_gates and (saved.config.warmup_steps > 1 or saved.config.max_reuse_age is not None):
+        raise ConfigError(
+            f"{gates} has warmup_steps or max_reuse_age, which no graph knows about; plan or calibrate without them, "
+            "or give --no-embed-gates and let the client decide"
+        )
+    policy = None if saved is None else saved.policy
+    report = write(
+        onnx, output, name, policy=policy, embed_gates=embed_gates, backend=backend, sequences=sequences,
+        idle_seconds=idle_seconds,
+    )  # fmt: skip
+    values = plain(report)
+    show(values, json, facts({**values, "cache_bytes": size(report.cache_bytes)}))

@@ -288,7 +288,7 @@ def test_unforeseen_errors_are_not_swallowed() -> None:
 
 
 def verbs() -> list[tuple[str, ...]]:
-    names = ["inspect", "calibrate", "plan", "export", "build", "run", "verify", "report", "demo"]
+    names = ["inspect", "calibrate", "plan", "export", "build", "export-triton", "run", "verify", "report", "demo"]
     return [*((name,) for name in names), ("bench", "speed")]
 
 

@@ -1,0 +1,193 @@
+"""Model repositories for the Triton Inference Server: caches as implicit state, one sequence for each trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lazy_compile.backends.onnx_embed import NEXT_STEP, START, STEP, add_start, embed_policy
+from lazy_compile.backends.onnx_metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx_save import save_model
+from lazy_compile.backends.tensorrt_build import build_engine
+from lazy_compile.backends.tensorrt_config import BuildConfig
+from lazy_compile.errors import ArtifactError, ConfigError, import_optional
+from lazy_compile.policy import AlwaysCompute, Policy
+from lazy_compile.storage import atomic_path
+
+if TYPE_CHECKING:
+    from onnx_ir import Model, Value
+
+Backend = Literal["onnxruntime", "tensorrt"]
+
+TYPES = {
+    "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32",
+    "BOOL": "TYPE_BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TritonReport:
+    """What was written.
+
+    Attributes:
+        path: the model's folder in the repository.
+        backend: which of Triton's backends runs it.
+        inputs: what a request brings.
+        outputs: what it gets.
+        states: what the server keeps for each sequence.
+        cache_bytes: of one sequence, as the server keeps it.
+        embedded: whether the policy stands in the graph.
+    """
+
+    path: Path
+    backend: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    states: tuple[str, ...]
+    cache_bytes: int
+    embedded: bool
+
+
+def export_triton(
+    onnx: str | Path,
+    repository: str | Path,
+    name: str,
+    *,
+    policy: Policy | None = None,
+    embed_gates: bool = True,
+    backend: Backend = "onnxruntime",
+    build: BuildConfig | None = None,
+    sequences: int = 16,
+    idle_seconds: float = 60.0,
+) -> TritonReport:
+    """Write ``repository/name`` for Triton: ``config.pbtxt`` and the model as version 1.
+
+    A trajectory is a sequence: its first request has ``sequence_start``, and the server keeps its caches until its
+    last one or until it is idle for too long. The start is an input of the model, which forces every branch to compute,
+    so what a server fills new states with is never read.
+
+    Args:
+        onnx: what ``export_onnx`` wrote with ``gating="predicate"`` or ``"input"``.
+        repository: the folder of all models.
+        name: of the model.
+        policy: the rule that decides; None computes everything.
+        embed_gates: put the policy into the graph, so that a request brings nothing but what the original takes. Else
+            every request brings its row of the gate table, or its decisions.
+        backend: ``"tensorrt"`` builds an engine for the GPU at hand, which must be that of the server.
+        build: options of that build.
+        sequences: how many trajectories one instance of the model keeps at once.
+        idle_seconds: after which an unfinished trajectory is given up.
+
+    Raises:
+        ConfigError: the policy and the gating do not go together, or an option is out of range.
+        ArtifactError: the file was not written by ``export_onnx``, or the repository cannot be written to.
+        BackendError: the engine cannot be built.
+    """
+    if backend not in get_args(Backend):
+        raise ConfigError(f"backend is {backend!r}; expected one of {', '.join(map(repr, get_args(Backend)))}")
+    if sequences < 1 or idle_seconds <= 0:
+        raise ConfigError(f"sequences is {sequences}, idle_seconds is {idle_seconds}; use 1 or more, and more than 0")
+    model, metadata = _read(Path(onnx))
+    add_start(model)
+    if embed_gates:
+        embed_policy(model, metadata, policy or AlwaysCompute())
+    states = _states(model, metadata)
+    folder = Path(repository) / name
+    file = folder / "1" / "model.onnx"
+    if backend == "tensorrt":
+        file = folder / "model.onnx"  # beside the versions, where the server does not look
+    save_model(model, file)
+    if backend == "tensorrt":
+        build_engine(file, folder / "1" / "model.plan", build or BuildConfig())
+    text = "\n".join(_config(name, backend, model, metadata, states, sequences, idle_seconds))
+    with atomic_path(folder / "config.pbtxt") as temporary:
+        temporary.write_text(text + "\n")
+    kept = {value for pair in states for value in pair}
+    return TritonReport(
+        folder,
+        backend,
+        tuple(str(value.name) for value in model.graph.inputs if value not in kept and value.name != START),
+        tuple(str(value.name) for value in model.graph.outputs if value not in kept),
+        tuple(str(value.name) for value, _ in states),
+        sum(_bytes(value) for value, _ in states),
+        embed_gates,
+    )
+
+
+def _read(path: Path) -> tuple[Model, OnnxMetadata]:
+    ir = import_optional("onnx_ir", "onnx")
+    try:
+        model = ir.load(path)
+    except Exception as error:
+        raise ArtifactError(f"cannot read {path} as ONNX ({first_line(error)}); export the model again") from error
+    metadata = OnnxMetadata.parse(model.metadata_props)
+    if metadata.gating == "schedule":
+        raise ConfigError(
+            "a server keeps one model for a sequence, and gating='schedule' makes several; export with gating='input' "
+            "and give the schedule as policy"
+        )
+    # What it says about itself is no longer true of the result.
+    del model.metadata_props[KEY]
+    return model, metadata
+
+
+def _states(model: Model, metadata: OnnxMetadata) -> list[tuple[Value, Value]]:
+    """What is kept between requests: input, and the output that is its next value."""
+    pairs = {slot.input: slot.output for slot in metadata.slots} | {STEP: NEXT_STEP}
+    outputs = {value.name: value for value in model.graph.outputs}
+    return [
+        (value, outputs[pairs[str(value.name)]])
+        for value in model.graph.inputs
+        if value.name in pairs and pairs[str(value.name)] in outputs
+    ]
+
+
+def _config(
+    name: str,
+    backend: Backend,
+    model: Model,
+    metadata: OnnxMetadata,
+    states: Sequence[tuple[Value, Value]],
+    sequences: int,
+    idle_seconds: float,
+) -> Iterator[str]:
+    """``config.pbtxt``. There is no batch axis for the server: a model has the sizes that it was exported with."""
+    kept = {value for pair in states for value in pair}
+    yield f'name: "{name}"'
+    yield 'platform: "tensorrt_plan"' if backend == "tensorrt" else 'backend: "onnxruntime"'
+    yield "max_batch_size: 0"
+    for role, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
+        for value in (value for value in values if value not in kept and value.name != START):
+            yield f'{role} {{ name: "{value.name}" data_type: {_type(value)} {_dims(value)} }}'
+    yield "sequence_batching {"
+    yield f"  max_sequence_idle_microseconds: {round(idle_seconds * 1e6)}"
+    yield f"  oldest {{ max_candidate_sequences: {sequences} }}"
+    yield f'  control_input {{ name: "{START}"'
+    yield "    control { kind: CONTROL_SEQUENCE_START bool_false_true: [ false, true ] } }"
+    for given, following in states:
+        sizes = f"data_type: {_type(given)} dims: [ {', '.join(map(str, _shape(given)))} ]"
+        yield f'  state {{ input_name: "{given.name}" output_name: "{following.name}" {sizes}'
+        yield f'    initial_state {{ name: "zero" {sizes} zero_data: true }} }}'
+    yield "}"
+
+
+def _dims(value: Value) -> str:
+    sizes = _shape(value)
+    return f"dims: [ {', '.join(map(str, sizes))} ]" if sizes else "dims: [ 1 ] reshape { shape: [ ] }"
+
+
+def _shape(value: Value) -> list[int]:
+    return [] if value.shape is None else list(value.shape.numpy())
+
+
+def _type(value: Value) -> str:
+    return TYPES[str(value.dtype.name if value.dtype is not None else "FLOAT")]
+
+
+def _bytes(value: Value) -> int:
+    count: Any = 1
+    for size in _shape(value):
+        count *= size
+    return int(count * (value.dtype.itemsize if value.dtype is not None else 4))
