@@ -51,6 +51,9 @@ def build(
     workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Limit of scratch memory.")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="0 builds fast, 5 searches longest.")] = None,
     tf32: Annotated[bool, typer.Option(help="Whether float32 products may run in TF32.")] = True,
+    sanitize: Annotated[
+        bool, typer.Option("--sanitize", help="Let Polygraphy fold constants first; dropped if it moves a branch.")
+    ] = False,
     any_onnx: Annotated[bool, typer.Option("--any-onnx", help="Also take ONNX that export did not write.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; needs no TensorRT.")] = False,
     print_trtexec: Annotated[
@@ -89,6 +92,7 @@ def build(
         optimization_level=optimization_level,
         timing_cache=timing_cache,
         tf32=tf32,
+        sanitize=sanitize,
     )
     parse_group(group)
     request = _Request(source, gating, group, precision, gates, tuple(shape or ()), tuple(options or ()), device)
@@ -100,11 +104,12 @@ def build(
     with tempfile.TemporaryDirectory() as folder, progress_bars(not json) as on_progress:
         onnx = request.onnx(Path(folder) / "model.engine" if dry_run else output)
         policy = request.export(onnx, on_progress)
-        if not any_onnx and onnx.is_file():
+        if request.is_onnx and onnx.is_file() and not any_onnx:
             OnnxSource.read(onnx).require_lazy()
-        if not dry_run:
+        if dry_run:
+            seen = preview(onnx)
+        else:
             reports = _build(onnx, output, config, policy, on_progress)
-        seen = preview(onnx)
     if dry_run:
         show(preview_values(seen, request.source, output), json, *preview_tables(seen))
         return

@@ -50,7 +50,8 @@ def test_one_command_measures_what_is_here(tmp_path: Path) -> None:
     assert len(result["verdicts"]) == len(models) * len(kinds)
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["gated_ms"] / row["dense_ms"])
-        assert (row["reuse"] == 0) == (row["ideal"] == 1)
+        assert row["ideal"] == 1 if row["reuse"] == 0 else row["ideal"] <= 1
+        assert row["reuse"] < 1 or row["ideal"] < 1
     assert "us a gate" in done.stdout
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,16 @@ class OnnxSource:
         tensors: its inputs and outputs; free sizes are -1.
         nodes: names of the heavy nodes by conditional, ``""`` for those in none.
         model: the contract of a lazy model; None if ``export_onnx`` did not write the file.
-        proto: its ``ModelProto``, without weights that lie in files of their own.
+        weight_bytes: of all weights, wherever they lie.
+        sha256: of all content; names of files with weights, which are drawn anew at every export, do not count.
     """
 
     path: Path
     tensors: tuple[EngineTensor, ...]
     nodes: dict[str, tuple[str, ...]]
     model: OnnxMetadata | None
-    proto: Any
+    weight_bytes: int
+    sha256: str
 
     @classmethod
     def read(cls, path: str | Path) -> OnnxSource:
@@ -42,16 +44,15 @@ class OnnxSource:
         onnx = import_optional("onnx", "onnx")
         try:
             proto = onnx.load(str(path), load_external_data=False)
-            for name in _external(proto):
-                if not (path.parent / name).is_file():
-                    raise FileNotFoundError(f"No such file: {path.parent / name}")
             nodes = heavy_nodes(proto)
             tensors = tuple(_tensors(proto.graph))
+            weight_bytes = sum(map(_bytes, proto.graph.initializer))
+            digest = _digest(proto, path.parent)
         except Exception as error:  # protobuf's, and the operating system's
             raise ArtifactError(f"cannot read {path} as ONNX ({first_line(error)}); export the model again") from error
         properties = {item.key: item.value for item in proto.metadata_props}
         model = OnnxMetadata.parse(properties) if KEY in properties else None
-        return cls(path, tensors, nodes, model, proto)
+        return cls(path, tensors, nodes, model, weight_bytes, digest)
 
     def require_lazy(self) -> OnnxMetadata:
         """The contract of the lazy model.
@@ -66,45 +67,23 @@ class OnnxSource:
             )
         return self.model
 
-    @cached_property
-    def sha256(self) -> str:
-        """Of all its content; the names of files with weights, which are drawn anew at every export, do not count."""
-        content = hashlib.sha256()
-        try:
-            for name in _external(self.proto):
-                with (self.path.parent / name).open("rb") as file:
-                    content.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise ArtifactError(f"cannot read the weights of {self.path}: {error}; export the model again") from error
-        entries = _locations(self.proto)
-        names = [entry.value for entry in entries]
-        for entry in entries:
-            entry.value = ""
-        content.update(self.proto.SerializeToString(deterministic=True))
-        for entry, name in zip(entries, names, strict=True):
-            entry.value = name
-        return content.hexdigest()
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of all weights, wherever they lie."""
-        onnx = import_optional("onnx", "onnx")
-        total = 0
-        for item in self.proto.graph.initializer:
-            count = 1
-            for size in item.dims:
-                count *= size
-            total += count * int(onnx.helper.tensor_dtype_to_np_dtype(item.data_type).itemsize)
-        return total
+def _digest(proto: Any, folder: Path) -> str:
+    """See :attr:`OnnxSource.sha256`; the names are taken out of ``proto``."""
+    content = hashlib.sha256()
+    entries = [entry for item in proto.graph.initializer for entry in item.external_data if entry.key == "location"]
+    for name in sorted({str(entry.value) for entry in entries}):
+        with (folder / name).open("rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    for entry in entries:
+        entry.value = ""
+    content.update(proto.SerializeToString(deterministic=True))
+    return content.hexdigest()
 
 
-def _locations(proto: Any) -> list[Any]:
-    entries = [entry for item in proto.graph.initializer for entry in item.external_data]
-    return [entry for entry in entries if entry.key == "location"]
-
-
-def _external(proto: Any) -> list[str]:
-    return sorted({str(entry.value) for entry in _locations(proto)})
+def _bytes(weight: Any) -> int:
+    onnx = import_optional("onnx", "onnx")
+    return prod(weight.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
 
 
 def _tensors(graph: Any) -> list[EngineTensor]:
