@@ -54,6 +54,6 @@ def test_dit_xl_2_is_built_in_three_minutes_and_eight_gigabytes(gating: str, tmp
     assert found["problems"] == []
     assert (found["branches"], found["host_copies"], found["fused_attention"]) == (56, 56, 28)
     assert found["host_copies_before_first_branch"] == (1 if gating == "predicate" else 56)
-    assert found["heavy_inside"] >= 28 * 7
+    assert found["heavy_inside"] == 28 * 5  # query, key and value in one; attention; and three projections
     assert found["seconds"] < SECONDS
     assert found["gigabytes"] < GIGABYTES
