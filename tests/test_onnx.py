@@ -27,6 +27,7 @@ from lazy_compile.errors import ArtifactError, BackendError, ConfigError
 from lazy_compile.policy import GateQuery, Policy
 from lowering import STEPS, knots, random_gates
 from models import TOYS, call, randomize, trajectory
+from small import SMALL, Small
 
 TOLERANCE = 1e-4
 
@@ -245,6 +246,22 @@ def test_opsets(tmp_path: Path, compiled: Callable[..., LazyModule], opset: int)
     export_onnx(compiled("windowed"), tmp_path / "m.onnx", opset=opset)
     assert {item.domain: item.version for item in onnx.load(tmp_path / "m.onnx").opset_import} == {"": opset}
     OnnxRunner(tmp_path / "m.onnx", threads=1).run(call(TOYS["windowed"]))
+
+
+class DividesByAlmostNothing(Small):
+    """A safe division, as linear attention has it: zero over zero."""
+
+    def enter(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        zero = torch.relu(-x.abs())
+        return super().enter(x, t) + zero / (zero + 1e-15) + zero / (1.0 - 1.0 + zero - -1e-9)
+
+
+def test_tiny_addends_are_kept(tmp_path: Path) -> None:
+    lazy = lazy_compile.transform(randomize(DividesByAlmostNothing()).eval(), call(SMALL))
+    export_onnx(lazy, tmp_path / "m.onnx", gating="input")
+    (output,) = OnnxRunner(tmp_path / "m.onnx", threads=1).run(call(SMALL), force="compute")
+    with torch.no_grad():
+        torch.testing.assert_close(output, lazy(**call(SMALL)), atol=TOLERANCE, rtol=0.0)
 
 
 def test_another_example_call_fixes_other_sizes(tmp_path: Path, compiled: Callable[..., LazyModule]) -> None:

@@ -24,6 +24,8 @@ from lazy_compile.slots import LOGITS
 if TYPE_CHECKING:
     from onnx_ir import Model, Value
 
+aten = torch.ops.aten
+
 
 class _Exportable(nn.Module):
     """A flat program that finds its parameters in the original model, so that they keep their names."""
@@ -41,8 +43,17 @@ class _Exportable(nn.Module):
         return tuple(result for result in results if isinstance(result, Tensor))
 
 
+TINY = 1e-7
+"""The exporter takes an addend of less than 1e-8 for zero and drops it, as in ``x / (sum + 1e-15)``."""
+
+CONSTANT = "Constant"
+"""Stands for an addend that the exporter must not see."""
+
+_ADDITIONS = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
+
+
 class _Tracer(fx.Interpreter):
-    """Runs a flat program under export: selects become ONNX nodes."""
+    """Runs a flat program under export: selects become ONNX nodes, and so do tiny addends."""
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target is torch.ops.lazy_compile.select.default:
@@ -55,6 +66,12 @@ class _Tracer(fx.Interpreter):
                 shape=computed.shape,
                 version=1,
             )
+        if n.target in _ADDITIONS and isinstance(n.args[1], float) and 0 < abs(n.args[1]) < TINY:
+            value = self.fetch_args_kwargs_from_env(n)[0][0]
+            amount = torch.onnx.ops.symbolic(
+                f"{DOMAIN}::{CONSTANT}", (value,), {"value": n.args[1]}, dtype=value.dtype, shape=(), version=1
+            )
+            return (aten.add if n.target in _ADDITIONS[:2] else aten.sub).Tensor(value, amount, *n.args[2:], **n.kwargs)
         return super().run_node(n)
 
 
@@ -82,6 +99,7 @@ def convert(original: nn.Module, program: Program, example: Sequence[Tensor], op
     model = converted.model
     if model.opset_imports[""] != opset:
         raise BackendError(f"the exporter wrote opset {model.opset_imports['']}, not {opset}; ask for that one")
+    _reveal_constants(model)
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         _, marked, rest = scopes.partition(f"'{MARK}.")
@@ -89,6 +107,19 @@ def convert(original: nn.Module, program: Program, example: Sequence[Tensor], op
         if marked:
             node.metadata_props[MARK] = rest.partition("'")[0]
     return model
+
+
+def _reveal_constants(model: Model) -> None:
+    ir = import_optional("onnx_ir", "onnx")
+    hidden = [node for node in model.graph if node.domain == DOMAIN and node.op_type == CONSTANT]
+    for node in hidden:
+        (result,) = node.outputs
+        tensor = ir.tensor(node.attributes["value"].as_float(), dtype=result.dtype, name=result.name)
+        value = ir.Value(name=result.name, shape=tensor.shape, type=ir.TensorType(result.dtype), const_value=tensor)
+        result.name = f"{result.name}.hidden"
+        model.graph.register_initializer(value)
+        result.replace_all_uses_with(value)
+    model.graph.remove(hidden, safe=True)
 
 
 def _without_einsum(exported: ExportedProgram) -> ExportedProgram:

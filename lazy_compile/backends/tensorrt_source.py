@@ -83,7 +83,7 @@ def _digest(proto: Any, folder: Path) -> str:
 
 def _bytes(weight: Any) -> int:
     onnx = import_optional("onnx", "onnx")
-    return prod(weight.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
+    return int(prod(weight.dims)) * int(onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
 
 
 def _tensors(graph: Any) -> list[EngineTensor]:
