@@ -21,13 +21,12 @@ FOLDER = Path(__file__).parents[1] / "examples" / "gpu_measure"
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(FOLDER))
+    import lean_steps
     import measure
     import runtimes
     import shapes
 
-    import graphs
-
-    return {"graphs": graphs, "measure": measure, "runtimes": runtimes, "shapes": shapes}
+    return {"lean_steps": lean_steps, "measure": measure, "runtimes": runtimes, "shapes": shapes}
 
 
 @pytest.mark.slow
@@ -84,7 +83,7 @@ def test_lean_steps_are_those_of_the_lazy_model(modules: Any) -> None:
     lazy = lazy_compile.transform(model, inputs, reuse="last")
     table = np.array([[True] * 4, [True, False, False, True], [False] * 4, [False, True, True, False]])
     lazy.policy = lazy_compile.Scheduled(lazy_compile.CacheSchedule(table))
-    steps = modules["graphs"].LeanSteps(lazy, inputs)
+    steps = modules["lean_steps"].LeanSteps(lazy, inputs)
     with torch.no_grad():
         for row in table:
             torch.testing.assert_close(steps.step(row)()[0], lazy(**inputs)[0])

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from lean_steps import LeanSteps, captured
 
-from graphs import LeanSteps, captured
 from lazy_compile import CacheSchedule, LazyConfig, LazyModule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnx import export_onnx
