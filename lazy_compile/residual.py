@@ -54,10 +54,10 @@ def find_candidates(
        container and refused; unless it owns more heavy operators than the branches that it holds, which are then part
        of it (a temporal convolution with a skip of its own, inside an MLP).
     6. The body also takes heavy operators that feed nothing but it and do not depend on the skip (keys and values of a
-       text), with what lies between, back to the nearest residual add or other body, and the views behind it that
-       unfold the batch axis of an output.
+       text), with what lies between, back to the nearest residual add or other body.
     7. If it has more outputs than adds, it goes on to where they meet, as long as nothing but constants joins them on
-       the way (the product with a gate made from the same tokens, the weighted sum of experts).
+       the way (the product with a gate made from the same tokens, the weighted sum of experts), and to the views behind
+       it that unfold the batch axis of an output.
 
     ``activations`` is the set of nodes that depend on the model's inputs, and not on parameters alone.
     """
@@ -97,8 +97,8 @@ def find_candidates(
     for candidate in candidates:
         if not candidate.refusal:
             candidate.body |= _exclusive_producers(flow, candidate, heavy_bits, taken)
-            candidate.body = flow.hull(candidate.body | unfolding_views(flow, candidate.body, batch_symbol))
             candidate.body = _until_outputs_meet(flow, candidate, activations, taken)
+            candidate.body = flow.hull(candidate.body | unfolding_views(flow, candidate.body, batch_symbol))
             taken |= candidate.body
     _refuse_entangled(flow, candidates)
     return candidates

@@ -18,6 +18,9 @@ from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program
 from lazy_compile.rows import axis_of_size, is_measurable
 
+_NAME = "name_in_branch"
+"""``node.meta[_NAME]`` is the name that an output of an outlined branch had: another branch may read it under that."""
+
 
 @dataclass(frozen=True)
 class OutlineBranches(GraphPass):
@@ -62,7 +65,7 @@ def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) 
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in tensors:
-        copies[node] = graph.placeholder(node.name)
+        copies[node] = graph.placeholder(node.meta.get(_NAME, node.name))
         copies[node].meta = {"val": value_of(node)}
     inputs = list(tensors)
     for size in (node for node in external if isinstance(value_of(node), torch.SymInt)):
@@ -86,7 +89,7 @@ def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) 
     for position, node in enumerate(outputs):
         with program.graph.inserting_after(after):
             after = program.graph.call_function(operator.getitem, (call, position))
-        after.meta = {key: value for key, value in node.meta.items() if key != TAG}
+        after.meta = {key: value for key, value in node.meta.items() if key != TAG} | {_NAME: node.name}
         for user in [user for user in node.users if user not in inside]:
             user.replace_input_with(node, after)
     for node in reversed(body):

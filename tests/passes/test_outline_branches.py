@@ -215,3 +215,21 @@ def test_the_call_and_its_results_say_what_they_carry() -> None:
     assert call.meta[TAG] == 0
     assert [value.shape for value in call.meta["val"]] == [item.meta["val"].shape]
     assert TAG not in item.meta
+
+
+def test_a_branch_may_read_what_another_branch_returned() -> None:
+    source = """
+        q = linear(x, w)
+        a = scaled_dot_product_attention(q, q, q)
+        d = linear(a, w)
+        h = add.Tensor(x, d)
+        k = linear(s, w)
+        q2 = linear(d, w)
+        a2 = scaled_dot_product_attention(q2, k, k)
+        y = add.Tensor(h, a2)
+        return y
+    """
+    found = outline(source)
+    assert [entry.name for entry in found.branches[1].entries] == ["d"]
+    assert "d" in [node.name for node in body(found, 1).graph.find_nodes(op="placeholder")]
+    assert_same_results(source)

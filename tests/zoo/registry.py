@@ -9,8 +9,11 @@ from typing import Any
 
 from torch import nn
 
-Build = Callable[[], tuple[nn.Module, dict[str, Any]]]
-"""Makes a model with random weights and the keyword inputs of one call (batch 2 where it takes a batch)."""
+Family = tuple[nn.Module, dict[str, Any]]
+"""A model, and the keyword arguments of one call: the latents first, and two rows where it takes a batch. Nothing but
+the batch has the size 2 on a first axis or in a list, so that single rows can be told."""
+
+Build = Callable[[], Family]
 
 _ZOO: dict[str, Build] = {}
 
