@@ -27,7 +27,7 @@ from lazy_compile.policy import AlwaysCompute, Learned, Policy, Scheduled
 from lazy_compile.schedule import CacheSchedule
 from lazy_compile.storage import atomic_path, load_json, load_tensors, save_json
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "lazy.json"
 
 _TOP = {"format": int, "config": dict, "policy": dict, "model": dict, "branches": list}
@@ -35,7 +35,7 @@ _MODEL = {"fingerprint": str, "capture": str, "attempts": list, "guarded_inputs"
 _BRANCH = {"name": str, "kind": str, "gate_features": int}
 _POLICIES: dict[str, dict[str, Any]] = {
     "always_compute": {"kind": str},
-    "scheduled": {"kind": str, "should_compute": list},
+    "scheduled": {"kind": str, "should_compute": list, "slopes": list | None},
     "learned": {"kind": str, "shift": float, "delayed": bool, "interpolation": str, "gates": str},
 }
 
@@ -172,7 +172,8 @@ def _write_policy(policy: Policy, folder: Path) -> dict[str, Any]:
     if type(policy) is AlwaysCompute:
         return {"kind": "always_compute"}
     if type(policy) is Scheduled:
-        return {"kind": "scheduled", "should_compute": policy.schedule.to_json()["should_compute"]}
+        written = policy.schedule.to_json()
+        return {"kind": "scheduled", "should_compute": written["should_compute"], "slopes": written["slopes"]}
     if type(policy) is Learned:
         table = policy.table
         tensors = {"knots": table.knots, "weight": table.weight, "bias": table.bias}
@@ -211,7 +212,7 @@ def _read_policy(values: dict[str, Any], manifest: Path, features: Sequence[int]
     _check(values, _POLICIES[kind], manifest, "policy.")
     try:
         if kind == "scheduled":
-            return Scheduled(_read_schedule(values["should_compute"], len(features)))
+            return Scheduled(_read_schedule(values["should_compute"], values["slopes"], len(features)))
         if kind == "learned":
             return Learned(_read_table(values, manifest, features), values["shift"], values["delayed"])
     except ConfigError as error:
@@ -219,11 +220,15 @@ def _read_policy(values: dict[str, Any], manifest: Path, features: Sequence[int]
     return AlwaysCompute()
 
 
-def _read_schedule(rows: list[Any], branches: int) -> CacheSchedule:
+def _read_schedule(rows: list[Any], slopes: list[Any] | None, branches: int) -> CacheSchedule:
     whole = all(isinstance(row, list) and len(row) == branches and all(x in (0, 1) for x in row) for row in rows)
     if not whole:
         raise ConfigError(f"policy.should_compute is not a table of 0 and 1 with {branches} columns, one per branch")
-    return CacheSchedule(np.array(rows, dtype=bool))
+    try:
+        table = None if slopes is None else np.array(slopes, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"policy.slopes is not a table of numbers ({error})") from error
+    return CacheSchedule(np.array(rows, dtype=bool), table)
 
 
 def _read_table(values: dict[str, Any], manifest: Path, features: Sequence[int]) -> GateTable:

@@ -8,6 +8,9 @@ cache, so that little is written. Time is kept for all G branches together, in v
 - ``gap: float32[G]``, steps between its last two computations, infinite before the second;
 - ``moved: float32[G]``, how many deltas the cache was moved since it was computed.
 
+``slope: float32[G]`` comes in at every step: how far a branch follows the line through its last two computed outputs.
+1 is linear extrapolation, 0 repeats the last output.
+
 While gap is infinite nothing moves: delta is void then, but must be finite. Slots of zeros are a good start.
 """
 
@@ -24,23 +27,26 @@ aten = torch.ops.aten
 CLOCK = {"age": math.inf, "gap": math.inf, "moved": 0.0}
 """The slots that keep time, and what they start from."""
 
+SLOPE = "slope"
+"""The input that says how far each branch follows its line: ``float32[G]``."""
+
 SCALARS = ("shift", "moved")
 """What a branch needs of the clock: by how many deltas its cache moves if it is reused now, and by how many it was
 moved before."""
 
 
-def read_clock(age: Any, gap: Any, moved: Any) -> Any:
+def read_clock(age: Any, gap: Any, moved: Any, slope: Any) -> Any:
     """``shift: float32[G]``, which follows the line through the last two computed values to this step."""
-    return aten.sub.Tensor(_target(age, gap), moved)
+    return aten.sub.Tensor(_target(age, gap, slope), moved)
 
 
-def advance_clock(computes: Any, age: Any, gap: Any, moved: Any) -> tuple[Any, Any, Any]:
+def advance_clock(computes: Any, age: Any, gap: Any, moved: Any, slope: Any) -> tuple[Any, Any, Any]:
     """The clock behind a step in which ``computes: bool[G]`` computed."""
     older = aten.add.Tensor(age, 1.0)
     return (
         aten.where.ScalarSelf(computes, 0.0, older),
         aten.where.self(computes, older, gap),
-        aten.where.ScalarSelf(computes, 0.0, _target(age, gap)),
+        aten.where.ScalarSelf(computes, 0.0, _target(age, gap, slope)),
     )
 
 
@@ -70,9 +76,9 @@ def new_deltas(
     )
 
 
-def _target(age: Any, gap: Any) -> Any:
+def _target(age: Any, gap: Any, slope: Any) -> Any:
     """By how many deltas the cache of each branch is to be moved at this step; none while gap is infinite."""
-    deltas = aten.div.Tensor(aten.add.Tensor(age, 1.0), gap)
+    deltas = aten.mul.Tensor(aten.div.Tensor(aten.add.Tensor(age, 1.0), gap), slope)
     return aten.where.ScalarOther(aten.lt.Scalar(gap, math.inf), deltas, 0.0)
 
 

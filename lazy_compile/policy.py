@@ -44,6 +44,10 @@ class Policy(ABC):
     def observe(self, query: GateQuery) -> None:  # noqa: B027, few rules look back
         """What is asked where there is no choice: nothing is cached yet, or the model warms up."""
 
+    def slopes(self, step: int, timestep: float) -> Sequence[float] | None:
+        """For each branch how far linear reuse follows its line: 1 all the way, 0 not at all. None: all the way."""
+        return None
+
     def check(self, branches: Sequence[ResidualBranch]) -> None:  # noqa: B027, not every policy belongs to a model
         """Raise :class:`ConfigError` if this policy was made for another model."""
 
@@ -66,6 +70,10 @@ class Scheduled(Policy):
         if query.step >= self.schedule.steps:
             return True
         return bool(self.schedule.should_compute[query.step, query.branch.index])
+
+    def slopes(self, step: int, timestep: float) -> Sequence[float] | None:
+        slopes = self.schedule.slopes
+        return None if slopes is None or step >= len(slopes) else slopes[step].tolist()
 
     def check(self, branches: Sequence[ResidualBranch]) -> None:
         if self.schedule.branches != len(branches):

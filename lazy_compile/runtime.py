@@ -145,6 +145,7 @@ class PolicyStep:
     planned: Mapping[str, ResidualBranch] | None = None
     leaders: tuple[int, ...] = ()
     _decided: dict[int, Rows] = field(default_factory=dict, init=False)
+    _slopes: dict[int, float] = field(default_factory=dict, init=False)
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index = branch.branch.index
@@ -185,7 +186,12 @@ class PolicyStep:
             decided = self._decided[leader]
             computes = decided if len(decided) == rows else np.full(rows, decided.any())
         self._decided[index] = computes
+        self._slopes[index] = self._slope(planned) if leader == index else self._slopes[leader]
         return computes
+
+    def _slope(self, planned: ResidualBranch | None) -> float:
+        slopes = self.policy.slopes(self.step, self.timestep)
+        return 1.0 if slopes is None or planned is None else slopes[planned.index]
 
     def _query(self, planned: ResidualBranch, branch: LazyBranch, inputs: Sequence[Any]) -> GateQuery:
         return GateQuery(planned, branch.entries(inputs), self.step, self.timestep, self.state.memory)
@@ -243,7 +249,7 @@ class PolicyStep:
         if slot.previous is None:
             return tuple(_usable(value) for value in slot.values)
         distance = np.where(slot.computed_before < 0, np.inf, slot.computed_at - slot.computed_before)
-        factors = (self.step - slot.computed_at) / distance
+        factors = self._slopes[branch.branch.index] * (self.step - slot.computed_at) / distance
         return tuple(
             extrapolate(_usable(value), _usable(previous), factors, output.batch_axis)
             for value, previous, output in zip(slot.values, slot.previous, branch.branch.outputs, strict=True)

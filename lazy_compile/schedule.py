@@ -20,11 +20,16 @@ BoolTable = npt.NDArray[np.bool_]
 class CacheSchedule:
     """``should_compute[step, branch]``: True computes, False reuses (as SmoothCache and cache-dit write it).
 
+    ``slopes[step, branch]`` says how far linear reuse follows the line through the last two computed outputs: 1 all the
+    way, 0 not at all. None stands for 1 everywhere.
+
     Raises:
-        ConfigError: the table is not two-dimensional, or its first step does not compute everything.
+        ConfigError: the table is not two-dimensional, its first step does not compute everything, or the slopes are not
+            finite numbers, one for each decision.
     """
 
     should_compute: BoolTable
+    slopes: npt.NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         table = np.array(self.should_compute, dtype=bool)
@@ -34,9 +39,21 @@ class CacheSchedule:
             raise ConfigError("the first step of a schedule must compute every branch, since no cache exists before it")
         table.flags.writeable = False
         object.__setattr__(self, "should_compute", table)
+        if self.slopes is not None:
+            slopes = np.array(self.slopes, dtype=np.float64)
+            if slopes.shape != table.shape or not np.isfinite(slopes).all():
+                raise ConfigError(
+                    f"slopes of shape {slopes.shape} do not fit a schedule of shape {table.shape}; "
+                    "give one finite number for each decision"
+                )
+            slopes.flags.writeable = False
+            object.__setattr__(self, "slopes", slopes)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, CacheSchedule) and np.array_equal(self.should_compute, other.should_compute)
+        if not isinstance(other, CacheSchedule) or (self.slopes is None) != (other.slopes is None):
+            return False
+        same_slopes = self.slopes is None or np.array_equal(self.slopes, other.slopes)  # type: ignore[arg-type]
+        return same_slopes and np.array_equal(self.should_compute, other.should_compute)
 
     @property
     def steps(self) -> int:
@@ -53,7 +70,12 @@ class CacheSchedule:
 
     def tied(self, leaders: Sequence[int]) -> CacheSchedule:
         """The same table with every branch doing as its leader, see :func:`lazy_compile.grouping.leaders_of`."""
-        return CacheSchedule(self.should_compute[:, list(leaders)])
+        return self.of(leaders)
+
+    def of(self, branches: Sequence[int]) -> CacheSchedule:
+        """The columns of these branches, in this order."""
+        slopes = None if self.slopes is None else self.slopes[:, list(branches)]
+        return CacheSchedule(self.should_compute[:, list(branches)], slopes)
 
     def compute_ratio(self, branch_macs: Sequence[int], total_macs: int) -> float:
         """MACs spent over the MACs of the dense model, always-on parts included."""
@@ -74,6 +96,15 @@ class CacheSchedule:
         return cls(np.repeat(computes[:, None], branches, axis=1))
 
     @classmethod
+    def evenly(cls, count: int, steps: int, branches: int) -> CacheSchedule:
+        """All branches compute at ``count`` steps, the first among them, as evenly spread as can be."""
+        if not 1 <= count <= steps:
+            raise ConfigError(f"count is {count}; of {steps} steps at least the first computes, and at most all")
+        table = np.zeros((steps, branches), dtype=bool)
+        table[np.arange(count) * steps // count] = True
+        return cls(table)
+
+    @classmethod
     def random(cls, lazy_ratio: float, steps: int, branches: int, seed: int) -> CacheSchedule:
         """Reuse drawn uniformly after the first step, with exactly the asked share where it can be reached."""
         if not 0.0 <= lazy_ratio <= 1.0:
@@ -89,6 +120,7 @@ class CacheSchedule:
             "steps": self.steps,
             "branches": self.branches,
             "should_compute": self.should_compute.astype(int).tolist(),
+            "slopes": None if self.slopes is None else self.slopes.tolist(),
         }
 
     @classmethod
@@ -97,8 +129,9 @@ class CacheSchedule:
             table = np.asarray(values["should_compute"])
             if not np.isin(table, (0, 1)).all():
                 raise ValueError("a decision is neither 0 nor 1")
-            return cls(table)
-        except (KeyError, TypeError, ValueError) as error:
+            slopes = values.get("slopes")
+            return cls(table, None if slopes is None else np.asarray(slopes, dtype=np.float64))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
                 f"this is not a schedule ({error!r}); expected a JSON object with should_compute[step][branch]"
             ) from error

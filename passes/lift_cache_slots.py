@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lazy_compile.config import BatchRule, ReuseArm
-from lazy_compile.extrapolation import CLOCK, advance_clock, read_clock
+from lazy_compile.extrapolation import CLOCK, SLOPE, advance_clock, read_clock
 from lazy_compile.gate_ops import add_decision, add_predictor, logit_table
 from lazy_compile.grouping import GateLayout
 from lazy_compile.lazy_branch import LazyBranch, lazy_calls
@@ -41,7 +41,7 @@ class LiftCacheSlots(GraphPass):
        ``delta_{branch}_{output}``. The outputs behind the model's own are the next values of all slots, in the
        order of the inputs, then ``compute_logits: float32[rows, G]``.
     2. Linear reuse moves a cache on by a part of its delta. :mod:`lazy_compile.extrapolation` says how, and names the
-       slots ``float32[G]`` that keep time.
+       slots ``float32[G]`` that keep time, and the input ``slope: float32[G]`` of role GATE.
     3. ``leaders`` says for each branch which one decides for it; G gates belong to those that decide for themselves.
        Empty stands for every branch.
     4. ``gating="predicate"``: inputs of role GATE are one row of a gate table, ``gate_weight: float32[sum of
@@ -72,8 +72,9 @@ class LiftCacheSlots(GraphPass):
         inputs = self._add_inputs(program, [call for call, _ in calls], layout)
         scalars: tuple[fx.Node, ...] = ()
         if self.reuse == "linear":
-            clock = [inputs[name] for name in CLOCK]
-            scalars = (inline(_first_operator(program), formula(list(CLOCK), read_clock), clock), inputs["moved"])
+            clock = [inputs[name] for name in (*CLOCK, SLOPE)]
+            reading = formula([*CLOCK, SLOPE], read_clock)
+            scalars = (inline(_first_operator(program), reading, clock), inputs["moved"])
         logits: dict[int, fx.Node] = {}
         decisions: dict[int, fx.Node] = {}
         for call, lazy in lazy_calls(program):
@@ -100,6 +101,7 @@ class LiftCacheSlots(GraphPass):
         with sample.fake_mode:
             if self.reuse == "linear":
                 slots |= {name: torch.empty(count, device=sample.device) for name in CLOCK}
+                gates[SLOPE] = torch.empty(count, device=sample.device)
             if self.gating == "input":
                 empty = torch.empty((), dtype=torch.bool, device=sample.device)
                 gates |= {decision_name(index): empty for index in layout.gates}
@@ -156,8 +158,8 @@ class LiftCacheSlots(GraphPass):
                 names = [decision_name(index) for index in decisions]
                 program.graph_module.add_submodule(DECISIONS, formula(names, lambda *each: aten.stack.default(each)))
                 computes = program.graph.call_module(DECISIONS, tuple(decisions.values()))
-                clock = formula(["computes", *CLOCK], advance_clock)
-                times = inline(output, clock, [computes, *(inputs[name] for name in CLOCK)])
+                clock = formula(["computes", *CLOCK, SLOPE], advance_clock)
+                times = inline(output, clock, [computes, *(inputs[name] for name in (*CLOCK, SLOPE))])
                 state.update(zip(CLOCK, times, strict=True))
             if logits:
                 state[LOGITS] = logit_table(program, logits)

@@ -81,8 +81,10 @@ class Replay:
             if item.role is Role.SLOT:
                 values.append(self.slots.setdefault(item.name, self._initial(item.name, fake)))
             elif item.role is Role.GATE:
-                assert row is not None
-                values.append(row.weight if item.name == "gate_weight" else row.bias)
+                given = {"slope": torch.ones(fake.shape)}
+                if row is not None:
+                    given |= {"gate_weight": row.weight, "gate_bias": row.bias}
+                values.append(given[item.name])
         results = list(program.graph_module(*values))
         own = len(results) - program.state_outputs
         state = dict(zip(state_names(program), results[own:], strict=True))

@@ -25,9 +25,13 @@ class Oracle:
         modules: path of the module whose output is branch 0, 1, ...
         decide: a :data:`Decision`, or a table ``bool[steps, branches]`` or ``bool[steps, branches, rows]``.
         reuse: ``"last"`` or ``"linear"``.
+        slopes: ``float[steps, branches]``, how far a reuse follows the line; None: all the way.
     """
 
-    def __init__(self, model: nn.Module, modules: Sequence[str], decide: Any, reuse: str) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Sequence[str], decide: Any, reuse: str, slopes: np.ndarray | None = None
+    ) -> None:
+        self.slopes = slopes
         self.model, self.modules, self.reuse = model, list(modules), reuse
         self.decide: Decision = decide if callable(decide) else _by_table(np.asarray(decide, dtype=bool))
         self.decisions: list[list[list[bool]]] = []
@@ -68,7 +72,8 @@ class Oracle:
         if self.reuse == "last" or len(computed) < 2:
             return value
         step_before, value_before = computed[-2]
-        return value + (self.step - step) / (step - step_before) * (value - value_before)
+        slope = 1.0 if self.slopes is None else float(self.slopes[self.step, branch])
+        return value + slope * (self.step - step) / (step - step_before) * (value - value_before)
 
 
 def _by_table(table: np.ndarray) -> Decision:

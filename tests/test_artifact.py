@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,6 +59,10 @@ def gate_file(folder: Path) -> Path:
     return file
 
 
+def with_slopes(schedule: CacheSchedule) -> CacheSchedule:
+    return CacheSchedule(schedule.should_compute, np.full(schedule.should_compute.shape, 0.5))
+
+
 def refusal(folder: Path, model: nn.Module | None = None) -> str:
     with pytest.raises(ArtifactError) as error:
         lazy_compile.load(folder, model or tiny_model())
@@ -70,9 +75,10 @@ def refusal(folder: Path, model: nn.Module | None = None) -> str:
     [
         lambda lazy: AlwaysCompute(),
         lambda lazy: Scheduled(CacheSchedule.random(0.5, 5, len(lazy.branches), seed=1)),
+        lambda lazy: Scheduled(with_slopes(CacheSchedule.random(0.5, 5, len(lazy.branches), seed=1))),
         lambda lazy: Learned(gates(lazy), shift=-0.5),
     ],
-    ids=["always compute", "scheduled", "learned"],
+    ids=["always compute", "scheduled", "with slopes", "learned"],
 )
 def test_loaded_model_decides_and_samples_as_the_saved_one(
     lazy: LazyModule, tmp_path: Path, policy_of: Callable[[LazyModule], Policy]
@@ -201,7 +207,7 @@ def set_policy(**values: Any) -> Edit:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda v: v.update(format=99), "has format 99, this release reads 2"),
+        (lambda v: v.update(format=99), "has format 99, this release reads 3"),
         (lambda v: v.pop("format"), "has format None"),
         (lambda v: v.pop("branches"), "lacks 'branches'"),
         (lambda v: v.update(colour="red"), "has an unknown key 'colour'"),
@@ -218,9 +224,20 @@ def set_policy(**values: Any) -> Edit:
         (set_policy(kind="oracle"), "names the policy 'oracle'; expected one of always_compute, scheduled, learned"),
         (set_policy(), "names the policy None"),
         (set_policy(kind="scheduled"), "lacks 'policy.should_compute'"),
-        (set_policy(kind="scheduled", should_compute=[[1, 1]]), "with 4 columns, one per branch"),
-        (set_policy(kind="scheduled", should_compute=[["yes"] * 4]), "is not a table of 0 and 1"),
-        (set_policy(kind="scheduled", should_compute=[[0] * 4]), "the first step of a schedule must compute"),
+        (set_policy(kind="scheduled", should_compute=[[1, 1]], slopes=None), "with 4 columns, one per branch"),
+        (set_policy(kind="scheduled", should_compute=[["yes"] * 4], slopes=None), "is not a table of 0 and 1"),
+        (
+            set_policy(kind="scheduled", should_compute=[[0] * 4], slopes=None),
+            "the first step of a schedule must compute",
+        ),
+        (
+            set_policy(kind="scheduled", should_compute=[[1] * 4], slopes=[["a"] * 4]),
+            "policy.slopes is not a table of num",
+        ),
+        (
+            set_policy(kind="scheduled", should_compute=[[1] * 4], slopes=[[1.0]]),
+            "do not fit a schedule of shape (1, 4)",
+        ),
         (lambda v: v["policy"].update(interpolation="cubic"), "interpolation is 'cubic'"),
         (lambda v: v["policy"].update(shift="up"), "policy.shift is 'up', expected float"),
         (lambda v: v["policy"].update(gates="gates.0.safetensors"), "gates.0.safetensors"),

@@ -219,6 +219,16 @@ def test_a_schedule_gives_what_the_oracle_gives_on_diffusers_models(
         assert lazy.stats.lazy_ratio > 0.4
 
 
+def test_slopes_say_how_far_a_reuse_follows_its_line(compiled: Compiled) -> None:
+    toy = TOYS["dit"]
+    lazy = compiled("dit", reuse="linear")
+    calls = trajectory(toy, 3, steps=STEPS, seed=2)
+    table = CacheSchedule.random(0.6, STEPS, len(lazy.branches), seed=1).should_compute
+    slopes = np.random.default_rng(0).uniform(-0.5, 1.5, table.shape)
+    lazy.policy = Scheduled(CacheSchedule(table, slopes))
+    assert_close(run(lazy, calls), Oracle(lazy.original, toy.modules, table, "linear", slopes).run(calls))
+
+
 @pytest.mark.parametrize("reuse", ["last", "linear"])
 def test_learned_gates_give_what_the_oracle_gives_for_every_sample(reuse: str, compiled: Compiled) -> None:
     toy = TOYS["dit"]

@@ -24,7 +24,8 @@ from lowering import knots, random_gates
 from models import TOYS, call, trajectory
 
 STEPS, TOLERANCE = 8, 1e-4
-TABLE = CacheSchedule.random(0.5, STEPS, 4, seed=2)
+SLOPES = np.random.default_rng(0).uniform(-0.5, 1.5, (STEPS, 4))
+TABLE = CacheSchedule(CacheSchedule.random(0.5, STEPS, 4, seed=2).should_compute, SLOPES)
 
 Exported = Callable[..., tuple[LazyModule, Path, OnnxReport]]
 
@@ -113,6 +114,7 @@ def test_inputs_of_each_gating(exported: Exported) -> None:
     slots = [f"{kind}_{branch}_0" for branch in range(4) for kind in ("cache", "delta")] + ["age", "gap", "moved"]
     own, rows = ("x", "t", "y"), ("gate_weight", "gate_bias")
     booleans = ("should_compute_0", "should_compute_2")
+    slots.append("slope")
     assert exported("dit", "predicate", 2)[2].inputs == (*own, *slots, *rows)
     assert exported("dit", "input", 2)[2].inputs == (*own, *slots, *booleans, *rows)
     lean = exported("dit", "input", 2, predictors=False)[2]

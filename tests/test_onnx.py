@@ -228,7 +228,7 @@ def test_the_file_names_everything(exported: Exported) -> None:
         "gap",
         "moved",
     ]
-    assert report.inputs == ("x", "t", "y", *slots, "gate_weight", "gate_bias")
+    assert report.inputs == ("x", "t", "y", *slots, "slope", "gate_weight", "gate_bias")
     assert report.outputs == ("output_0", *(f"next_{name}" for name in slots), "compute_logits")
     model = onnx.load(path)
     parameters = {name for name, _ in lazy.original.named_parameters()}

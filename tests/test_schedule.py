@@ -63,6 +63,10 @@ def test_schedules_are_equal_by_their_decisions() -> None:
     assert CacheSchedule.every(2, 4, 2) != CacheSchedule.every(3, 4, 2)
     assert CacheSchedule.every(2, 4, 2) != CacheSchedule.every(2, 5, 2)
     assert CacheSchedule.every(2, 4, 2) != "every second step"
+    half = CacheSchedule(np.ones((4, 2)), np.full((4, 2), 0.5))
+    assert half == CacheSchedule(np.ones((4, 2)), np.full((4, 2), 0.5))
+    assert half != CacheSchedule(np.ones((4, 2)))
+    assert half != CacheSchedule(np.ones((4, 2)), np.ones((4, 2)))
 
 
 def test_a_schedule_survives_json(tmp_path: Path) -> None:
@@ -73,6 +77,9 @@ def test_a_schedule_survives_json(tmp_path: Path) -> None:
     file = tmp_path / "schedule.json"
     file.write_text(json.dumps(values))
     assert CacheSchedule.load(file) == schedule
+    sloped = CacheSchedule(schedule.should_compute, np.arange(24.0).reshape(6, 4) / 7)
+    assert CacheSchedule.from_json(json.loads(json.dumps(sloped.to_json()))) == sloped
+    assert np.array_equal(sloped.tied([0, 0, 2, 2]).slopes[:, 1], sloped.slopes[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -83,6 +90,10 @@ def test_a_schedule_survives_json(tmp_path: Path) -> None:
         (
             lambda: CacheSchedule(np.array([[1, 0], [1, 1]])),
             "the first step of a schedule must compute every branch, since no cache exists before it",
+        ),
+        (
+            lambda: CacheSchedule(np.ones((3, 2)), np.ones((2, 3))),
+            "slopes of shape (2, 3) do not fit a schedule of shape (3, 2); give one finite number for each decision",
         ),
         (lambda: CacheSchedule.every(0, 5, 2), "n is 0; use 1 to compute at every step, 2 at every second one"),
         (lambda: CacheSchedule.random(-0.1, 5, 2, 0), "lazy_ratio is -0.1; it is a share between 0 and 1"),

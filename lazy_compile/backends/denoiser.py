@@ -116,7 +116,8 @@ class EngineDenoiser:
             state.memory["engine"] = place
         row, force = self._decide(place, step, float(step) if timestep is None else timestep)
         place.stream.skip(max(step - place.last_step - 1, 0))
-        outputs = self.runner.run(inputs, row, force, stream=place.stream)
+        slopes = self._policy.slopes(step, float(step) if timestep is None else timestep)
+        outputs = self.runner.run(inputs, row, force, slopes=slopes, stream=place.stream)
         place.last_step, place.logits = step, self.runner.logits
         self._note(step, place)
         return self._result(outputs)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lazy_compile.backends.onnx_metadata import OnnxMetadata, SlotSpec
 from lazy_compile.branch import ResidualBranch
 from lazy_compile.errors import ConfigError
+from lazy_compile.extrapolation import SLOPE
 from lazy_compile.gate import FORCE, GateRow
 from lazy_compile.gate_ops import decision
 from lazy_compile.grouping import GateLayout
@@ -157,6 +158,7 @@ class Runner:
         row: GateRow | None = None,
         force: Force | None = None,
         *,
+        slopes: Sequence[float] | None = None,
         stream: Stream | None = None,
     ) -> tuple[Tensor, ...]:
         """One step.
@@ -167,6 +169,7 @@ class Runner:
             force: what all branches do, or each of them; None leaves a branch to its gate, or without a row computes.
                 Branches that share a gate do as the first of them. A stream whose caches are empty computes whatever is
                 asked. Where decisions are fixed, those that no model was made for compute everything.
+            slopes: how far each branch follows its line, should it be reused; None: all the way.
             stream: whose caches; None takes the runner's own.
 
         Returns:
@@ -188,7 +191,7 @@ class Runner:
         }
         read = {name: pair[0] for name, pair in stream.buffers.items()}
         written = [slot for output, slot in self._next.items() if output in session.outputs]
-        given = {**tensors, **read, **gates}
+        given = {**tensors, **read, **gates, SLOPE: self._slope(slopes)}
         outputs = results | {f"next_{slot}": stream.buffers[slot][1] for slot in written}
         lane.run({name: given[name] for name in session.inputs}, outputs)
         stream.swap(written)
@@ -255,6 +258,10 @@ class Runner:
         bias = torch.where(forced, torch.tensor([FORCE if item else -FORCE for item in asked]), own.bias)
         weight = own.weight.masked_fill(forced.repeat_interleave(self._widths), 0.0)
         return {GATE_WEIGHT: weight.to(self.device), GATE_BIAS: bias.to(self.device)}
+
+    def _slope(self, slopes: Sequence[float] | None) -> Tensor:
+        chosen = [1.0 if slopes is None else slopes[index] for index in self.layout.gates]
+        return torch.tensor(chosen, device=self.device)
 
     @cached_property
     def _widths(self) -> Tensor:

@@ -60,7 +60,7 @@ def test_a_host_decides_by_one_boolean_for_each_gate() -> None:
 def test_a_host_may_see_the_logits(compiled: Compiled) -> None:
     lifted = LiftCacheSlots("linear", gating="input", leaders=(0, 0, 2, 2))(compiled("dit").graph.program).program
     gates = [item.name for item in lifted.inputs if item.role is Role.GATE]
-    assert gates == ["should_compute_0", "should_compute_2", "gate_weight", "gate_bias"]
+    assert gates == ["slope", "should_compute_0", "should_compute_2", "gate_weight", "gate_bias"]
     assert state_names(lifted)[-1] == "compute_logits"
 
 
@@ -96,7 +96,8 @@ def test_inputs_and_outputs_have_names_in_one_order(compiled: Compiled, reuse: s
     assert names == slots + (["age", "gap", "moved"] if reuse == "linear" else [])
     assert state_names(lifted) == (*names, "compute_logits")
     assert lifted.state_outputs == len(names) + 1
-    assert [item.name for item in lifted.inputs if item.role is Role.GATE] == ["gate_weight", "gate_bias"]
+    gates = [item.name for item in lifted.inputs if item.role is Role.GATE]
+    assert gates == (["slope"] if reuse == "linear" else []) + ["gate_weight", "gate_bias"]
     assert not [item for item in lifted.inputs if item.role is Role.LAZY_STEP]
 
 
