@@ -12,7 +12,7 @@ from lazy_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from lazy_compile.effects import Sampler as SampleFunction
-    from lazy_compile.module import LazyModule, ModelCall
+    from lazy_compile.module import LazyModule
 
 
 def inspect(
@@ -119,6 +119,13 @@ def plan(
     output: given.Folder,
     lazy_ratio: given.LazyRatio = None,
     compute_ratio: given.ComputeRatio = None,
+    schedule_file: Annotated[
+        Path | None,
+        typer.Option("--import", metavar="FILE", help="Take a schedule: ours, SmoothCache's, routers, a steps_mask."),
+    ] = None,
+    freeze: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Take what the gates in this folder decide for most samples.")
+    ] = None,
     sampler: given.Sampler = None,
     scheduler: given.Scheduler = "ddim",
     steps: given.Steps = None,
@@ -128,19 +135,29 @@ def plan(
     device: given.Device = "cpu",
     json: given.Json = False,
 ) -> None:
-    """Find the fixed schedule that changes the samples least under a budget."""
-    from lazy_compile import planning
+    """Find the fixed schedule that changes the samples least under a budget, or take one from elsewhere."""
+    from lazy_compile import planning, schedule_io
     from lazy_compile.cli_models import load_lazy, load_model, load_sampler
     from lazy_compile.cli_tables import facts, reuse_picture, show
+    from lazy_compile.effects import count_steps
     from lazy_compile.policy import Scheduled
     from lazy_compile.progress import progress_bars
 
-    budget = planning.Budget(lazy_ratio, compute_ratio)
+    if schedule_file is not None and freeze is not None:
+        raise ConfigError("--import and --freeze both give a schedule; give one of them")
+    ready = schedule_file is not None or freeze is not None
+    budget = None if ready else planning.Budget(lazy_ratio, compute_ratio)
     named = load_model(model, shape or (), device)
-    lazy = load_lazy(named, None, options or ())
+    lazy = load_lazy(named, freeze, options or ())
     sample = load_sampler(sampler, named, lazy, steps, scheduler)
-    with progress_bars(not json) as on_progress:
-        schedule = planning.plan(lazy, sample, budget, seed=seed, on_progress=on_progress)
+    if schedule_file is not None:
+        schedule = schedule_io.import_schedule(schedule_file, lazy.branches, count_steps(lazy, sample, seed))
+    elif budget is None:
+        sample(lazy, seed)
+        schedule = schedule_io.freeze(lazy.stats)
+    else:
+        with progress_bars(not json) as on_progress:
+            schedule = planning.plan(lazy, sample, budget, seed=seed, on_progress=on_progress)
     lazy.policy = Scheduled(schedule)
     lazy.save(output)
     values = {
@@ -194,6 +211,7 @@ def export(
 
 def calibration_work(lazy: LazyModule, sample: SampleFunction, config: Any) -> dict[str, Any]:
     """How many evaluations of the model each stage of a calibration takes."""
+    from lazy_compile.effects import count_steps
     from lazy_compile.gate_trainer import SHIFTS
 
     steps, branches = count_steps(lazy, sample, config.seed), len(lazy.branches)
@@ -204,28 +222,6 @@ def calibration_work(lazy: LazyModule, sample: SampleFunction, config: Any) -> d
         "setting the ratio (at most)": tables * (SHIFTS + 1) * steps,
     }
     return {"branches": branches, "steps": steps, **work, "evaluations (at most)": sum(work.values())}
-
-
-def count_steps(lazy: LazyModule, sample: SampleFunction, seed: int) -> int:
-    """The steps of a trajectory, found with a single evaluation: its answer is given again at every later call."""
-    import torch
-    from torch.utils import _pytree as pytree
-
-    from lazy_compile.effects import DenseStep
-
-    answers: list[Any] = []
-    steps = 0
-
-    def answer(call: ModelCall) -> Any:
-        nonlocal steps
-        steps = max(steps, call.step + 1)
-        if not answers:
-            answers.append(call.run(DenseStep()))
-        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, answers[0])
-
-    with torch.no_grad(), lazy.driven_by(answer):
-        sample(lazy, seed)
-    return steps
 
 
 def _graph_after(lazy: LazyModule, wanted: str) -> str:

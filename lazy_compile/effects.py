@@ -101,6 +101,23 @@ class DenseStep:
         return branch.compute(inputs)
 
 
+def count_steps(lazy: LazyModule, sample: Sampler, seed: int) -> int:
+    """The steps of a trajectory, found with a single evaluation: its answer is given again at every later call."""
+    answers: list[Any] = []
+    steps = 0
+
+    def answer(call: ModelCall) -> Any:
+        nonlocal steps
+        steps = max(steps, call.step + 1)
+        if not answers:
+            answers.append(call.run(DenseStep()))
+        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, answers[0])
+
+    with torch.no_grad(), lazy.driven_by(answer):
+        sample(lazy, seed)
+    return steps
+
+
 @dataclass
 class _Recording:
     """A dense trajectory: what the model returned at each call, and the time of each step."""

@@ -18,7 +18,7 @@ from lazy_compile.effects import DenseStep, EffectTable, Sampler, measure_effect
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.gate import GateTable
 from lazy_compile.module import LazyModule, ModelCall
-from lazy_compile.planning import Budget, PlannedReuse, plan_reuse
+from lazy_compile.planning import UNSEEN, Budget, PlannedReuse, plan_reuse
 from lazy_compile.policy import Learned, split_row
 from lazy_compile.progress import OnProgress
 from lazy_compile.runtime import CacheState
@@ -279,7 +279,7 @@ class GateTrainer:
 
     def _charge(self, step: SoftStep) -> Tensor:
         """The lazy loss without its price: what is expected to be computed, counted as the target counts it."""
-        cost = self.config.budget.cost_of(self.effects)
+        cost = self.config.budget.cost_of(self.effects.branch_macs, self.effects.total_macs)
         shares = [torch.sigmoid(logit).mean() * cost[index] for index, logit in step.logits.items()]
         return torch.stack(shares).sum()
 
@@ -339,9 +339,6 @@ class GateTrainer:
 
 HISTORY = ("error", "lazy_ratio")
 """Per iteration: squared error of the model's output, and the share of branches that would be reused."""
-
-UNSEEN = 1_000_003
-"""Distance from the training seeds to the seed that tables are compared on."""
 
 COMPARED = 4
 """Unseen seeds that tables are compared on."""

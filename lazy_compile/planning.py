@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from lazy_compile.effects import EffectTable, Sampler, measure_effects
+from lazy_compile.effects import EffectTable, Sampler, count_steps, measure_effects
 from lazy_compile.errors import ConfigError
 from lazy_compile.module import LazyModule
+from lazy_compile.policy import Scheduled
 from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.response import NoGradientError, dense_samples, measure_response
 from lazy_compile.schedule import CacheSchedule
+from lazy_compile.search import fit_slopes, swap
+
+logger = logging.getLogger("lazy_compile")
 
 Floats = npt.NDArray[np.float64]
 
@@ -39,11 +47,16 @@ class Budget:
         if not 0.0 < given[0] < 1.0:
             raise ConfigError(f"a budget lies between 0 and 1; seen {given[0]}")
 
-    def cost_of(self, effects: EffectTable) -> Floats:
+    def cost_of(self, branch_macs: Floats, total_macs: int) -> Floats:
         """``float64[G]``: what computing each branch counts for under this budget."""
+        return np.ones(len(branch_macs)) if self.lazy_ratio is not None else branch_macs / total_macs
+
+    def spend(self, steps: int, cost: Floats) -> float:
+        """What the computed branches of a trajectory may cost in all."""
         if self.lazy_ratio is not None:
-            return np.ones(len(effects.branch_macs))
-        return effects.branch_macs / effects.total_macs
+            return (1.0 - self.lazy_ratio) * steps * len(cost)
+        assert self.compute_ratio is not None
+        return steps * (self.compute_ratio - 1.0 + float(cost.sum()))
 
     def is_met_by(self, schedule: CacheSchedule, effects: EffectTable) -> bool:
         if self.lazy_ratio is not None:
@@ -68,18 +81,114 @@ class PlannedReuse:
     price: float
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """How long a schedule is searched for.
+
+    Attributes:
+        rounds: times that the answer of the final samples is measured, each on other noise.
+        directions: see :func:`~lazy_compile.response.measure_response`.
+        swaps: pairs of decisions that a round may exchange.
+    """
+
+    rounds: int = 4
+    directions: int = 2
+    swaps: int = 60
+
+
 def plan(
     lazy: LazyModule,
     sample: Sampler,
     budget: Budget,
     *,
-    effects: EffectTable | None = None,
+    start: CacheSchedule | None = None,
+    options: SearchOptions | None = None,
     seed: int = 0,
     on_progress: OnProgress = no_progress,
 ) -> CacheSchedule:
-    """The schedule with the least expected change of the final samples that meets the budget."""
-    effects = effects or measure_effects(lazy, sample, seed=seed, on_progress=on_progress)
-    return plan_reuse(effects, budget).schedule
+    """The schedule, with its slopes, that changes the final samples least under the budget.
+
+    From evenly spread computations, or from ``start``: measure how the final samples answer to every branch at every
+    step, exchange decisions while that predicts less error, fit the slopes, keep what is truly best on noise that it
+    was not made from, and measure again around it. Where the samples carry no gradient, the plan is made from the
+    effects of single reuses instead.
+
+    Raises:
+        ConfigError: the budget cannot be met, since the first step computes everything.
+    """
+    steps, search = count_steps(lazy, sample, seed), _Search(lazy, sample, budget, options or SearchOptions())
+    try:
+        return search.run(start or search.even(steps), seed, on_progress)
+    except NoGradientError as error:
+        logger.warning("planning from single reuses, which is slower and finds less: %s", error)
+        return plan_reuse(measure_effects(lazy, sample, seed=seed, on_progress=on_progress), budget).schedule
+
+
+class _Search:
+    """A search among schedules whose branches decide as the model's groups have them."""
+
+    def __init__(self, lazy: LazyModule, sample: Sampler, budget: Budget, options: SearchOptions) -> None:
+        self.lazy, self.sample, self.options, self.budget = lazy, sample, options, budget
+        self.leaders = lazy.graph.leaders(lazy.lazy_config.group)
+        macs = np.array([branch.macs for branch in lazy.branches], dtype=np.float64)
+        each = budget.cost_of(macs, lazy.graph.total_macs)
+        self.deciding = sorted(set(self.leaders))
+        self.cost = np.array([each[np.equal(self.leaders, leader)].sum() for leader in self.deciding])
+        self.linear = lazy.lazy_config.reuse == "linear"
+
+    def even(self, steps: int) -> CacheSchedule:
+        """As many evenly spread steps as the budget allows."""
+        warmup, spend = self.lazy.lazy_config.warmup_steps, self.budget.spend(steps, self.cost) + 1e-9
+        for count in range(steps, 0, -1):
+            table = CacheSchedule.evenly(count, steps, len(self.leaders)).should_compute.copy()
+            table[:warmup] = True
+            if (table[:, self.deciding] * self.cost).sum() <= spend:
+                return CacheSchedule(table, None if self.linear else np.zeros(table.shape))
+        raise ConfigError(
+            "this budget cannot be met, since the first step computes everything; ask for less reuse, or more steps"
+        )
+
+    def run(self, best: CacheSchedule, seed: int, on_progress: OnProgress) -> CacheSchedule:
+        rounds, swaps, note = self.options.rounds, self.options.swaps, ""
+        for done in range(rounds):
+            on_progress("searching schedules", done, rounds, note)
+            unseen = seed + UNSEEN + done
+            dense = dense_samples(self.lazy, self.sample, unseen)
+            candidates = (best, *self._proposals(best, swaps, seed + done))
+            judged = [(self._error(item, unseen, dense), item) for item in candidates]
+            least, chosen = min(judged, key=lambda item: item[0])
+            best, swaps = chosen, swaps // 2 if chosen is best else swaps
+            note = f"error {least**0.5:.2e}"
+        on_progress("searching schedules", rounds, rounds, note)
+        return best if self.linear else CacheSchedule(best.should_compute)
+
+    def _proposals(self, schedule: CacheSchedule, swaps: int, seed: int) -> Iterator[CacheSchedule]:
+        whole = measure_response(self.lazy, self.sample, schedule, seed=seed, directions=self.options.directions)
+        response, spend = whole.tied(self.leaders), self.budget.spend(schedule.steps, self.cost)
+        warmup = self.lazy.lazy_config.warmup_steps
+        everyone = [self.deciding.index(leader) for leader in self.leaders]
+        found = swap(response, response.schedule, self.cost, spend, swaps, warmup_steps=warmup)
+        yield found.of(everyone)
+        if self.linear:
+            for ridge in RIDGES:
+                yield fit_slopes(response, found, ridge).of(everyone)
+
+    def _error(self, schedule: CacheSchedule, seed: int, dense: Tensor) -> float:
+        """Mean squared change of the final samples under a schedule."""
+        policy, self.lazy.policy = self.lazy.policy, Scheduled(schedule)
+        try:
+            with torch.no_grad():
+                samples = self.sample(self.lazy, seed)
+        finally:
+            self.lazy.policy = policy
+        return float((samples - dense).double().square().mean())
+
+
+RIDGES = (0.1, 1.0)
+"""Proposals for the slopes: a small ridge is right near the schedule that was measured, a large one far from it."""
+
+UNSEEN = 1_000_003
+"""Distance from the seeds that tables are made from to those that they are judged on."""
 
 
 def plan_reuse(effects: EffectTable, budget: Budget) -> PlannedReuse:
@@ -91,7 +200,7 @@ def plan_reuse(effects: EffectTable, budget: Budget) -> PlannedReuse:
     Raises:
         ConfigError: the budget cannot be met, since the first step computes everything.
     """
-    cost = budget.cost_of(effects)
+    cost = budget.cost_of(effects.branch_macs, effects.total_macs)
 
     def at(price: float) -> PlannedReuse:
         margins = np.stack(

@@ -143,6 +143,16 @@ def test_plan_writes_a_schedule_that_meets_its_budget(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "lazy.json").read_text())["policy"]["should_compute"] == table.tolist()
 
 
+def test_plan_takes_a_schedule_from_a_file_or_from_gates(gates: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mask.json"
+    file.write_text(json.dumps({"steps_mask": [1, 0, 1, 0]}))
+    values = answer("plan", "factories:tiny_dit", *EULER, "--import", file, "--output", tmp_path / "masked")
+    assert values["should_compute"] == [[1] * 4, [0] * 4] * 2
+    values = answer("plan", "factories:tiny_dit", *EULER, "--freeze", gates, "--output", tmp_path / "frozen")
+    assert np.array(values["should_compute"]).shape == (4, 4)
+    assert values["lazy_ratio"] > 0
+
+
 def test_run_follows_the_gates_and_saves_samples(gates: Path, tmp_path: Path) -> None:
     path = tmp_path / "samples.npy"
     values = answer("run", "factories:tiny_dit", *EULER, "--gates", gates, "--output", path)

@@ -18,7 +18,17 @@ LAYERS = {  # lowest first
     "middle": [
         *["call_layout", "value_guards", "tensor_builders", "tracing", "capture", "capture_lock", "environment"],
         *["runtime", "timestep", "lazy_graph", "graph_store", "module"],
-        *["verify", "effects", "planning", "soft_step", "gate_trainer"],
+        *[
+            "verify",
+            "effects",
+            "planning",
+            "soft_step",
+            "gate_trainer",
+            "schedule_io",
+            "baselines",
+            "response",
+            "search",
+        ],
         *["calibration", "report", "report_figures", "artifact", "backends", "backends.*"],
     ],
     "compiler": ["compiler"],

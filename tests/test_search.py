@@ -1,0 +1,127 @@
+"""First-order answers of the final samples, and what a search makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lazy_compile import CacheSchedule, LazyModule, Scheduled
+from lazy_compile.response import NoGradientError, Response, dense_samples, measure_response
+from lazy_compile.search import fit_slopes, predicted_error, swap
+from sampling import STEPS, inputs, lazy_tiny_dit, sample, start, timesteps
+
+BRANCHES = 4
+
+
+def guided(denoiser: Callable[..., Tensor], seed: int) -> Tensor:
+    """Two calls a step, as some pipelines guide."""
+    x = start(seed)
+    with torch.no_grad():
+        for timestep in timesteps():
+            given = inputs(x, timestep)
+            towards, plain = denoiser(**given), denoiser(**{**given, "y": torch.full_like(given["y"], 9)})
+            x = x - 0.1 * (plain + 1.5 * (towards - plain))
+    return x
+
+
+def in_one_batch(denoiser: Callable[..., Tensor], seed: int) -> Tensor:
+    x = start(seed)
+    with torch.no_grad():
+        for timestep in timesteps():
+            given = inputs(torch.cat([x, x]), timestep)
+            towards, plain = denoiser(**given).chunk(2)
+            x = x - 0.1 * (plain + 1.5 * (towards - plain))
+    return x
+
+
+def turned_over(schedule: CacheSchedule, *places: tuple[int, int]) -> CacheSchedule:
+    table = schedule.should_compute.copy()
+    for step, branch in places:
+        table[step, branch] ^= True
+    return CacheSchedule(table, schedule.slopes)
+
+
+def true_error(lazy: LazyModule, schedule: CacheSchedule, seeds: range) -> float:
+    lazy.policy = Scheduled(schedule)
+    changes = [(sample(lazy, seed) - dense_samples(lazy, sample, seed)).double().square().mean() for seed in seeds]
+    return float(torch.stack(changes).mean())
+
+
+@pytest.fixture(scope="module")
+def lazy() -> LazyModule:
+    return lazy_tiny_dit()
+
+
+@pytest.fixture(scope="module")
+def around_fora(lazy: LazyModule) -> Response:
+    return measure_response(lazy, sample, CacheSchedule.every(2, STEPS, BRANCHES), seed=0, directions=32)
+
+
+@pytest.mark.parametrize("sampler", [sample, guided, in_one_batch])
+def test_the_error_of_a_schedule_nearby_is_foreseen(lazy: LazyModule, sampler: Callable[..., Tensor]) -> None:
+    first = CacheSchedule.every(2, STEPS, BRANCHES)
+    near = turned_over(first, (3, 1), (4, 2))
+    here, there = (measure_response(lazy, sampler, schedule, seed=1, directions=4) for schedule in (first, near))
+    assert here.answer.shape[:3] == (4 * 4, STEPS, BRANCHES)
+    assert here.error.shape == (16,)
+    foreseen = predicted_error(here, near)
+    actual = float((there.error**2).mean()) / there.size
+    unmoved = float((here.error**2).mean()) / here.size
+    assert foreseen == pytest.approx(actual, rel=0.1)
+    assert abs(foreseen - actual) < 0.3 * abs(unmoved - actual)
+
+
+def test_what_was_run_has_the_error_of_the_samples(lazy: LazyModule, around_fora: Response) -> None:
+    measured = true_error(lazy, around_fora.schedule, range(1))
+    assert predicted_error(around_fora, around_fora.schedule) == pytest.approx(measured, rel=0.2)
+
+
+def test_fitted_slopes_help_on_other_noise(lazy: LazyModule, around_fora: Response) -> None:
+    fitted = fit_slopes(around_fora, around_fora.schedule)
+    assert np.array_equal(fitted.should_compute, around_fora.schedule.should_compute)
+    assert predicted_error(around_fora, fitted) < predicted_error(around_fora, around_fora.schedule)
+    assert true_error(lazy, fitted, range(5, 7)) < 0.9 * true_error(lazy, around_fora.schedule, range(5, 7))
+
+
+def test_swaps_keep_the_budget_and_help_on_other_noise(lazy: LazyModule) -> None:
+    drawn = CacheSchedule.random(0.5, STEPS, BRANCHES, seed=3)
+    response = measure_response(lazy, sample, drawn, seed=0, directions=16)
+    cost = np.array([1.0, 2.0, 1.0, 2.0])
+    spend = float((drawn.should_compute * cost).sum())
+    better = swap(response, drawn, cost, spend, swaps=3)
+    assert 0 < (better.should_compute != drawn.should_compute).sum() <= 6
+    assert (better.should_compute * cost).sum() <= spend
+    assert predicted_error(response, better) < predicted_error(response, drawn)
+    assert true_error(lazy, better, range(5, 7)) < 0.9 * true_error(lazy, drawn, range(5, 7))
+    assert swap(response, drawn, cost, spend, swaps=0) == CacheSchedule(
+        drawn.should_compute, np.ones((STEPS, BRANCHES))
+    )
+
+
+def test_money_that_is_left_is_spent(lazy: LazyModule, around_fora: Response) -> None:
+    cost = np.ones(BRANCHES)
+    spend = float(around_fora.schedule.should_compute.sum()) + 2
+    assert swap(around_fora, around_fora.schedule, cost, spend, swaps=4).should_compute.sum() == spend
+
+
+def test_samples_that_cannot_be_told_apart_are_taken_together(lazy: LazyModule) -> None:
+    def reversed_rows(denoiser: Callable[..., Tensor], seed: int) -> Tensor:
+        return sample(denoiser, seed).flip(0)
+
+    schedule = CacheSchedule.every(2, STEPS, BRANCHES)
+    response = measure_response(lazy, reversed_rows, schedule, seed=0, directions=3)
+    assert response.answer.shape[0] == 3
+    assert response.size == start(0).numel()
+
+
+def test_a_sampler_without_gradient_is_refused(lazy: LazyModule) -> None:
+    with pytest.raises(NoGradientError, match="the samples carry no gradient"):
+        measure_response(
+            lazy, lambda denoiser, seed: sample(denoiser, seed).detach(), CacheSchedule.every(2, STEPS, BRANCHES),
+            seed=0, directions=1,
+        )  # fmt: skip
+    assert torch.is_grad_enabled()
