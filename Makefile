@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint clean
+.PHONY: help install demo test bench results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,6 +34,9 @@ test: lint ## lint, check types, run the tests
 
 bench: $(INSTALLED) ## measure speed; results in build/bench
 	$(BIN)/lazy-compile bench speed --output build/bench
+
+results: $(INSTALLED) ## measure quality; results in docs/results
+	$(BIN)/lazy-compile bench quality --output docs/results
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from lazy_compile.cli_build import build, export_triton
 from lazy_compile.cli_prepare import calibrate, export, inspect, plan
-from lazy_compile.cli_use import demo, report, run, speed, verify
+from lazy_compile.cli_use import demo, quality, report, run, speed, verify
 from lazy_compile.errors import LazyCompileError
 
 INTERRUPTED = 130
@@ -51,7 +51,7 @@ app = typer.Typer(
     ),
     epilog="\n\n".join(["Exit codes:", *(f"{code} - {meaning}" for code, meaning in exit_codes().items())]),
 )
-bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed, and what reuse costs in quality.", no_args_is_help=True)
 
 _GIVEN = "lazy_compile.demo:model --sampler lazy_compile.demo:sampler"
 for group, verb, example in (
@@ -65,6 +65,7 @@ for group, verb, example in (
     (app, verify, f"verify {_GIVEN} --gates gates --onnx model.onnx"),
     (app, report, "report gates --output gates.html"),
     (bench, speed, "bench speed --output build/bench"),
+    (bench, quality, "bench quality digits --output build/quality"),
     (app, demo, "demo --output build/demo"),
 ):
     group.command(epilog=f"Example: lazy-compile {example}")(verb)

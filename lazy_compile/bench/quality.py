@@ -1,0 +1,241 @@
+"""How much quality reuse costs: methods at equal compute, from the same noise, scored alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lazy_compile import baselines
+from lazy_compile.bench.subjects import Subject
+from lazy_compile.compiler import transform
+from lazy_compile.config import ReuseArm
+from lazy_compile.demo.digits import frechet_distance
+from lazy_compile.module import LazyModule
+from lazy_compile.planning import Budget, SearchOptions, plan
+from lazy_compile.policy import Policy, Scheduled
+from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.schedule import CacheSchedule
+from lazy_compile.storage import save_json
+
+Family = Literal["dense", "baseline", "planned", "learned", "oracle"]
+Run = Callable[[int], tuple[Tensor, float]]
+"""``seed -> (samples, compute_ratio)``."""
+
+FIRST_SAMPLING_SEED = 9_100_001
+"""Far from the seeds that calibration draws its noise from."""
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """How much is measured.
+
+    Attributes:
+        steps: denoising steps T.
+        ratios: compute ratios at which methods that can be tuned are compared.
+        sampling_seeds: sets of noise that every method starts from.
+        calibration_seeds: times that what is calibrated is calibrated, each on other noise.
+        samples: images per set of noise.
+        calibration_batch: images per trajectory of a calibration.
+        reference_steps: of the dense trajectory that stands for the exact solution.
+        search: of planning.
+    """
+
+    steps: int = 20
+    ratios: tuple[float, ...] = (0.7, 0.5, 0.35)
+    sampling_seeds: int = 5
+    calibration_seeds: int = 2
+    samples: int = 128
+    calibration_batch: int = 128
+    reference_steps: int = 100
+    search: SearchOptions = field(default_factory=SearchOptions)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of spending less: as often as it was calibrated, how it samples."""
+
+    name: str
+    family: Family
+    reuse_arm: str
+    runs: Sequence[Run]
+    steps: int
+
+
+def measure(
+    subject: Subject,
+    settings: QualitySettings | None = None,
+    output: Path | None = None,
+    on_progress: OnProgress = no_progress,
+) -> list[dict[str, Any]]:
+    """One row for each method and budget; writes ``quality.json`` into ``output`` after each, if that is given."""
+    return Quality(subject, settings or QualitySettings(), output, on_progress).measure()
+
+
+class Quality:
+    """One subject, and what every method is held against."""
+
+    def __init__(
+        self, subject: Subject, settings: QualitySettings, output: Path | None, on_progress: OnProgress
+    ) -> None:
+        self.subject, self.settings, self.output, self.on_progress = subject, settings, output, on_progress
+        self.seeds = [FIRST_SAMPLING_SEED + position for position in range(settings.sampling_seeds)]
+        self.lazy = transform(subject.model, subject.example)
+        self.branches = len(self.lazy.branches)
+        self.macs = [branch.macs for branch in self.lazy.branches]
+        self.dense = [self._original(settings.steps)(seed)[0] for seed in self.seeds]
+        self.reference = [self._original(settings.reference_steps)(seed)[0] for seed in self.seeds]
+        self.reference_features = [subject.features(images).detach() for images in self.reference]
+
+    def measure(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for method in self.methods():
+            rows.append(self.row(method))
+            self.on_progress("methods", len(rows), len(rows), f"{method.name} {rows[-1]['rmse_dense']:.4f}")
+            if self.output is not None:
+                save_json(self.output / "quality.json", {"rows": rows})
+        return rows
+
+    def methods(self) -> Iterator[Method]:
+        steps = self.settings.steps
+        yield Method("dense", "dense", "", [self._original(steps)], steps)
+        for fewer in sorted({math.ceil(ratio * steps) for ratio in self.settings.ratios}, reverse=True):
+            yield Method("fewer steps", "baseline", "", [self._original(fewer)], fewer)
+        for n in (2, 3, 4):
+            yield from self._fixed(f"FORA n={n}", CacheSchedule.every(n, steps, self.branches))
+        changes = baselines.measure_changes(self.lazy, self.calibration_sampler, seed=0)
+        for ratio in self.settings.ratios:
+            yield from self._at(ratio, changes)
+
+    def _at(self, ratio: float, changes: baselines.Floats) -> Iterator[Method]:
+        """Methods tuned to a compute ratio. A rule in whole steps takes the next larger one, never less."""
+        settings = self.settings
+        share = sum(self.macs) / self.lazy.graph.total_macs
+        count = math.ceil((ratio - 1 + share) / share * settings.steps - 1e-9)
+        yield from self._fixed("evenly spread", CacheSchedule.evenly(count, settings.steps, self.branches))
+        drawn = [CacheSchedule.random((1 - ratio) / share, settings.steps, self.branches, seed) for seed in (0, 1)]
+        yield self._lazily("random", "baseline", "linear", [Scheduled(schedule) for schedule in drawn])
+        smooth = self._tuned(ratio, lambda bound: Scheduled(baselines.smoothcache_schedule(changes, bound)))
+        yield from self._both_arms("SmoothCache", smooth)
+        yield from self._both_arms("TeaCache", self._tuned(ratio, baselines.AccumulatedChange))
+        yield from self._both_arms("First-Block-Cache", self._tuned(ratio, baselines.FirstBlockChange))
+        plans = [
+            plan(
+                self.lazy, self.calibration_sampler, Budget(compute_ratio=ratio), options=settings.search,
+                seed=1000 * seed, on_progress=self.on_progress,
+            )
+            for seed in range(settings.calibration_seeds)
+        ]  # fmt: skip
+        yield self._lazily("plan", "planned", "fitted", [Scheduled(schedule) for schedule in plans])
+        unsloped = [Scheduled(CacheSchedule(schedule.should_compute)) for schedule in plans]
+        yield self._lazily("plan without slopes", "planned", "linear", unsloped)
+
+    def _fixed(self, name: str, schedule: CacheSchedule) -> Iterator[Method]:
+        yield from self._both_arms(name, Scheduled(schedule))
+        ratio = schedule.compute_ratio(self.macs, self.lazy.graph.total_macs)
+
+        def second_order(seed: int) -> tuple[Tensor, float]:
+            return baselines.taylor_samples(self.lazy, self.sampler, schedule, 2, seed), ratio
+
+        yield Method(f"{name}, TaylorSeer", "baseline", "quadratic", [second_order], self.settings.steps)
+
+    def _both_arms(self, name: str, policy: Policy) -> Iterator[Method]:
+        for arm in ("last", "linear"):
+            yield self._lazily(name, "baseline", arm, [policy])
+
+    def _lazily(self, name: str, family: Family, arm: str, policies: Sequence[Policy]) -> Method:
+        reuse: ReuseArm = "last" if arm == "last" else "linear"
+        return Method(name, family, arm, [self._lazy_run(policy, reuse) for policy in policies], self.settings.steps)
+
+    # Running ------------------------------------------------------------------------------------------------------
+
+    @property
+    def sampler(self) -> Callable[[LazyModule, int], Tensor]:
+        return self.subject.sampler(self.settings.steps, self.settings.samples)
+
+    @property
+    def calibration_sampler(self) -> Callable[[LazyModule, int], Tensor]:
+        return self.subject.sampler(self.settings.steps, self.settings.calibration_batch)
+
+    def _original(self, steps: int) -> Run:
+        sampler = self.subject.sampler(steps, self.settings.samples)
+        ratio = steps / self.settings.steps
+        return lambda seed: (sampler(self.subject.model, seed), ratio)  # type: ignore[arg-type]
+
+    def _lazy_run(self, policy: Policy, reuse: ReuseArm) -> Run:
+        return lambda seed: self._under(policy, reuse, self.sampler, seed)
+
+    def _under(
+        self, policy: Policy, reuse: ReuseArm, sampler: Callable[[LazyModule, int], Tensor], seed: int
+    ) -> tuple[Tensor, float]:
+        self.lazy.lazy_config = replace(self.lazy.lazy_config, reuse=reuse)
+        self.lazy.policy = policy
+        samples, ratio = sampler(self.lazy, seed), self.lazy.stats.compute_ratio
+        self.lazy.lazy_config = replace(self.lazy.lazy_config, reuse="linear")
+        return samples, ratio
+
+    def _tuned(self, ratio: float, policy_of: Callable[[float], Policy]) -> Policy:
+        """The rule at the largest threshold that spends at least ``ratio`` on calibration noise."""
+        low, high = 1e-4, 10.0
+        for _ in range(12):
+            middle = math.sqrt(low * high)
+            spent = self._under(policy_of(middle), "linear", self.subject.sampler(self.settings.steps, 8), 0)[1]
+            low, high = (middle, high) if spent >= ratio else (low, middle)
+        return policy_of(low)
+
+    # Scoring ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def row(self, method: Method) -> dict[str, Any]:
+        scores = [self._scores(place, *run(seed)) for run in method.runs for place, seed in enumerate(self.seeds)]
+        means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+        return {
+            "model": self.subject.name,
+            "sampler": self.subject.sampler_name,
+            "steps": method.steps,
+            "method": method.name,
+            "family": method.family,
+            "reuse_arm": method.reuse_arm,
+            **means,
+            "spread": float(np.std([score["rmse_dense"] for score in scores])),
+            "seeds": len(scores),
+        }
+
+    def _scores(self, place: int, images: Tensor, compute_ratio: float) -> dict[str, float]:
+        dense, reference = self.dense[place], self.reference[place]
+        to_dense = rmse(images, dense)
+        return {
+            "compute_ratio": compute_ratio,
+            "rmse_dense": to_dense,
+            "median_dense": float((images - dense).square().flatten(1).mean(1).sqrt().median()),
+            "psnr": 20 * math.log10(2 / max(to_dense, 1e-9)),
+            "ssim": ssim(images, dense),
+            "rmse_reference": rmse(images, reference),
+            "frechet": frechet_distance(self.subject.features(images), self.reference_features[place]),
+            "accuracy": self.subject.accuracy(images),
+        }
+
+
+def rmse(left: Tensor, right: Tensor) -> float:
+    return float((left.double() - right.double()).square().mean().sqrt())
+
+
+def ssim(left: Tensor, right: Tensor, window: int = 5) -> float:
+    """Mean structural similarity of images in [-1, 1] over a uniform window (Wang et al., 2004)."""
+    first, second = left.double() + 1, right.double() + 1
+
+    def mean(images: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(images, window, stride=1)
+
+    mean_a, mean_b = mean(first), mean(second)
+    variance_a, variance_b = mean(first**2) - mean_a**2, mean(second**2) - mean_b**2
+    covariance = mean(first * second) - mean_a * mean_b
+    steady, contrast = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    alike = (2 * mean_a * mean_b + steady) / (mean_a**2 + mean_b**2 + steady)
+    return float((alike * (2 * covariance + contrast) / (variance_a + variance_b + contrast)).mean())

@@ -1,0 +1,120 @@
+"""What came out of the comparison: quality.json, the same as a Markdown table, and as a page with the Pareto front."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lazy_compile.bench.quality import QualitySettings, measure
+from lazy_compile.bench.subjects import SUBJECTS
+from lazy_compile.errors import ConfigError
+from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.report_figures import Draw, Theme, _figure, _style, picture
+from lazy_compile.storage import atomic_path, save_json
+
+COLUMNS = {
+    "method": "method", "reuse_arm": "reuse", "steps": "steps", "compute_ratio": "MACs", "rmse_dense": "RMSE to dense",
+    "spread": "±", "median_dense": "median image", "rmse_reference": "RMSE to reference", "frechet": "Fréchet",
+    "accuracy": "read right",
+}  # fmt: skip
+
+
+def measure_all(
+    wanted: str, settings: QualitySettings, output: Path, on_progress: OnProgress = no_progress
+) -> list[dict[str, Any]]:
+    """Measure one subject or all of them, and write ``quality.json``, ``quality.md`` and ``quality.html``.
+
+    Raises:
+        ConfigError: there is no such subject.
+    """
+    if wanted != "all" and wanted not in SUBJECTS:
+        raise ConfigError(f"there is no model {wanted!r} to measure; expected all or one of {', '.join(SUBJECTS)}")
+    rows: list[dict[str, Any]] = []
+    for name in SUBJECTS if wanted == "all" else [wanted]:
+        rows += measure(SUBJECTS[name](), settings, output / name, on_progress)
+    save_json(output / "quality.json", {"rows": rows})
+    with atomic_path(output / "quality.md") as temporary:
+        temporary.write_text(markdown(rows), encoding="utf-8")
+    with atomic_path(output / "quality.html") as temporary:
+        temporary.write_text(page(rows), encoding="utf-8")
+    return rows
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """One row as text, in the order of :data:`COLUMNS`."""
+    shares = {name: f"{row[name]:.1%}" for name in ("compute_ratio", "accuracy")}
+    numbers = {name: f"{row[name]:.4f}" for name in ("rmse_dense", "spread", "median_dense", "rmse_reference")}
+    texts = {**row, **shares, **numbers, "frechet": f"{row['frechet']:.2f}"}
+    return [str(texts[name]) for name in COLUMNS]
+
+
+def quality_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("model", *COLUMNS.values(), box=None)
+    for row in rows:
+        table.add_row(row["model"], *cells(row), style="bold" if row["family"] == "planned" else None)
+    return table
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each model, cheapest last."""
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        parts += [f"## {model}", "", _line(COLUMNS.values()), _line("---" for _ in COLUMNS)]
+        mine = sorted((row for row in rows if row["model"] == model), key=lambda row: -row["compute_ratio"])
+        for row in mine:
+            name, *others = cells(row)
+            parts.append(_line([f"**{name}**" if row["family"] == "planned" else name, *others]))
+        parts.append("")
+    return "\n".join(parts)
+
+
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One page that needs nothing but itself."""
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells(row))}</tr>" for row in mine)
+        head = "".join(f"<th>{html.escape(title)}</th>" for title in COLUMNS.values())
+        figure = picture(pareto(mine), f"error against compute, {html.escape(model)}")
+        parts.append(f"<h2>{html.escape(model)}</h2>{figure}<table><tr>{head}</tr>{body}</table>")
+    return (
+        "<!doctype html><meta charset=utf-8><title>Quality against compute</title><style>:root{color-scheme:light dark}"
+        "body{font:15px system-ui;max-width:70rem;margin:2rem auto}td,th{padding:.1rem .6rem;text-align:left}</style>"
+        + "".join(parts)
+    )
+
+
+def pareto(rows: Sequence[Mapping[str, Any]]) -> Draw:
+    """RMSE to the dense samples over MACs, both logarithmic: every method, and the front of the plans."""
+
+    def draw(theme: Theme) -> Any:
+        figure = _figure(height=4.4)
+        axis = figure.subplots()
+        for name, arm in dict.fromkeys((row["method"], row["reuse_arm"]) for row in rows if row["rmse_dense"] > 0):
+            mine = sorted(
+                (row["compute_ratio"], row["rmse_dense"], row["spread"])
+                for row in rows
+                if (row["method"], row["reuse_arm"]) == (name, arm)
+            )
+            x, y, spread = zip(*mine, strict=True)
+            ours = name.startswith("plan")
+            axis.errorbar(
+                x, y, yerr=spread, marker="o" if ours else ".", label=f"{name} {arm}".strip(), capsize=2,
+                linewidth=2.2 if ours else 0.8, color=theme.accent if name == "plan" else None,
+            )  # fmt: skip
+        axis.set_yscale("log")
+        axis.set_xlabel("MACs spent, share of the dense model's")
+        axis.set_title("RMSE to the dense samples", fontsize=11, color=theme.text, loc="left")
+        _style(axis, theme)
+        figure.legend(loc="outside right upper", frameon=False, labelcolor=theme.text, fontsize=8)
+        return figure
+
+    return draw
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,52 @@
+"""The comparison of methods at equal compute: what is in it, and that its scores mean what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lazy_compile.bench.quality import QualitySettings, rmse, ssim
+from lazy_compile.bench.quality_report import measure_all
+from lazy_compile.errors import ConfigError
+from lazy_compile.planning import SearchOptions
+
+TINY = QualitySettings(
+    steps=4, ratios=(0.6,), sampling_seeds=1, calibration_seeds=1, samples=4, calibration_batch=2, reference_steps=5,
+    search=SearchOptions(rounds=1, directions=1, swaps=2),
+)  # fmt: skip
+
+
+def test_every_method_is_scored_and_written(tmp_path: Path) -> None:
+    rows = measure_all("digits", TINY, tmp_path)
+    assert json.loads((tmp_path / "quality.json").read_text())["rows"] == rows
+    assert "| **plan** | fitted |" in (tmp_path / "quality.md").read_text()
+    assert "<img src=" in (tmp_path / "quality.html").read_text()
+    dense, *others = rows
+    assert (dense["rmse_dense"], dense["compute_ratio"], dense["ssim"]) == (0.0, 1.0, pytest.approx(1.0))
+    names = {row["method"] for row in rows}
+    assert {"fewer steps", "FORA n=2", "random", "SmoothCache", "TeaCache", "First-Block-Cache"} <= names
+    assert {"FORA n=2, TaylorSeer", "evenly spread, TaylorSeer", "plan without slopes"} <= names
+    assert {row["family"] for row in rows} == {"dense", "baseline", "planned"}
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    assert all(row["rmse_dense"] > 0 for row in others)
+    evenly = next(row for row in rows if (row["method"], row["reuse_arm"]) == ("evenly spread", "linear"))
+    planned = next(row for row in rows if row["method"] == "plan")
+    assert planned["compute_ratio"] <= 0.6 <= evenly["compute_ratio"]
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no model 'letters' to measure; expected all or one of digits"):
+        measure_all("letters", TINY, tmp_path)
+
+
+def test_similarity_is_one_for_equal_images_and_falls_with_noise() -> None:
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    assert ssim(images, images) == pytest.approx(1.0)
+    assert 0.5 < ssim(images, images + 0.1 * noise) < 0.999
+    assert ssim(images, noise) < 0.3
+    assert rmse(images, images + 0.5) == pytest.approx(0.5, rel=1e-6)
