@@ -73,6 +73,7 @@ def build(
     written when it is complete and its branches are checked, with a description beside it (ENGINE.json) that a runner
     needs. What was built already, from the same with the same options, is left as it is.
     """
+    from lazy_compile.backends.tensorrt_build import builder_for
     from lazy_compile.backends.tensorrt_config import BuildConfig
     from lazy_compile.backends.tensorrt_preview import preview
     from lazy_compile.backends.tensorrt_profile import parse_shapes
@@ -101,6 +102,8 @@ def build(
         lines = list(_commands(request, output, config, print_trtexec, print_polygraphy))
         show({"commands": lines}, json, *lines)
         return
+    if not dry_run:
+        builder_for(config)  # it would be a pity to find out after a long export
     with tempfile.TemporaryDirectory() as folder, progress_bars(not json) as on_progress:
         onnx = request.onnx(Path(folder) / "model.engine" if dry_run else output)
         policy = request.export(onnx, on_progress)

@@ -90,14 +90,18 @@ def arm_table(structure: EngineStructure) -> Table:
 
 
 def _counted(layers: Sequence[EngineLayer]) -> str:
-    """``2 products, 1 fused attention, 5 others, 1 host copy``."""
+    """``2 products, 1 fused attention, 1 host copy, 5 others``."""
     counts = Counter(layer.role for layer in layers)
-    return ", ".join(f"{counts[role]} {name}" for role, name in _PLURALS.items() if counts[role]) or "-"
+    named = ((counts[role], names[counts[role] > 1]) for role, names in _NAMES.items())
+    return ", ".join(f"{count} {name}" for count, name in named if count) or "-"
 
 
-_PLURALS: Mapping[LayerRole, str] = {
-    "product": "products", "attention": "fused attention", "host copy": "host copies", "other": "others",
-}  # fmt: skip
+_NAMES: Mapping[LayerRole, tuple[str, str]] = {
+    "product": ("product", "products"),
+    "attention": ("fused attention", "fused attentions"),
+    "host copy": ("host copy", "host copies"),
+    "other": ("other", "others"),
+}
 
 
 def _verdict(structure: EngineStructure) -> str:

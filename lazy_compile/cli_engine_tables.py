@@ -22,7 +22,8 @@ def preview_values(preview: BuildPreview, source: str, output: object) -> dict[s
 
 def preview_tables(preview: BuildPreview) -> list[Table | str]:
     table = new_table("", "tensor", "role", "type", "shape")
-    for tensor, role in zip(preview.tensors, preview.roles, strict=True):
+    listed = zip(preview.tensors, preview.roles, strict=True)
+    for tensor, role in ((tensor, role) for tensor, role in listed if role != "cache"):
         direction = "in" if tensor.is_input else "out"
         add_row(table, direction, tensor.name, role, tensor.dtype, _shape(tensor.shape))
     values: dict[str, Any] = {
@@ -31,7 +32,7 @@ def preview_tables(preview: BuildPreview) -> list[Table | str]:
         "branches": preview.branches,
         "jumps": preview.conditionals,
         "weights": size(preview.weight_bytes),
-        "caches of one stream": size(preview.cache_bytes),
+        "caches of one stream": f"{size(preview.cache_bytes)} in {preview.roles.count('cache') // 2} slots, twice each",
     }
     lines: list[Table | str] = [table, facts(values)]
     if preview.speedups:

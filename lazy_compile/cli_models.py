@@ -99,8 +99,9 @@ def require_inputs(named: NamedModel) -> dict[str, Any]:
 
 
 def in_precision(named: NamedModel, precision: str | None) -> NamedModel:
-    """The model and its floating example inputs in ``"fp32"``, ``"fp16"`` or ``"bf16"``; None leaves them."""
+    """All of the model and its floating example inputs in ``"fp32"``, ``"fp16"`` or ``"bf16"``; None leaves them."""
     import torch
+    from torch import nn
     from torch.utils import _pytree as pytree
 
     if precision is None:
@@ -110,7 +111,8 @@ def in_precision(named: NamedModel, precision: str | None) -> NamedModel:
     def cast(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
-    return replace(named, model=named.model.to(dtype), example_inputs=pytree.tree_map(cast, named.example_inputs))
+    model = nn.Module.to(named.model, dtype)  # not the model's own, which may leave some in float32
+    return replace(named, model=model, example_inputs=pytree.tree_map(cast, named.example_inputs))
 
 
 def parse_group(text: str | None) -> Group | None:

@@ -43,10 +43,10 @@ def run(
     from lazy_compile.cli_tables import facts, reuse_picture, show, size
     from lazy_compile.storage import atomic_path
 
+    runner = _runner(onnx, engine)
     named = load_model(model, shape or (), device)
     lazy = load_lazy(named, gates, options or ())
     sample = load_sampler(sampler, named, lazy, steps, scheduler)
-    runner = _runner(onnx, engine)
     denoiser: Any = lazy
     if runner is not None:
         from lazy_compile.backends.denoiser import EngineDenoiser

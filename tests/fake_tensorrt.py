@@ -158,6 +158,9 @@ class FakeContext:
             self.engine.trt.complain(self.engine.log, "[executionContext.cpp::enqueue::1] Cuda Runtime (out of memory)")
             return False
         queue = QUEUES[handle]
+        if queue.recording is not None and self.engine.trt.refuses == "capture":
+            self.engine.trt.complain(self.engine.log, "operation not permitted when stream is capturing")
+            return False
         if queue.recording is not None:
             addresses = dict(self.addresses)
             queue.recording.append(lambda: self._replay(addresses))
@@ -228,8 +231,10 @@ class HostQueue:
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         self.recording = recorded = []
-        work()
-        self.recording = None
+        try:
+            work()
+        finally:
+            self.recording = None
         return lambda: [step() for step in recorded] and None
 
 

@@ -232,6 +232,8 @@ def test_bench_and_demo_hand_over_to_their_libraries(tmp_path: Path, monkeypatch
         (2, ["plan", "factories:tiny_dit", "-o", "x"], "give exactly one"),
         (2, ["calibrate", "factories:tiny_dit", "-o", "x", "--target-lazy-ratio", "1.5"], "between 0 and 1; seen 1.5"),
         (2, ["run", "factories:tiny_dit", "--gates", "x", "--set", "reuse=last"], "exclude each other"),
+        (2, ["run", "factories:tiny_dit", "--onnx", "a", "--engine", "b"], "--onnx and --engine exclude each other"),
+        (5, ["run", "factories:tiny_dit", "--engine", "no.engine"], "no.engine has no no.engine.json beside it"),
         (4, ["inspect", "factories:no_branches"], "has no residual branch that could be gated"),
         (5, ["run", "factories:tiny_dit", "--gates", "nowhere"], "nowhere holds no lazy.json"),
         (5, ["inspect", "nowhere.pt2"], "there is no file nowhere.pt2"),

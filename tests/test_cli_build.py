@@ -216,6 +216,11 @@ def test_mainline_without_a_gpu_is_one_line(exported: Path, tmp_path: Path, monk
     assert "use flavor='rtx', which needs no GPU" in line
 
 
+def test_what_is_missing_is_found_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert "needs the package 'tensorrt'" in refusal(8, "build", "factories:broken", "--output", tmp_path / "m.engine")
+
+
 def test_onnx_of_others_is_built_on_request_only(tmp_path: Path) -> None:
     path, engine = written(tmp_path, one_if()), tmp_path / "m.engine"
     line = refusal(5, "build", path, "--flavor", "rtx", "--output", engine)

@@ -8,7 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lazy_compile.backends.tensorrt import BuildConfig, EngineSidecar, build_engine
+from lazy_compile.backends import tensorrt_build
+from lazy_compile.backends.tensorrt import BuildConfig, EngineSidecar, EngineStructure, build_engine
+from lazy_compile.backends.tensorrt_api import Message
 from test_cli import answer, call, refusal
 from test_tensorrt_build import one_if, written
 from test_tensorrt_layers import SOUND, moved, spelled
@@ -61,6 +63,21 @@ def refusal_of_structure(*arguments: object) -> str:
     assert result.exit_code == 7, result.output
     assert "branch" in result.stdout, "the table is shown all the same"
     return result.stderr
+
+
+def test_the_log_of_a_real_build_says_the_same_as_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Message] = []
+    judge = tensorrt_build._structure
+
+    def overhear(messages: list[Message], nodes: dict[str, tuple[str, ...]]) -> EngineStructure:
+        heard.extend(messages)
+        return judge(messages, nodes)
+
+    monkeypatch.setattr(tensorrt_build, "_structure", overhear)
+    built = build_engine(written(tmp_path, one_if()), tmp_path / "m.engine", BuildConfig(flavor="rtx")).structure
+    (tmp_path / "build.log").write_text("\n".join(f"[{item.severity[0]}] {item.text}" for item in heard))
+    (seen,) = answer("inspect", tmp_path / "build.log", "--expect", 1)["engines"].values()
+    assert {name: seen[name] for name in built.summary()} == built.summary()
 
 
 def test_a_product_outside_its_branch_fails(log: Path, tmp_path: Path) -> None:

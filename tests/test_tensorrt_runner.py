@@ -184,6 +184,17 @@ def test_what_cannot_be_captured_is_not(engines: Engines, fake: FakeTensorRT) ->
     assert sum(context.replayed for context in fake.contexts) == 0
 
 
+def test_a_capture_that_fails_is_told_once_and_done_without(
+    engines: Engines, fake: FakeTensorRT, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.refuses = "capture"
+    expected = samples(OnnxRunner(engines.onnx["schedule"], threads=1), Scheduled(TABLE))
+    assert largest_difference(samples(TensorRTRunner(engines.engine["schedule"]), None), expected) == 0.0
+    assert sum(context.replayed for context in fake.contexts) == 0
+    assert [record.message.count("runs without CUDA graphs") for record in caplog.records] == [1, 1], "for each mask"
+    assert "not permitted when stream is capturing" in caplog.text
+
+
 def test_an_engine_that_cannot_be_asked_is_captured_if_it_has_no_jump(
     engines: Engines, fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:

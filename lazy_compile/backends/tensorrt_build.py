@@ -8,6 +8,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -79,10 +80,8 @@ def build_engine(
     start = time.perf_counter()
     config, policy = config or BuildConfig(), policy or AlwaysCompute()
     target = Path(engine)
-    flavor = flavor_of(config.flavor)
-    trt = load(flavor)
+    flavor, trt, device = builder_for(config)
     version, title = str(trt.__version__), f"{flavor.title} {trt.__version__}"
-    device = _device(flavor, config)
     source = OnnxSource.read(onnx)
     key = _key(source, config, policy, version, device)
     if (known := _finished(target, key)) is not None:
@@ -108,6 +107,25 @@ def build_engine(
     for problem in structure.problems:
         logger.warning("%s is right but not as lazy as it could be: %s", target, problem)
     return BuildReport(target, title, target.stat().st_size, structure, False, time.perf_counter() - start)
+
+
+def builder_for(config: BuildConfig) -> tuple[Flavor, ModuleType, str]:
+    """The flavor, its package, and the GPU that an engine will be tied to, empty if to none; quick to ask.
+
+    Raises:
+        BackendError: there is no GPU where one is needed, or the package cannot be used.
+        MissingDependencyError: it is not installed.
+    """
+    flavor = flavor_of(config.flavor)
+    trt = load(flavor)
+    if flavor.builds_without_gpu and "CURRENT" not in config.compute_capabilities:
+        return flavor, trt, ""
+    if not torch.cuda.is_available():
+        raise BackendError(
+            f"{flavor.title} builds for the GPU at hand, and PyTorch sees none here; build on the machine that will "
+            "run the engine, or use flavor='rtx', which needs no GPU"
+        )
+    return flavor, trt, torch.cuda.get_device_name()
 
 
 def build_engines(
@@ -136,19 +154,6 @@ def _key(source: OnnxSource, config: BuildConfig, policy: Policy, version: str, 
     """All that an engine and its description depend on, in one digest."""
     values = [source.sha256, config.flavor, config.options(), policy_to_json(policy), version, device]
     return digest(json.dumps(values, sort_keys=True).encode())
-
-
-def _device(flavor: Flavor, config: BuildConfig) -> str:
-    """The GPU that the engine will be tied to."""
-    tied = not flavor.builds_without_gpu or "CURRENT" in config.compute_capabilities
-    if not tied:
-        return ""
-    if not torch.cuda.is_available():
-        raise BackendError(
-            f"{flavor.title} builds for the GPU at hand, and PyTorch sees none here; build on the machine that will "
-            "run the engine, or use flavor='rtx', which needs no GPU"
-        )
-    return torch.cuda.get_device_name()
 
 
 def _finished(target: Path, key: str) -> EngineSidecar | None:

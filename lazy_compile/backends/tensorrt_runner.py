@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lazy_compile.backends.tensorrt_device import ALIGNMENT, CudaDevice
 from lazy_compile.backends.tensorrt_network import dtype_name
 from lazy_compile.backends.tensorrt_sidecar import EngineSidecar
 from lazy_compile.errors import ArtifactError, BackendError
+
+logger = logging.getLogger("lazy_compile")
 
 
 class TensorRTRunner(Runner):
@@ -177,7 +180,13 @@ class EngineLane:
             own[name].copy_(self._static[name], non_blocking=True)
 
     def _capture(self, pair: tuple[int, ...], tensors: Mapping[str, Tensor]) -> None:
-        self._steps[pair] = self.queue.capture(lambda: self._enqueue(tensors))
+        try:
+            self._steps[pair] = self.queue.capture(lambda: self._enqueue(tensors))
+        except (BackendError, RuntimeError) as error:
+            logger.warning("%s runs without CUDA graphs: %s", self.session.path, error)
+            self._captures = False
+            self._enqueue(tensors)
+            return
         self._steps[pair]()
 
     def _is_capturable(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lazy_compile.backends.onnx_embed import NEXT_STEP, START, STEP, add_start, embed_policy
 from lazy_compile.backends.onnx_metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx_save import save_model
-from lazy_compile.backends.tensorrt_build import build_engine
+from lazy_compile.backends.tensorrt_build import build_engine, builder_for
 from lazy_compile.backends.tensorrt_config import BuildConfig
 from lazy_compile.errors import ArtifactError, ConfigError, import_optional
 from lazy_compile.policy import AlwaysCompute, Policy
@@ -89,6 +89,8 @@ def export_triton(
         raise ConfigError(f"backend is {backend!r}; expected one of {', '.join(map(repr, get_args(Backend)))}")
     if sequences < 1 or idle_seconds <= 0:
         raise ConfigError(f"sequences is {sequences}, idle_seconds is {idle_seconds}; use 1 or more, and more than 0")
+    if backend == "tensorrt":
+        builder_for(build or BuildConfig())
     model, metadata = _read(Path(onnx))
     add_start(model)
     if embed_gates:
