@@ -7,6 +7,8 @@ images = sample(lazy, seed=0)
 
 from lazy_compile.backends.onnx import export_onnx as export_onnx
 from lazy_compile.backends.onnx_structure import check_structure as check_structure
+from lazy_compile.backends.tensorrt_build import build_engine as build_engine
+from lazy_compile.backends.tensorrt_config import BuildConfig as BuildConfig
 from lazy_compile.branch import BranchKind as BranchKind
 from lazy_compile.branch import Refusal as Refusal
 from lazy_compile.branch import ResidualBranch as ResidualBranch
