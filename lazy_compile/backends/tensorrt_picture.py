@@ -23,10 +23,10 @@ _STYLE = (
 
 
 def draw(structure: EngineStructure, title: str) -> str:
-    """SVG. Three columns: what runs at every step before a branch, what it computes, what it does when it reuses."""
+    """SVG. Three columns: what a branch computes, what it does when it reuses, what runs at every step before it."""
     lines = list(structure.segments())
-    columns = [_arms(always, index, structure) for index, (always, _) in enumerate(lines)]
-    widths = [max(14, *(len(row[at]) for row in columns)) * STEP + 24 for at in range(3)]
+    rows = [((), (), always) if item is None else (item.compute, item.reuse, always) for always, item in lines]
+    widths = [max(14, *(len(row[at]) for row in rows)) * STEP + 24 for at in range(3)]
     starts = [LEFT, LEFT + widths[0], LEFT + widths[0] + widths[1]]
     height, width = TOP + LINE * len(lines) + 8, starts[2] + widths[2]
     parts = [
@@ -35,20 +35,15 @@ def draw(structure: EngineStructure, title: str) -> str:
         _text(8, 18, title),
         *_legend(),
     ]
-    for start, head in zip(starts, ("every step", "only where it computes", "only where it reuses"), strict=True):
+    for start, head in zip(
+        starts, ("only where it computes", "only where it reuses", "before it, at every step"), strict=True
+    ):
         parts.append(_text(start, TOP - 8, head, "dim"))
-    for index, ((_, branch), row) in enumerate(zip(lines, columns, strict=True)):
+    for index, ((_, branch), row) in enumerate(zip(lines, rows, strict=True)):
         top = TOP + LINE * index
         parts.append(_text(8, top + SIDE, "after the last branch" if branch is None else branch.name))
         parts += [square for start, layers in zip(starts, row, strict=True) for square in _squares(start, top, layers)]
     return "\n".join([*parts, "</svg>"])
-
-
-def _arms(always: Sequence[EngineLayer], index: int, structure: EngineStructure) -> tuple[Sequence[EngineLayer], ...]:
-    if index == len(structure.branches):
-        return always, (), ()
-    branch = structure.branches[index]
-    return always, branch.compute, branch.reuse
 
 
 def _squares(start: int, top: int, layers: Sequence[EngineLayer]) -> Iterator[str]:
