@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
 import threading
 from dataclasses import replace
@@ -19,6 +20,7 @@ from lazy_compile.backends import tensorrt_api, tensorrt_build, tensorrt_network
 from lazy_compile.backends.tensorrt import BuildConfig, EngineSidecar, build_engine
 from lazy_compile.backends.tensorrt_api import FLAVORS, first_sentence, listen, load
 from lazy_compile.backends.tensorrt_profile import parse_shapes, profile_of
+from lazy_compile.backends.tensorrt_sidecar import policy_from_json, policy_to_json
 from lazy_compile.errors import ArtifactError, BackendError, ConfigError, LazyCompileError, MissingDependencyError
 from lazy_compile.policy import GateQuery, Policy, Scheduled
 from lazy_compile.schedule import CacheSchedule
@@ -310,6 +312,12 @@ def test_a_policy_that_an_engine_cannot_follow_is_refused(tmp_path: Path) -> Non
 
     with pytest.raises(ConfigError, match="an engine cannot follow"):
         build_engine(written(tmp_path, one_if()), tmp_path / "m.engine", RTX, policy=Asks())
+
+
+def test_a_schedule_keeps_its_slopes() -> None:
+    table = CacheSchedule.every(2, 4, 3).should_compute
+    policy = Scheduled(CacheSchedule(table, np.linspace(0.0, 1.0, 12).reshape(4, 3)))
+    assert policy_from_json(json.loads(json.dumps(policy_to_json(policy)))) == policy
 
 
 def test_a_damaged_description_is_refused(tmp_path: Path) -> None:

@@ -124,6 +124,10 @@ POLICIES: list[tuple[str, Callable[[Models], Policy]]] = [
     ("predicate", lambda models: models.learned("linear", rising=True)),
     ("input", lambda models: Scheduled(TABLE)),
     ("input", lambda models: Scheduled(CacheSchedule(TABLE.should_compute[:5]))),
+    (
+        "input",
+        lambda models: Scheduled(CacheSchedule(TABLE.should_compute, np.random.default_rng(0).random((STEPS, 4)))),
+    ),
     ("input", lambda models: AlwaysCompute()),
 ]
 
@@ -184,6 +188,7 @@ def test_without_embedding_a_request_brings_what_decides(models: Models, tmp_pat
             brought |= {"gate_weight": row.weight.numpy(), "gate_bias": row.bias.numpy()}
         else:
             brought |= {f"should_compute_{gate}": TABLE.should_compute[step, gate] for gate in range(4)}
+        brought["slope"] = np.ones(len(layout.gates))
         seen = torch.from_numpy(server.infer(1, step == 0, brought)["output_0"])
         assert (seen - wanted[step]).abs().max() < TOLERANCE, step
 

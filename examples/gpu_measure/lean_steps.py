@@ -48,7 +48,8 @@ class LeanSteps:
             if item.role is Role.SLOT:
                 values.append(self._slot(item.name, fake))
             elif item.role is Role.GATE:
-                values.append(decisions[item.name])
+                slope = torch.ones(fake.shape, device=self.tensors[0].device)
+                values.append(decisions.get(item.name, slope))
         names = state_names(program)
 
         def step() -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from lazy_compile.backends.onnx_metadata import OnnxMetadata
 from lazy_compile.errors import ConfigError, import_optional
-from lazy_compile.extrapolation import CLOCK
+from lazy_compile.extrapolation import CLOCK, SLOPE
 from lazy_compile.gate import GateRow, GateTable
 from lazy_compile.grouping import GateLayout
 from lazy_compile.policy import AlwaysCompute, Learned, Policy, Scheduled
@@ -103,8 +103,8 @@ def embed_policy(model: Model, metadata: OnnxMetadata, policy: Policy) -> None:
 
     1. ``Learned(table)`` with ``gating="predicate"``: the rows become constants; the timestep input says which one is
        taken, as :meth:`~lazy_compile.gate.GateTable.row` says.
-    2. ``Scheduled`` and ``AlwaysCompute`` with ``gating="input"``: the table becomes a constant, read by a slot
-       :data:`STEP` that counts the steps; steps beyond its end compute.
+    2. ``Scheduled`` and ``AlwaysCompute`` with ``gating="input"``: the table and its slopes become constants, read by a
+       slot :data:`STEP` that counts the steps; steps beyond its end compute.
 
     Raises:
         ConfigError: the policy and the gating do not go together, or the model has no timestep input.
@@ -140,7 +140,21 @@ def _embed_schedule(edit: _Editor, metadata: OnnxMetadata, policy: Policy) -> No
         scalar = edit.constant(np.zeros(0, np.int64), f"{decision_name(branch)}.shape")
         decision = edit.add("Reshape", [row, scalar], f"{decision_name(branch)}.now", "BOOL", [])
         _replace_input(edit, given[decision_name(branch)], decision)
+    if SLOPE in given:
+        slopes = edit.constant(_slopes(policy, layout, len(rows)), f"{SLOPE}.table")
+        row = edit.add("Gather", [slopes, known], f"{SLOPE}.row", "FLOAT", [1, len(layout.gates)])
+        size = edit.constant(np.array([len(layout.gates)]), f"{SLOPE}.shape")
+        _replace_input(
+            edit, given[SLOPE], edit.add("Reshape", [row, size], f"{SLOPE}.now", "FLOAT", [len(layout.gates)])
+        )
     edit.finish()
+
+
+def _slopes(policy: Policy, layout: GateLayout, rows: int) -> Any:
+    """``float32[rows, G]``: how far each branch that decides, and those that it leads, follow their lines."""
+    chosen = [policy.slopes(step, 0.0) for step in range(rows)]
+    every = [[1.0] * len(layout.gates) if row is None else [row[gate] for gate in layout.gates] for row in chosen]
+    return np.array(every, dtype=np.float32)
 
 
 def _embed_table(edit: _Editor, metadata: OnnxMetadata, policy: Learned) -> None:
@@ -164,6 +178,8 @@ def _embed_table(edit: _Editor, metadata: OnnxMetadata, policy: Learned) -> None
         apart = edit.add("Sub", [second, first], f"{name}.apart", "FLOAT", size)
         part = edit.add("Mul", [apart, fraction], f"{name}.part", "FLOAT", size)
         _replace_input(edit, given[name], edit.add("Add", [first, part], f"{name}.now", "FLOAT", size))
+    if SLOPE in given:  # gates have none of their own
+        _replace_input(edit, given[SLOPE], edit.constant(np.ones(bias.shape[1], np.float32), f"{SLOPE}.now"))
     edit.finish()
 
 

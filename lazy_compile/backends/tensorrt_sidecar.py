@@ -138,7 +138,7 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
     if type(policy) is AlwaysCompute:
         return {"kind": "always_compute"}
     if type(policy) is Scheduled:
-        return {"kind": "scheduled", "should_compute": policy.schedule.to_json()["should_compute"]}
+        return {"kind": "scheduled", **policy.schedule.to_json()}
     if type(policy) is Learned:
         table = policy.table
         tensors = {"knots": table.knots, "weight": table.weight, "bias": table.bias}
