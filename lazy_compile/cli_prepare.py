@@ -119,6 +119,11 @@ def plan(
     output: given.Folder,
     lazy_ratio: given.LazyRatio = None,
     compute_ratio: given.ComputeRatio = None,
+    latency_ratio: Annotated[float | None, typer.Option(help="Time to spend over that of the dense model.")] = None,
+    timings: Annotated[
+        Path | None,
+        typer.Option(help="JSON with the seconds of each branch and of a step, for --latency-ratio."),
+    ] = None,
     schedule_file: Annotated[
         Path | None,
         typer.Option("--import", metavar="FILE", help="Take a schedule: ours, SmoothCache's, routers, a steps_mask."),
@@ -142,11 +147,14 @@ def plan(
     from lazy_compile.effects import count_steps
     from lazy_compile.policy import Scheduled
     from lazy_compile.progress import progress_bars
+    from lazy_compile.timings import BranchTimings
 
+    if timings is not None and latency_ratio is None:
+        raise ConfigError("--timings count for a --latency-ratio only; give one")
     if schedule_file is not None and freeze is not None:
         raise ConfigError("--import and --freeze both give a schedule; give one of them")
     ready = schedule_file is not None or freeze is not None
-    budget = None if ready else planning.Budget(lazy_ratio, compute_ratio)
+    budget = None if ready else planning.Budget(lazy_ratio, compute_ratio, latency_ratio)
     named = load_model(model, shape or (), device)
     lazy = load_lazy(named, freeze, options or ())
     sample = load_sampler(sampler, named, lazy, steps, scheduler)
@@ -157,7 +165,8 @@ def plan(
         schedule = schedule_io.freeze(lazy.stats)
     else:
         with progress_bars(not json) as on_progress:
-            schedule = planning.plan(lazy, sample, budget, seed=seed, on_progress=on_progress)
+            seconds = None if timings is None else BranchTimings.load(timings)
+            schedule = planning.plan(lazy, sample, budget, timings=seconds, seed=seed, on_progress=on_progress)
     lazy.policy = Scheduled(schedule)
     lazy.save(output)
     values = {

@@ -19,6 +19,7 @@ from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.response import NoGradientError, dense_samples, measure_response
 from lazy_compile.schedule import CacheSchedule
 from lazy_compile.search import fit_slopes, swap
+from lazy_compile.timings import BranchTimings, measure_timings
 
 logger = logging.getLogger("lazy_compile")
 
@@ -30,33 +31,36 @@ AGE_EXPONENT = 2.5
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to save: exactly one of the two.
+    """How much to save: exactly one of the three.
 
     Attributes:
         lazy_ratio: share of branch evaluations to reuse.
         compute_ratio: MACs to spend over dense MACs, always-on parts included.
+        latency_ratio: time to spend over that of the dense model, by the timings of its branches.
     """
 
     lazy_ratio: float | None = None
     compute_ratio: float | None = None
+    latency_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.lazy_ratio, self.compute_ratio) if value is not None]
+        given = [value for value in (self.lazy_ratio, self.compute_ratio, self.latency_ratio) if value is not None]
         if len(given) != 1:
-            raise ConfigError("a budget is either a lazy_ratio or a compute_ratio; give exactly one")
+            raise ConfigError("a budget is a lazy_ratio, a compute_ratio or a latency_ratio; give exactly one")
         if not 0.0 < given[0] < 1.0:
             raise ConfigError(f"a budget lies between 0 and 1; seen {given[0]}")
 
-    def cost_of(self, branch_macs: Floats, total_macs: int) -> Floats:
-        """``float64[G]``: what computing each branch counts for under this budget."""
-        return np.ones(len(branch_macs)) if self.lazy_ratio is not None else branch_macs / total_macs
+    def cost_of(self, branches: Floats, total: float) -> Floats:
+        """``float64[G]``: what computing each branch counts for, from the MACs or seconds of each and of a step."""
+        return np.ones(len(branches)) if self.lazy_ratio is not None else branches / total
 
     def spend(self, steps: int, cost: Floats) -> float:
         """What the computed branches of a trajectory may cost in all."""
         if self.lazy_ratio is not None:
             return (1.0 - self.lazy_ratio) * steps * len(cost)
-        assert self.compute_ratio is not None
-        return steps * (self.compute_ratio - 1.0 + float(cost.sum()))
+        ratio = self.compute_ratio if self.latency_ratio is None else self.latency_ratio
+        assert ratio is not None
+        return steps * (ratio - 1.0 + float(cost.sum()))
 
     def is_met_by(self, schedule: CacheSchedule, effects: EffectTable) -> bool:
         if self.lazy_ratio is not None:
@@ -101,6 +105,7 @@ def plan(
     sample: Sampler,
     budget: Budget,
     *,
+    timings: BranchTimings | None = None,
     start: CacheSchedule | None = None,
     options: SearchOptions | None = None,
     seed: int = 0,
@@ -113,13 +118,28 @@ def plan(
     was not made from, and measure again around it. Where the samples carry no gradient, the plan is made from the
     effects of single reuses instead.
 
+    Args:
+        lazy: a transformed model; its policy stays.
+        sample: runs a trajectory; the more samples it draws at once, the less a plan is made for these alone.
+        budget: what may be spent.
+        timings: of the runtime that a ``latency_ratio`` is meant for; None measures them in PyTorch.
+        start: a schedule to improve.
+        options: how long to search.
+        seed: of the noise.
+        on_progress: see :mod:`lazy_compile.progress`.
+
     Raises:
         ConfigError: the budget cannot be met, since the first step computes everything.
     """
-    steps, search = count_steps(lazy, sample, seed), _Search(lazy, sample, budget, options or SearchOptions())
+    steps = count_steps(lazy, sample, seed)
+    if budget.latency_ratio is not None and timings is None:
+        timings = measure_timings(lazy, sample, seed=seed)
+    search = _Search(lazy, sample, budget, options or SearchOptions(), timings)
     try:
         return search.run(start or search.even(steps), seed, on_progress)
     except NoGradientError as error:
+        if budget.latency_ratio is not None:
+            raise
         logger.warning("planning from single reuses, which is slower and finds less: %s", error)
         return plan_reuse(measure_effects(lazy, sample, seed=seed, on_progress=on_progress), budget).schedule
 
@@ -127,11 +147,20 @@ def plan(
 class _Search:
     """A search among schedules whose branches decide as the model's groups have them."""
 
-    def __init__(self, lazy: LazyModule, sample: Sampler, budget: Budget, options: SearchOptions) -> None:
+    def __init__(
+        self,
+        lazy: LazyModule,
+        sample: Sampler,
+        budget: Budget,
+        options: SearchOptions,
+        timings: BranchTimings | None = None,
+    ) -> None:
         self.lazy, self.sample, self.options, self.budget = lazy, sample, options, budget
         self.leaders = lazy.graph.leaders(lazy.lazy_config.group)
         macs = np.array([branch.macs for branch in lazy.branches], dtype=np.float64)
         each = budget.cost_of(macs, lazy.graph.total_macs)
+        if timings is not None:
+            each = budget.cost_of(timings.branches, timings.total)
         self.deciding = sorted(set(self.leaders))
         self.cost = np.array([each[np.equal(self.leaders, leader)].sum() for leader in self.deciding])
         self.linear = lazy.lazy_config.reuse == "linear"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lazy_compile import CacheSchedule, Scheduled
+from lazy_compile import CacheSchedule, Scheduled, transform
 from lazy_compile.effects import EffectTable, measure_effects
-from lazy_compile.errors import ConfigError
-from lazy_compile.planning import AGE_EXPONENT, Budget, plan, plan_reuse
+from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.planning import AGE_EXPONENT, Budget, SearchOptions, plan, plan_reuse
+from lazy_compile.timings import BranchTimings, measure_timings
+from models import TinyDiT, randomize
 from sampling import STEPS, lazy_tiny_dit, sample
 
 
@@ -99,6 +102,48 @@ def test_a_plan_for_a_model_can_be_followed() -> None:
 def test_a_budget_that_makes_no_sense_is_refused(budget: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Budget(**budget)
+
+
+def test_a_model_that_was_not_called_yet_is_captured_by_planning() -> None:
+    lazy = transform(randomize(TinyDiT()).eval())
+    schedule = plan(lazy, sample, Budget(compute_ratio=0.6), options=SearchOptions(rounds=1, directions=1))
+    macs = [branch.macs for branch in lazy.branches]
+    assert schedule.compute_ratio(macs, lazy.graph.total_macs) <= 0.6
+    assert schedule.slopes is not None
+
+
+def test_without_gradient_the_plan_is_made_from_single_reuses(caplog: pytest.LogCaptureFixture) -> None:
+    lazy = lazy_tiny_dit()
+    schedule = plan(lazy, lambda denoiser, seed: sample(denoiser, seed).detach(), Budget(lazy_ratio=0.4))
+    assert schedule == plan_reuse(measure_effects(lazy, sample), Budget(lazy_ratio=0.4)).schedule
+    assert "planning from single reuses, which is slower and finds less" in caplog.text
+
+
+def test_a_latency_budget_counts_seconds() -> None:
+    lazy = lazy_tiny_dit()
+    timings = BranchTimings(np.array([1.0, 0.0, 0.0, 0.0]), total=2.0)
+    schedule = plan(
+        lazy, sample, Budget(latency_ratio=0.7), timings=timings, options=SearchOptions(rounds=1, directions=1)
+    )
+    computed = schedule.should_compute.mean(axis=0)
+    assert 0.5 * computed[0] + 0.5 <= 0.7
+    assert computed[1:].tolist() == [1.0, 1.0, 1.0]
+    measured = measure_timings(lazy, sample)
+    assert measured.branches.shape == (4,)
+    assert measured.branches.min() > 0
+    assert measured.branches.sum() < measured.total
+
+
+def test_timings_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "timings.json"
+    path.write_text('{"branches": [0.1, 0.2], "total": 0.5}')
+    assert BranchTimings.load(path).branches.tolist() == [0.1, 0.2]
+    path.write_text('{"branches": [0.1, 0.6], "total": 0.5}')
+    with pytest.raises(ConfigError, match=r"branches of 0.7 s do not fit in a step of 0.5 s"):
+        BranchTimings.load(path)
+    path.write_text('{"total": 0.5}')
+    with pytest.raises(ArtifactError, match="holds no timings"):
+        BranchTimings.load(path)
 
 
 def test_a_budget_that_cannot_be_met_is_refused() -> None:
