@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,21 +142,19 @@ def speed(output: given.Folder = Path("build/bench"), json: given.Json = False) 
 def quality(
     model: Annotated[str, typer.Argument(help="digits or scenes, or all.")] = "all",
     output: given.Folder = Path("build/quality"),
-    samples: Annotated[int, typer.Option(min=2, help="Images for each set of noise.")] = 128,
+    samples: Annotated[int | None, typer.Option(min=2, help="Images for each set of noise.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Compute ratios; may be given several times.")] = None,
     json: given.Json = False,
 ) -> None:
     """Score methods of doing less at equal compute, and write quality.json, quality.md and quality.html."""
-    from lazy_compile.bench.quality import QualitySettings
     from lazy_compile.bench.quality_report import measure_all, quality_table
     from lazy_compile.cli_tables import show
     from lazy_compile.progress import progress_bars
 
-    settings = QualitySettings(samples=samples)
-    if ratio:
-        settings = replace(settings, ratios=tuple(ratio))
+    given_settings = {"samples": samples, "ratios": tuple(ratio or ()) or None}
+    changes = {name: value for name, value in given_settings.items() if value is not None}
     with progress_bars(not json) as on_progress:
-        rows = measure_all(model, settings, output, on_progress)
+        rows = measure_all(model, changes, output, on_progress)
     show({"rows": rows, "output": str(output)}, json, quality_table(rows), f"written to {output}")
 
 

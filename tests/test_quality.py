@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lazy_compile.bench.quality import QualitySettings, rmse, ssim
+from lazy_compile.bench.quality import rmse, ssim
 from lazy_compile.bench.quality_report import measure_all
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning import SearchOptions
 
-TINY = QualitySettings(
-    steps=4, ratios=(0.6,), sampling_seeds=1, calibration_seeds=1, samples=4, calibration_batch=2, reference_steps=5,
-    search=SearchOptions(rounds=1, directions=1, swaps=2),
-)  # fmt: skip
+TINY = {
+    "steps": 4, "ratios": (0.6,), "sampling_seeds": 1, "calibration_seeds": 1, "samples": 4, "calibration_batch": 2,
+    "reference_steps": 5, "search": SearchOptions(rounds=1, directions=1, swaps=2),
+}  # fmt: skip
 
 
 def test_every_method_is_scored_and_written(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,11 +21,13 @@ from lazy_compile.planning import Budget, SearchOptions, plan
 from lazy_compile.policy import Policy, Scheduled
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.schedule import CacheSchedule
-from lazy_compile.storage import save_json
 
 Family = Literal["dense", "baseline", "planned", "learned", "oracle"]
 Run = Callable[[int], tuple[Tensor, float]]
 """``seed -> (samples, compute_ratio)``."""
+
+METHODS = 46
+"""Rows of a subject at three ratios."""
 
 FIRST_SAMPLING_SEED = 9_100_001
 """Far from the seeds that calibration draws its noise from."""
@@ -68,23 +69,20 @@ class Method:
     steps: int
 
 
-def measure(
-    subject: Subject,
-    settings: QualitySettings | None = None,
-    output: Path | None = None,
-    on_progress: OnProgress = no_progress,
-) -> list[dict[str, Any]]:
-    """One row for each method and budget; writes ``quality.json`` into ``output`` after each, if that is given."""
-    return Quality(subject, settings or QualitySettings(), output, on_progress).measure()
+def measure(subject: Subject, settings: QualitySettings, on_progress: OnProgress = no_progress) -> list[dict[str, Any]]:
+    """One row for each method and budget."""
+    quality, rows = Quality(subject, settings, on_progress), []
+    for method in quality.methods():
+        rows.append(quality.row(method))
+        on_progress(f"scoring methods, {subject.name}", len(rows), METHODS, f"{method.name}")
+    return rows
 
 
 class Quality:
     """One subject, and what every method is held against."""
 
-    def __init__(
-        self, subject: Subject, settings: QualitySettings, output: Path | None, on_progress: OnProgress
-    ) -> None:
-        self.subject, self.settings, self.output, self.on_progress = subject, settings, output, on_progress
+    def __init__(self, subject: Subject, settings: QualitySettings, on_progress: OnProgress) -> None:
+        self.subject, self.settings, self.on_progress = subject, settings, on_progress
         self.seeds = [FIRST_SAMPLING_SEED + position for position in range(settings.sampling_seeds)]
         self.lazy = transform(subject.model, subject.example)
         self.branches = len(self.lazy.branches)
@@ -92,15 +90,6 @@ class Quality:
         self.dense = [self._original(settings.steps)(seed)[0] for seed in self.seeds]
         self.reference = [self._original(settings.reference_steps)(seed)[0] for seed in self.seeds]
         self.reference_features = [subject.features(images).detach() for images in self.reference]
-
-    def measure(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        for method in self.methods():
-            rows.append(self.row(method))
-            self.on_progress("methods", len(rows), len(rows), f"{method.name} {rows[-1]['rmse_dense']:.4f}")
-            if self.output is not None:
-                save_json(self.output / "quality.json", {"rows": rows})
-        return rows
 
     def methods(self) -> Iterator[Method]:
         steps = self.settings.steps

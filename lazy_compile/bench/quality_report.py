@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from lazy_compile.bench.quality import QualitySettings, measure
 from lazy_compile.bench.subjects import SUBJECTS
 from lazy_compile.errors import ConfigError
+from lazy_compile.planning import SearchOptions
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.report_figures import Draw, Theme, _figure, _style, picture
 from lazy_compile.storage import atomic_path, save_json
@@ -23,10 +25,23 @@ COLUMNS = {
 }  # fmt: skip
 
 
+SETTINGS = {
+    "digits": QualitySettings(),
+    "scenes": QualitySettings(sampling_seeds=3, samples=48, calibration_batch=32, search=SearchOptions(rounds=3)),
+}
+"""What is measured of each subject unless told otherwise: the larger model gets fewer images."""
+
+
 def measure_all(
-    wanted: str, settings: QualitySettings, output: Path, on_progress: OnProgress = no_progress
+    wanted: str, changes: Mapping[str, Any], output: Path, on_progress: OnProgress = no_progress
 ) -> list[dict[str, Any]]:
     """Measure one subject or all of them, and write ``quality.json``, ``quality.md`` and ``quality.html``.
+
+    Args:
+        wanted: a subject, or ``"all"``.
+        changes: fields of :class:`~lazy_compile.bench.quality.QualitySettings`, where they differ from :data:`SETTINGS`.
+        output: the folder to write to.
+        on_progress: see :mod:`lazy_compile.progress`.
 
     Raises:
         ConfigError: there is no such subject.
@@ -35,7 +50,7 @@ def measure_all(
         raise ConfigError(f"there is no model {wanted!r} to measure; expected all or one of {', '.join(SUBJECTS)}")
     rows: list[dict[str, Any]] = []
     for name in SUBJECTS if wanted == "all" else [wanted]:
-        rows += measure(SUBJECTS[name](), settings, output / name, on_progress)
+        rows += measure(SUBJECTS[name](), replace(SETTINGS[name], **changes), on_progress)
     save_json(output / "quality.json", {"rows": rows})
     with atomic_path(output / "quality.md") as temporary:
         temporary.write_text(markdown(rows), encoding="utf-8")
