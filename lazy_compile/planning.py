@@ -90,11 +90,13 @@ class SearchOptions:
     """How long a schedule is searched for.
 
     Attributes:
-        rounds: times that the answer of the final samples is measured, each on other noise.
+        step_rounds: times that the answer of the final samples is measured to move whole steps, each on other noise.
+        rounds: the same to move the decisions of single branches.
         directions: see :func:`~lazy_compile.response.measure_response`.
         swaps: pairs of decisions that a round may exchange.
     """
 
+    step_rounds: int = 2
     rounds: int = 4
     directions: int = 2
     swaps: int = 60
@@ -161,46 +163,51 @@ class _Search:
         each = budget.cost_of(macs, lazy.graph.total_macs)
         if timings is not None:
             each = budget.cost_of(timings.branches, timings.total)
+        self.cost_of_branches = each
         self.deciding = sorted(set(self.leaders))
-        self.cost = np.array([each[np.equal(self.leaders, leader)].sum() for leader in self.deciding])
         self.linear = lazy.lazy_config.reuse == "linear"
 
     def even(self, steps: int) -> CacheSchedule:
         """As many evenly spread steps as the budget allows."""
-        warmup, spend = self.lazy.lazy_config.warmup_steps, self.budget.spend(steps, self.cost) + 1e-9
+        warmup, spend = self.lazy.lazy_config.warmup_steps, self.budget.spend(steps, self.cost_of_branches) + 1e-9
         for count in range(steps, 0, -1):
             table = CacheSchedule.evenly(count, steps, len(self.leaders)).should_compute.copy()
             table[:warmup] = True
-            if (table[:, self.deciding] * self.cost).sum() <= spend:
+            if (table * self.cost_of_branches).sum() <= spend:
                 return CacheSchedule(table, None if self.linear else np.zeros(table.shape))
         raise ConfigError(
             "this budget cannot be met, since the first step computes everything; ask for less reuse, or more steps"
         )
 
     def run(self, best: CacheSchedule, seed: int, on_progress: OnProgress) -> CacheSchedule:
-        rounds, swaps, note = self.options.rounds, self.options.swaps, ""
+        """Rounds that move whole steps, then rounds that move single branches."""
+        each = [self.deciding.index(leader) for leader in self.leaders]
+        whole = self.options.step_rounds if (best.should_compute == best.should_compute[:, :1]).all() else 0
+        rounds, swaps, note = whole + self.options.rounds, self.options.swaps, ""
         for done in range(rounds):
             on_progress("searching schedules", done, rounds, note)
-            unseen = seed + UNSEEN + done
+            unseen, leaders = seed + UNSEEN + done, [0] * len(each) if done < whole else each
             dense = dense_samples(self.lazy, self.sample, unseen)
-            candidates = (best, *self._proposals(best, swaps, seed + done))
+            candidates = (best, *self._proposals(best, leaders, swaps, seed + done))
             judged = [(self._error(item, unseen, dense), item) for item in candidates]
             least, chosen = min(judged, key=lambda item: item[0])
-            best, swaps = chosen, swaps // 2 if chosen is best else swaps
-            note = f"error {least**0.5:.2e}"
+            swaps = swaps // 2 if chosen is best and done >= whole else swaps
+            best, note = chosen, f"error {least**0.5:.2e}"
         on_progress("searching schedules", rounds, rounds, note)
         return best if self.linear else CacheSchedule(best.should_compute)
 
-    def _proposals(self, schedule: CacheSchedule, swaps: int, seed: int) -> Iterator[CacheSchedule]:
-        whole = measure_response(self.lazy, self.sample, schedule, seed=seed, directions=self.options.directions)
-        response, spend = whole.tied(self.leaders), self.budget.spend(schedule.steps, self.cost)
+    def _proposals(self, schedule: CacheSchedule, leaders: list[int], swaps: int, seed: int) -> Iterator[CacheSchedule]:
+        """Better schedules in which branches of one leader decide alike; ``leaders`` count from 0 without gaps."""
+        measured = measure_response(self.lazy, self.sample, schedule, seed=seed, directions=self.options.directions)
+        first = [leaders.index(leader) for leader in leaders]
+        cost = np.array([self.cost_of_branches[np.equal(leaders, leader)].sum() for leader in sorted(set(leaders))])
+        response, spend = measured.tied(first), self.budget.spend(schedule.steps, self.cost_of_branches)
         warmup = self.lazy.lazy_config.warmup_steps
-        everyone = [self.deciding.index(leader) for leader in self.leaders]
-        found = swap(response, response.schedule, self.cost, spend, swaps, warmup_steps=warmup)
-        yield found.of(everyone)
+        found = swap(response, response.schedule, cost, spend, swaps, warmup_steps=warmup)
+        yield found.of(leaders)
         if self.linear:
             for ridge in RIDGES:
-                yield fit_slopes(response, found, ridge).of(everyone)
+                yield fit_slopes(response, found, ridge).of(leaders)
 
     def _error(self, schedule: CacheSchedule, seed: int, dense: Tensor) -> float:
         """Mean squared change of the final samples under a schedule."""

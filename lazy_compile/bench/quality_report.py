@@ -39,7 +39,7 @@ def measure_all(
 
     Args:
         wanted: a subject, or ``"all"``.
-        changes: fields of :class:`~lazy_compile.bench.quality.QualitySettings`, where they differ from :data:`SETTINGS`.
+        changes: fields of the settings, where they are to differ from :data:`SETTINGS`.
         output: the folder to write to.
         on_progress: see :mod:`lazy_compile.progress`.
 
