@@ -18,10 +18,11 @@ from lazy_compile.effects import DenseStep, EffectTable, Sampler, measure_effect
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.gate import GateTable
 from lazy_compile.module import LazyModule, ModelCall
-from lazy_compile.planning import UNSEEN, Budget, PlannedReuse, plan_reuse
+from lazy_compile.planning import Budget, PlannedReuse, plan_reuse
 from lazy_compile.policy import Learned, split_row
 from lazy_compile.progress import OnProgress
 from lazy_compile.runtime import CacheState
+from lazy_compile.schedule_search import UNSEEN
 from lazy_compile.soft_step import SoftStep
 from lazy_compile.storage import load_tensors, save_tensors
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from lazy_compile.effects import EffectTable, Sampler, count_steps, measure_effects
 from lazy_compile.errors import ConfigError
 from lazy_compile.module import LazyModule
-from lazy_compile.policy import Scheduled
 from lazy_compile.progress import OnProgress, no_progress
-from lazy_compile.response import NoGradientError, dense_samples, measure_response
+from lazy_compile.response import NoGradientError
 from lazy_compile.schedule import CacheSchedule
-from lazy_compile.search import fit_slopes, swap
+from lazy_compile.schedule_search import ScheduleSearch, SearchOptions
 from lazy_compile.timings import BranchTimings, measure_timings
 
 logger = logging.getLogger("lazy_compile")
@@ -85,23 +82,6 @@ class PlannedReuse:
     price: float
 
 
-@dataclass(frozen=True)
-class SearchOptions:
-    """How long a schedule is searched for.
-
-    Attributes:
-        step_rounds: times that the answer of the final samples is measured to move whole steps, each on other noise.
-        rounds: the same to move the decisions of single branches.
-        directions: see :func:`~lazy_compile.response.measure_response`.
-        swaps: pairs of decisions that a round may exchange.
-    """
-
-    step_rounds: int = 2
-    rounds: int = 4
-    directions: int = 2
-    swaps: int = 60
-
-
 def plan(
     lazy: LazyModule,
     sample: Sampler,
@@ -115,10 +95,10 @@ def plan(
 ) -> CacheSchedule:
     """The schedule, with its slopes, that changes the final samples least under the budget.
 
-    From evenly spread computations, or from ``start``: measure how the final samples answer to every branch at every
-    step, exchange decisions while that predicts less error, fit the slopes, keep what is truly best on noise that it
-    was not made from, and measure again around it. Where the samples carry no gradient, the plan is made from the
-    effects of single reuses instead.
+    From whole steps, spread evenly or by how much the model changes, or from ``start``: measure how the final samples
+    answer to every branch at every step, exchange decisions while that predicts less error, fit the slopes, keep what
+    is truly best on noise that it was not made from, and measure again around it. Where the samples carry no gradient,
+    the plan is made from the effects of single reuses instead.
 
     Args:
         lazy: a transformed model; its policy stays.
@@ -136,95 +116,16 @@ def plan(
     steps = count_steps(lazy, sample, seed)
     if budget.latency_ratio is not None and timings is None:
         timings = measure_timings(lazy, sample, seed=seed)
-    search = _Search(lazy, sample, budget, options or SearchOptions(), timings)
+    macs, total = np.array([branch.macs for branch in lazy.branches], dtype=np.float64), lazy.graph.total_macs
+    cost = budget.cost_of(macs, total) if timings is None else budget.cost_of(timings.branches, timings.total)
+    search = ScheduleSearch(lazy, sample, cost, budget.spend(steps, cost), options or SearchOptions())
     try:
-        return search.run(start or search.even(steps), seed, on_progress)
+        return search.run([start] if start else search.starts(steps, seed), seed, on_progress)
     except NoGradientError as error:
         if budget.latency_ratio is not None:
             raise
         logger.warning("planning from single reuses, which is slower and finds less: %s", error)
         return plan_reuse(measure_effects(lazy, sample, seed=seed, on_progress=on_progress), budget).schedule
-
-
-class _Search:
-    """A search among schedules whose branches decide as the model's groups have them."""
-
-    def __init__(
-        self,
-        lazy: LazyModule,
-        sample: Sampler,
-        budget: Budget,
-        options: SearchOptions,
-        timings: BranchTimings | None = None,
-    ) -> None:
-        self.lazy, self.sample, self.options, self.budget = lazy, sample, options, budget
-        self.leaders = lazy.graph.leaders(lazy.lazy_config.group)
-        macs = np.array([branch.macs for branch in lazy.branches], dtype=np.float64)
-        each = budget.cost_of(macs, lazy.graph.total_macs)
-        if timings is not None:
-            each = budget.cost_of(timings.branches, timings.total)
-        self.cost_of_branches = each
-        self.deciding = sorted(set(self.leaders))
-        self.linear = lazy.lazy_config.reuse == "linear"
-
-    def even(self, steps: int) -> CacheSchedule:
-        """As many evenly spread steps as the budget allows."""
-        warmup, spend = self.lazy.lazy_config.warmup_steps, self.budget.spend(steps, self.cost_of_branches) + 1e-9
-        for count in range(steps, 0, -1):
-            table = CacheSchedule.evenly(count, steps, len(self.leaders)).should_compute.copy()
-            table[:warmup] = True
-            if (table * self.cost_of_branches).sum() <= spend:
-                return CacheSchedule(table, None if self.linear else np.zeros(table.shape))
-        raise ConfigError(
-            "this budget cannot be met, since the first step computes everything; ask for less reuse, or more steps"
-        )
-
-    def run(self, best: CacheSchedule, seed: int, on_progress: OnProgress) -> CacheSchedule:
-        """Rounds that move whole steps, then rounds that move single branches."""
-        each = [self.deciding.index(leader) for leader in self.leaders]
-        whole = self.options.step_rounds if (best.should_compute == best.should_compute[:, :1]).all() else 0
-        rounds, swaps, note = whole + self.options.rounds, self.options.swaps, ""
-        for done in range(rounds):
-            on_progress("searching schedules", done, rounds, note)
-            unseen, leaders = seed + UNSEEN + done, [0] * len(each) if done < whole else each
-            dense = dense_samples(self.lazy, self.sample, unseen)
-            candidates = (best, *self._proposals(best, leaders, swaps, seed + done))
-            judged = [(self._error(item, unseen, dense), item) for item in candidates]
-            least, chosen = min(judged, key=lambda item: item[0])
-            swaps = swaps // 2 if chosen is best and done >= whole else swaps
-            best, note = chosen, f"error {least**0.5:.2e}"
-        on_progress("searching schedules", rounds, rounds, note)
-        return best if self.linear else CacheSchedule(best.should_compute)
-
-    def _proposals(self, schedule: CacheSchedule, leaders: list[int], swaps: int, seed: int) -> Iterator[CacheSchedule]:
-        """Better schedules in which branches of one leader decide alike; ``leaders`` count from 0 without gaps."""
-        measured = measure_response(self.lazy, self.sample, schedule, seed=seed, directions=self.options.directions)
-        first = [leaders.index(leader) for leader in leaders]
-        cost = np.array([self.cost_of_branches[np.equal(leaders, leader)].sum() for leader in sorted(set(leaders))])
-        response, spend = measured.tied(first), self.budget.spend(schedule.steps, self.cost_of_branches)
-        warmup = self.lazy.lazy_config.warmup_steps
-        found = swap(response, response.schedule, cost, spend, swaps, warmup_steps=warmup)
-        yield found.of(leaders)
-        if self.linear:
-            for ridge in RIDGES:
-                yield fit_slopes(response, found, ridge).of(leaders)
-
-    def _error(self, schedule: CacheSchedule, seed: int, dense: Tensor) -> float:
-        """Mean squared change of the final samples under a schedule."""
-        policy, self.lazy.policy = self.lazy.policy, Scheduled(schedule)
-        try:
-            with torch.no_grad():
-                samples = self.sample(self.lazy, seed)
-        finally:
-            self.lazy.policy = policy
-        return float((samples - dense).double().square().mean())
-
-
-RIDGES = (0.1, 1.0)
-"""Proposals for the slopes: a small ridge is right near the schedule that was measured, a large one far from it."""
-
-UNSEEN = 1_000_003
-"""Distance from the seeds that tables are made from to those that they are judged on."""
 
 
 def plan_reuse(effects: EffectTable, budget: Budget) -> PlannedReuse:

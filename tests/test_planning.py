@@ -12,7 +12,8 @@ import torch
 from lazy_compile import CacheSchedule, Scheduled, transform
 from lazy_compile.effects import EffectTable, measure_effects
 from lazy_compile.errors import ArtifactError, ConfigError
-from lazy_compile.planning import AGE_EXPONENT, Budget, SearchOptions, plan, plan_reuse
+from lazy_compile.planning import AGE_EXPONENT, Budget, plan, plan_reuse
+from lazy_compile.schedule_search import SearchOptions
 from lazy_compile.timings import BranchTimings, measure_timings
 from models import TinyDiT, randomize
 from sampling import STEPS, lazy_tiny_dit, sample

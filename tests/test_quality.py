@@ -12,7 +12,7 @@ import torch
 from lazy_compile.bench.quality import rmse, ssim
 from lazy_compile.bench.quality_report import measure_all
 from lazy_compile.errors import ConfigError
-from lazy_compile.planning import SearchOptions
+from lazy_compile.schedule_search import SearchOptions
 
 TINY = {
     "steps": 4, "ratios": (0.6,), "sampling_seeds": 1, "calibration_seeds": 1, "samples": 4, "calibration_batch": 2,

@@ -17,10 +17,11 @@ from lazy_compile.compiler import transform
 from lazy_compile.config import ReuseArm
 from lazy_compile.demo.digits import frechet_distance
 from lazy_compile.module import LazyModule
-from lazy_compile.planning import Budget, SearchOptions, plan
+from lazy_compile.planning import Budget, plan
 from lazy_compile.policy import Policy, Scheduled
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.schedule import CacheSchedule
+from lazy_compile.schedule_search import SearchOptions
 
 Family = Literal["dense", "baseline", "planned", "learned", "oracle"]
 Run = Callable[[int], tuple[Tensor, float]]

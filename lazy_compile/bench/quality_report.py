@@ -13,9 +13,9 @@ from rich.table import Table
 from lazy_compile.bench.quality import QualitySettings, measure
 from lazy_compile.bench.subjects import SUBJECTS
 from lazy_compile.errors import ConfigError
-from lazy_compile.planning import SearchOptions
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.report_figures import Draw, Theme, _figure, _style, picture
+from lazy_compile.schedule_search import SearchOptions
 from lazy_compile.storage import atomic_path, save_json
 
 COLUMNS = {
