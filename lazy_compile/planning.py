@@ -62,8 +62,9 @@ class Budget:
     def is_met_by(self, schedule: CacheSchedule, effects: EffectTable) -> bool:
         if self.lazy_ratio is not None:
             return schedule.lazy_ratio >= self.lazy_ratio
-        assert self.compute_ratio is not None
-        return schedule.compute_ratio(effects.branch_macs.tolist(), effects.total_macs) <= self.compute_ratio
+        ratio = self.compute_ratio if self.latency_ratio is None else self.latency_ratio
+        assert ratio is not None
+        return schedule.compute_ratio(effects.branch_macs.tolist(), effects.total_macs) <= ratio
 
 
 @dataclass(frozen=True)
@@ -116,16 +117,30 @@ def plan(
     steps = count_steps(lazy, sample, seed)
     if budget.latency_ratio is not None and timings is None:
         timings = measure_timings(lazy, sample, seed=seed)
-    macs, total = np.array([branch.macs for branch in lazy.branches], dtype=np.float64), lazy.graph.total_macs
-    cost = budget.cost_of(macs, total) if timings is None else budget.cost_of(timings.branches, timings.total)
+    each, total = np.array([branch.macs for branch in lazy.branches], dtype=np.float64), float(lazy.graph.total_macs)
+    if timings is not None:
+        each, total = timings.branches, timings.total
+    cost = budget.cost_of(each, total)
     search = ScheduleSearch(lazy, sample, cost, budget.spend(steps, cost), options or SearchOptions())
     try:
-        return search.run([start] if start else search.starts(steps, seed), seed, on_progress)
+        starts = [start] if start else [*search.starts(steps, seed), *_by_single_reuses(search, budget, steps, seed)]
+        return search.run(starts, seed, on_progress)
     except NoGradientError as error:
         if budget.latency_ratio is not None:
             raise
         logger.warning("planning from single reuses, which is slower and finds less: %s", error)
         return plan_reuse(measure_effects(lazy, sample, seed=seed, on_progress=on_progress), budget).schedule
+
+
+def _by_single_reuses(search: ScheduleSearch, budget: Budget, steps: int, seed: int) -> list[CacheSchedule]:
+    """The plan that adds up first-order effects of single reuses; none if branches share decisions."""
+    branches = len(search.cost)
+    if len(set(search.leaders)) < branches:
+        return []
+    final = search.measure(CacheSchedule.always_compute(steps, branches), seed).of_single_reuses(search.linear)
+    effects = EffectTable(final, final, np.zeros(steps), np.maximum(search.cost, 1e-9), 1)
+    planned = plan_reuse(effects, budget).schedule
+    return [planned if search.linear else CacheSchedule(planned.should_compute, np.zeros(final.shape))]
 
 
 def plan_reuse(effects: EffectTable, budget: Budget) -> PlannedReuse:

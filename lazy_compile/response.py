@@ -53,6 +53,18 @@ class Response:
     error: Floats
     size: int
 
+    def of_single_reuses(self, linear: bool) -> Floats:
+        """``float64[T, G]``: mean squared change of the final samples if one branch reuses at one step.
+
+        Of an otherwise dense trajectory; NaN at step 0.
+        """
+        now, before = self.answer[..., 0], self.answer[..., 1]
+        line = 2 * before - self.answer[..., 2] if linear else before
+        line[:, :2] = before[:, :2]
+        effect = np.square(line - now, dtype=np.float64).mean(axis=0) / self.size
+        effect[0] = np.nan
+        return effect
+
     def tied(self, leaders: Sequence[int]) -> Response:
         """The same for the branches that decide: what follows one of them answers with it."""
         deciding = sorted(set(leaders))

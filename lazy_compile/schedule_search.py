@@ -16,7 +16,7 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.module import LazyModule
 from lazy_compile.policy import Scheduled
 from lazy_compile.progress import OnProgress
-from lazy_compile.response import dense_samples, measure_response
+from lazy_compile.response import Response, dense_samples, measure_response
 from lazy_compile.schedule import CacheSchedule
 from lazy_compile.search import fit_slopes, swap
 
@@ -86,7 +86,7 @@ class ScheduleSearch:
 
     def _proposals(self, schedule: CacheSchedule, leaders: list[int], swaps: int, seed: int) -> Iterator[CacheSchedule]:
         """Better schedules in which branches of one leader decide alike; ``leaders`` count from 0 without gaps."""
-        measured = measure_response(self.lazy, self.sample, schedule, seed=seed, directions=self.options.directions)
+        measured = self.measure(schedule, seed)
         first = [leaders.index(leader) for leader in leaders]
         cost = np.array([self.cost[np.equal(leaders, leader)].sum() for leader in sorted(set(leaders))])
         response, warmup = measured.tied(first), self.lazy.lazy_config.warmup_steps
@@ -95,6 +95,9 @@ class ScheduleSearch:
         if self.linear:
             for ridge in RIDGES:
                 yield fit_slopes(response, found, ridge).of(leaders)
+
+    def measure(self, schedule: CacheSchedule, seed: int) -> Response:
+        return measure_response(self.lazy, self.sample, schedule, seed=seed, directions=self.options.directions)
 
     def _best(self, candidates: Sequence[CacheSchedule], seed: int) -> tuple[CacheSchedule, float]:
         """The schedule with the least mean squared error of the final samples on noise of ``seed``, and that error."""

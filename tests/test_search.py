@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
+from lazy_compile.effects import measure_effects
 from lazy_compile.response import NoGradientError, Response, dense_samples, measure_response
 from lazy_compile.search import fit_slopes, predicted_error, swap
 from sampling import STEPS, inputs, lazy_tiny_dit, sample, start, timesteps
@@ -125,3 +126,14 @@ def test_a_sampler_without_gradient_is_refused(lazy: LazyModule) -> None:
             seed=0, directions=1,
         )  # fmt: skip
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("reuse", ["linear", "last"])
+def test_effects_of_single_reuses_follow_from_the_answer_of_a_dense_trajectory(reuse: str) -> None:
+    lazy = lazy_tiny_dit(reuse=reuse)
+    response = measure_response(lazy, sample, CacheSchedule.always_compute(STEPS, BRANCHES), seed=0, directions=48)
+    assert not response.error.any()
+    foreseen, measured = response.of_single_reuses(reuse == "linear"), measure_effects(lazy, sample, seed=0).final
+    assert np.isnan(foreseen[0]).all()
+    np.testing.assert_allclose(foreseen[1:], measured[1:], rtol=0.5)
+    assert np.log(foreseen[1:] / measured[1:]).mean() == pytest.approx(0.0, abs=0.1)
