@@ -61,7 +61,7 @@ class Response:
         now, before = self.answer[..., 0], self.answer[..., 1]
         line = 2 * before - self.answer[..., 2] if linear else before
         line[:, :2] = before[:, :2]
-        effect = np.square(line - now, dtype=np.float64).mean(axis=0) / self.size
+        effect: Floats = np.square(line - now, dtype=np.float64).mean(axis=0) / self.size
         effect[0] = np.nan
         return effect
 
