@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench results lint clean
+.PHONY: help install demo test test-zoo zoo-golden coverage-page bench results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv with everything that the other targets need (once)
 
@@ -31,6 +31,16 @@ test: export MKL_NUM_THREADS := 1
 test: lint ## lint, check types, run the tests
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
+
+test-zoo zoo-golden coverage-page: export OMP_NUM_THREADS := 1
+test-zoo: $(INSTALLED) ## every model of the zoo: all diffusers transformers
+	$(BIN)/pytest -n 2 -m "zoo or not zoo" tests/zoo
+
+zoo-golden: $(INSTALLED) ## write what discovery finds in the zoo to tests/zoo/golden (MODELS="A B" for some)
+	PYTHONPATH=tests $(BIN)/python -m zoo.golden $(MODELS)
+
+coverage-page: $(INSTALLED) ## ask the zoo every question; answers in docs/coverage.md (MODELS="A B" renews some)
+	PYTHONPATH=tests $(BIN)/python -m zoo.coverage $(MODELS)
 
 bench: $(INSTALLED) ## measure speed; results in build/bench
 	$(BIN)/lazy-compile bench speed --output build/bench

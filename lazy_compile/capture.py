@@ -21,6 +21,7 @@ from lazy_compile.call_layout import CallLayout
 from lazy_compile.errors import CaptureError, LazyCompileError
 from lazy_compile.operators import note_example_sizes, value_of
 from lazy_compile.program import Program, Role
+from lazy_compile.python_state import left_as_it_was
 from lazy_compile.tracing import ExportAid
 from lazy_compile.value_guards import Tape, ValueGuards
 
@@ -132,7 +133,7 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> 
             flat = FlatModel(model, layout)
             label = f"{rung.name}, guarded values" if rung.reads_values else rung.name
             try:
-                with quiet_evaluation(model):
+                with quiet_evaluation(model), left_as_it_was(model):
                     exported = rung.export(flat, example).run_decompositions({})
                 program = Program.from_exported(exported, parameter_prefix="model.")
                 program.name_users(layout.names)

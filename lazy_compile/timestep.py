@@ -26,7 +26,8 @@ def find_timestep_input(program: Program, wanted: str | None) -> int | None:
     """Position of the time input among the user's tensors; None if the model has none.
 
     It is the scalar, or tensor of one value per row, that a sinusoidal embedding reads. Where several are embedded so
-    (FLUX embeds its guidance too), the argument's name decides, then the order.
+    (FLUX embeds its guidance too), the argument's name decides, then the order. One value for each frame or token is
+    the time only if a sinusoid reads it and its name says so: positions look the same.
 
     Raises:
         ConfigError: ``wanted`` names no tensor input.
@@ -44,6 +45,7 @@ def find_timestep_input(program: Program, wanted: str | None) -> int | None:
     small = [position for position, (node, _) in enumerate(users) if _is_small(node)]
     embedded = [position for position in small if _reaches_sinusoid(users[position][0])]
     candidates = embedded or [position for position in small if names_the_time(names[position])]
+    candidates = candidates or [position for position, user in enumerate(users) if _is_time_of_parts(*user)]
     named = [position for position in candidates if names_the_time(names[position])]
     return next(iter(named or candidates), None)
 
@@ -56,6 +58,11 @@ def names_the_time(path: str, wanted: str | None = None) -> bool:
 def _is_small(node: fx.Node) -> bool:
     value = value_of(node)
     return isinstance(value, Tensor) and all(isinstance(size, int) and size == 1 for size in value.shape[1:])
+
+
+def _is_time_of_parts(node: fx.Node, name: str) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dim() == 2 and names_the_time(name) and _reaches_sinusoid(node)
 
 
 def _reaches_sinusoid(source: fx.Node) -> bool:

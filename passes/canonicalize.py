@@ -32,8 +32,9 @@ class Canonicalize(GraphPass):
        plain clone, a copy to the same type, a dropout in evaluation mode, a slice or expand of everything, a squeeze
        of an axis that is not 1, a multiplication or division by one. A detach stays: gradients would flow where the
        model stops them.
-    2. ``_assert_*`` nodes go: they pin what the shape guards of the capture already decide.
-    3. Whatever nobody uses goes. Results that the caller receives, and what they are views of, keep their copies, so
+    2. What is written over the whole of a tensor, ``aten.copy``, is the value itself: copies have no gradient.
+    3. ``_assert_*`` nodes go: they pin what the shape guards of the capture already decide.
+    4. Whatever nobody uses goes. Results that the caller receives, and what they are views of, keep their copies, so
        that he may write to them.
 
     Numerics are preserved bit for bit.
@@ -46,21 +47,36 @@ class Canonicalize(GraphPass):
             if operator_name(node).startswith("_assert_"):
                 program.graph.erase_node(node)
                 modified = True
-            elif node not in returned and _is_noop(node):
-                source = node.args[0]
-                assert isinstance(source, fx.Node)
-                node.replace_all_uses_with(source)
+            elif node in returned and operator_name(node) != "squeeze":
+                continue
+            elif value := _written_whole(node) or (_is_noop(node) and node.args[0]):
+                assert isinstance(value, fx.Node)
+                node.replace_all_uses_with(value)
                 program.graph.erase_node(node)
                 modified = True
         return _erase_dead(program.graph) or modified
 
 
+def _written_whole(node: fx.Node) -> fx.Node | None:
+    """The value that a copy writes, where no reader minds how it lies in memory."""
+    if operator_name(node) != "copy" or not isinstance(value := node.args[1], fx.Node):
+        return None
+    after, given = value_of(node), value_of(value)
+    alike = (str(after.shape), after.dtype, after.device) == (str(given.shape), given.dtype, given.device)
+    scattered = all(operator_name(user) in ("slice_scatter", "select_scatter") for user in node.users)
+    return value if alike and (scattered or str(after.stride()) == str(given.stride())) else None
+
+
 def _is_noop(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
-    if node.op != "call_function" or not isinstance(source, fx.Node) or not _same_description(node, source):
+    if node.op != "call_function" or not isinstance(source, fx.Node):
         return False
     name, rest = operator_name(node), node.args[1:]
-    if name in ("alias", "expand", "squeeze"):
+    if name == "squeeze":
+        return bool(value_of(node).dim() == value_of(source).dim())  # sizes may be spelled in another way
+    if not _same_description(node, source):
+        return False
+    if name in ("alias", "expand"):
         return True
     if name in ("clone", "_to_copy"):
         return node.kwargs.get("memory_format") in (None, torch.preserve_format)

@@ -231,6 +231,42 @@ class Doubled(nn.Module):
         return self.second(norm(self.first(x) + self.shift) * self.plain) + torch.tensor([3.0] * 8)
 
 
+class Table:
+    """Made at the first call and kept, as rotary embeddings often are."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+
+    def __call__(self, length: int) -> Tensor:
+        if not self.rows:
+            self.rows.append(sinusoid(torch.arange(64), WIDTH))
+        return self.rows[0][:length]
+
+
+class KeepsATable(Joins):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Table()
+        self.calls: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        self.calls["latest"] = x
+        self.latest = x
+        return super().forward(x + self.table(x.shape[1]), text, t)
+
+
+def test_what_a_model_keeps_for_later_calls_is_not_made_of_tensors_of_the_trace() -> None:
+    model = randomize(KeepsATable())
+    arguments = joined(2)
+    found = captured_call(model, **arguments)
+    assert not model.table.rows
+    assert not model.calls
+    assert not hasattr(model, "latest")
+    values = found.program.bind(module_state(model), list(arguments.values()))
+    with torch.no_grad():
+        assert torch.equal(found.program.graph_module(*values)[0], model(**arguments))
+
+
 def test_inputs_are_known_by_their_role_and_name() -> None:
     model = randomize(Doubled())
     x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))

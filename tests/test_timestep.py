@@ -52,8 +52,15 @@ def test_without_a_sinusoid_the_name_decides() -> None:
 
 
 def test_a_large_tensor_is_no_time() -> None:
-    assert find("t: f32[B, 8]", SINUSOID.format("t")) is None
+    assert find("rows: f32[B, 8]", SINUSOID.format("rows")) is None
+    assert find("t: f32[B, 8]", "") is None
     assert find("positions: f32[N, 3]", "") is None
+
+
+def test_a_time_for_each_frame_is_known_by_its_name() -> None:
+    assert find("rows: f32[N, 3]\n    timestep: f32[B, 8]", SINUSOID.format("rows") + SINUSOID.format("timestep")) == (
+        "timestep"
+    )
 
 
 def test_a_sinusoid_behind_a_linear_layer_is_no_embedding_of_time() -> None:

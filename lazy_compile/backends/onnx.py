@@ -31,6 +31,7 @@ from lazy_compile.passes.apply_schedule import ApplySchedule
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.passes.lower_to_select import LowerToSelect
 from lazy_compile.passes.merge_groups import MergeGroups
+from lazy_compile.passes.split_complex import SplitComplex
 from lazy_compile.policy import Learned, Scheduled
 from lazy_compile.program import Program, Role
 from lazy_compile.progress import OnProgress, no_progress
@@ -230,8 +231,8 @@ class _Export:
     def make(self, mask: tuple[bool, ...], on_progress: OnProgress = no_progress) -> Model:
         """The model for one set of decisions; without a mask, the one with conditionals."""
         name = type(self.lazy.original).__name__
-        lower = PassManager([ApplySchedule(mask)] if mask else [LowerToSelect(), MergeGroups()])
-        program = lower.run(self.lifted)
+        lower = [ApplySchedule(mask)] if mask else [LowerToSelect(), MergeGroups()]
+        program = PassManager([*lower, SplitComplex()]).run(self.lifted)
         on_progress("exporting to ONNX", 1, 4, "branches lowered")
         inputs = [item.name for item in program.inputs if item.role in (Role.USER, Role.SLOT, Role.GATE)]
         model = convert(self.lazy.original, program, [self.example[item] for item in inputs], self.opset)

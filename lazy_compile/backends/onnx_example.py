@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from lazy_compile.backends.onnx_metadata import first_line
 from lazy_compile.errors import BackendError
 from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.module import LazyGraph, LazyModule
@@ -49,10 +51,16 @@ def all_inputs(
     lazy: LazyModule, graph: LazyGraph, program: Program, tensors: Sequence[Tensor]
 ) -> list[tuple[str, Tensor]]:
     """Name and example of every input that is not a parameter; nothing is computed to find the sizes."""
-    observed, mode = _Observe(), FakeTensorMode()
+    observed, mode = _Observe(), FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # masks may choose rows
     state = [mode.from_tensor(tensor) for tensor in graph.state()]
-    with mode, torch.no_grad():
-        graph.program.graph_module(*state, *(mode.from_tensor(tensor) for tensor in tensors), observed)
+    try:
+        with mode, torch.no_grad():
+            graph.program.graph_module(*state, *(mode.from_tensor(tensor) for tensor in tensors), observed)
+    except Exception as error:
+        raise BackendError(
+            f"{type(lazy.original).__name__} cannot be converted to ONNX: sizes in it depend on the values of tensors "
+            f"({first_line(error)}); run it in PyTorch, or give it those sizes as Python numbers"
+        ) from error
     remaining, example = iter(tensors), []
     for item, fake in zip(program.inputs, program.fake_inputs(), strict=True):
         if item.role is Role.USER:

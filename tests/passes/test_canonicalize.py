@@ -39,6 +39,24 @@ def test_an_operator_that_hands_on_its_input_goes_modified_true(noop: str) -> No
     assert after(Canonicalize(), source) == ("y = linear(x, w)\nreturn y", True)
 
 
+def test_what_is_written_over_the_whole_of_a_tensor_goes_modified_true() -> None:
+    source = (
+        f"{INPUTS}    e = empty_like(x)\n    s = slice.Tensor(e, 2, 0, 4)\n    v = slice.Tensor(x, 2, 4, 8)\n"
+        "    c = {}\n    o = slice_scatter(e, c, 2, 0, 4)\n    y = linear(o, w)\n    return y"
+    )
+    kept = (
+        "e = empty_like(x)\nv = slice.Tensor(x, 2, 4, 8)\no = slice_scatter(e, v, 2, 0, 4)\ny = linear(o, w)\nreturn y"
+    )
+    assert after(Canonicalize(), source.format("copy(s, v)")) == (kept, True)
+    cast = source.format("copy(s, h4)").replace("    e = ", "    h4 = slice.Tensor(h, 2, 4, 8)\n    e = ", 1)
+    assert "copy(s, h4)" in after(Canonicalize(), cast)[0]  # another type
+
+
+def test_a_squeeze_of_nothing_goes_from_a_result_too_modified_true() -> None:
+    source = f"{INPUTS}    y = linear(x, w)\n    n = squeeze.dim(y, 1)\n    r = transpose.int(n, 1, 2)\n    return r"
+    assert after(Canonicalize(), source) == ("y = linear(x, w)\nr = transpose.int(y, 1, 2)\nreturn r", True)
+
+
 @pytest.mark.parametrize(
     "operation",
     [

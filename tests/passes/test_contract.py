@@ -27,6 +27,7 @@ from lazy_compile.passes.lower_to_select import LowerToSelect
 from lazy_compile.passes.merge_groups import MergeGroups
 from lazy_compile.passes.merge_repeats import MergeRepeats
 from lazy_compile.passes.outline_branches import OutlineBranches
+from lazy_compile.passes.split_complex import SplitComplex
 from lazy_compile.program import Program, Role, module_state
 from models import TOYS, call
 
@@ -43,7 +44,7 @@ class Compute:
 def lowerings(branches: int) -> list[list[GraphPass]]:
     decisions = tuple(index % 2 == 0 for index in range(branches))
     return [
-        [LiftCacheSlots("linear", leaders=(0,) * branches), LowerToSelect(), MergeGroups()],
+        [LiftCacheSlots("linear", leaders=(0,) * branches), LowerToSelect(), MergeGroups(), SplitComplex()],
         [LiftCacheSlots("last"), ApplySchedule(decisions)],
     ]
 

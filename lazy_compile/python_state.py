@@ -1,0 +1,63 @@
+"""What a model notes in plain Python attributes while it runs: a capture leaves all of it as it was."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undo what is written to attributes, lists and dictionaries of the modules, and of the plain objects they hold.
+
+    A model that keeps a table from its first call on (of rotary frequencies, say) would keep tensors of the trace,
+    which hold no numbers.
+    """
+    before = [(owner, list(owner) if isinstance(owner, list) else dict(owner)) for owner in _containers(model)]
+    try:
+        yield
+    finally:
+        for owner, content in before:
+            if not _is_same(owner, content):
+                owner.clear()
+                owner.extend(content) if isinstance(owner, list) else owner.update(content)
+
+
+def _containers(model: nn.Module) -> Iterator[Any]:
+    """Every list and dictionary that is reached from a module without passing through another module or a tensor."""
+    frontier: list[Any] = list(model.modules())
+    seen = set(map(id, frontier))
+    while frontier:
+        owner = frontier.pop()
+        if not isinstance(owner, tuple | list | dict):
+            owner = vars(owner)
+        if not isinstance(owner, tuple):
+            yield owner
+        for item in owner.values() if isinstance(owner, dict) else owner:
+            if id(item) not in seen and _may_change(item):
+                seen.add(id(item))
+                frontier.append(item)
+
+
+def _may_change(item: Any) -> bool:
+    if type(item) in (tuple, list, dict, OrderedDict):
+        return True
+    if not hasattr(item, "__dict__") or isinstance(item, _OPAQUE):
+        return False
+    return type(item).__module__.partition(".")[0] not in ("builtins", "torch", "logging", "threading", "numpy")
+
+
+_OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType)
+
+
+def _is_same(owner: Any, content: Any) -> bool:
+    if len(owner) != len(content):
+        return False
+    if isinstance(owner, list):
+        return all(now is then for now, then in zip(owner, content, strict=True))
+    return all(key in owner and owner[key] is item for key, item in content.items())

@@ -1,0 +1,124 @@
+"""Ask every zoo model every question and write docs/coverage.md: ``make coverage-page``, MODELS="A B" for some rows.
+
+The answers are kept in docs/results/coverage.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.checks import CHECKS, token_share
+from zoo.exceptions import FAILING, OUTSIDE
+from zoo.registry import zoo
+from zoo.subject import Subject, subject
+
+DOCS = Path(__file__).parents[2] / "docs"
+ANSWERS = DOCS / "results" / "coverage.json"
+SHOWN = ("attention", "share", "exact", "schedule", "gradients", "batch", "onnx")
+PYTORCH = ("captures", "branches", "attention", "share", "exact", "schedule", "gradients", "batch")
+
+HEAD = """# Coverage
+
+<!-- Written by `make coverage-page`. -->
+
+Every transformer class that the installed diffusers exports, its U-Nets with transformers, and a few structures that
+diffusers lacks: small configurations with random weights, found by dataflow alone, each asked the same questions.
+
+{summary}
+
+- **rung**: the way that captured it ([the ladder](pipeline.md)).
+- **branches**: how many of each kind; the expected ones stand in `tests/zoo/golden/`.
+- **attention**: how many of the model's attentions a branch holds.
+- **token MACs**: their share in branches. At two layers, embedders weigh more than they do at full size.
+- **exact**: with nothing reused, equal to the original bit for bit.
+- **reuse**: under a random schedule, the largest difference to an oracle: the captured graph, run with values replaced.
+- **gates**: a gradient reaches every gate.
+- **rows**: branches that decide for each row. Under mixed decisions, a batch gives what its rows give alone.
+- **ONNX**: one `If` for each branch, and the largest difference between ONNX Runtime and PyTorch, with reuse.
+
+| model | rung | branches | attention | token MACs | exact | reuse | gates | rows | ONNX |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def ask(model: Subject) -> dict[str, Any]:
+    """The answers of one model: ``check -> [passed, what was seen or why not]``."""
+    answers: dict[str, Any] = {}
+    for name, check in CHECKS.items():
+        try:
+            answers[name] = [True, check(model)]
+        except Exception as error:
+            answers[name] = [False, f"{type(error).__name__}: {error}".splitlines()[0][:200]]
+            if name == "captures":
+                return answers
+    answers["kinds"] = dict(Counter(branch.kind.value for branch in model.lazy.branches))
+    answers["token_share"] = token_share(model)
+    return answers
+
+
+def keep(answers: dict[str, dict[str, Any]]) -> None:
+    """One line for each model."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(answers.items()))
+    ANSWERS.write_text(f"{{\n{lines}\n}}\n")
+
+
+def page(answers: dict[str, dict[str, Any]]) -> str:
+    rows = [_row(name, found) for name, found in sorted(answers.items())]
+    return HEAD.format(summary=_summary(answers)) + "\n".join(rows) + "\n" + _causes(answers)
+
+
+def _summary(answers: dict[str, dict[str, Any]]) -> str:
+    captured = [found for found in answers.values() if found["captures"][0]]
+    pytorch = [found for found in captured if all(found[check][0] for check in PYTORCH)]
+    both = [found for found in pytorch if found["onnx"][0]]
+    share = statistics.median(found["token_share"] for found in captured)
+    return (
+        f"{len(answers)} of {len(zoo())} models were asked: {len(captured)} are captured, {len(pytorch)} pass every "
+        f"check in PyTorch, {len(both)} of these ONNX as well. "
+        f"The median share of token MACs in branches is {share:.1%}."
+    )
+
+
+def _row(name: str, found: dict[str, Any]) -> str:
+    if not found["captures"][0]:
+        return f"| {name} | not captured |" + " |" * (len(SHOWN) + 1)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+    cells = [found[check][1] if found[check][0] else "**no**" for check in SHOWN]
+    rung = found["captures"][1].removeprefix("export, ")
+    return f"| {name} | {rung} | {kinds} | " + " | ".join(cells) + " |"
+
+
+def _causes(answers: dict[str, dict[str, Any]]) -> str:
+    """What the zoo does not pass, with its cause; a failure that nobody has explained shows what was seen."""
+    lines = []
+    for name, found in sorted(answers.items()):
+        known = FAILING.get(name, {})
+        lines += [f"- {name}, {path}: {why}" for path, why in OUTSIDE.get(name, {}).items()]
+        failed = [check for check in CHECKS if check in found and not found[check][0]]
+        lines += [f"- {name}, {check}: {known.get(check) or found[check][1]}" for check in failed]
+    return "\n## What is not passed, and attention outside of branches\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def main(names: list[str]) -> None:
+    torch.set_num_threads(1)
+    answers = json.loads(ANSWERS.read_text()) if ANSWERS.exists() else {}
+    answers = {name: found for name, found in answers.items() if name in zoo()}
+    for name in names or zoo():
+        start = time.perf_counter()
+        answers[name] = ask(subject(name))
+        failed = [check for check in CHECKS if check in answers[name] and not answers[name][check][0]]
+        print(f"{name}: {', '.join(failed) or 'passes'} ({time.perf_counter() - start:.0f} s)", flush=True)
+        keep(answers)
+        (DOCS / "coverage.md").write_text(page(answers))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

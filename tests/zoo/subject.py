@@ -1,0 +1,138 @@
+"""A zoo model under examination: the original, its lazy form, and the calls of a denoising run."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import lazy_compile
+from lazy_compile import AlwaysCompute, LazyConfig, LazyModule
+from lazy_compile.call_layout import CallLayout
+from lazy_compile.lazy_graph import LazyGraph
+from lazy_compile.rows import batch_axis, batch_symbol
+from models import randomize
+from zoo.registry import zoo
+
+BATCH = 2
+
+Call = dict[str, Any]
+
+
+@dataclass
+class Subject:
+    """A model with random weights everywhere, so that no branch contributes nothing.
+
+    Attributes:
+        arguments: of one call in the order of the signature, with two rows where the model takes a batch.
+        latents: the argument that holds them.
+    """
+
+    name: str
+    model: nn.Module
+    arguments: Call
+    latents: str
+
+    @cached_property
+    def lazy(self) -> LazyModule:
+        """Captured once; raises what ``transform`` raises."""
+        return lazy_compile.transform(self.model, self.arguments)
+
+    @cached_property
+    def graph(self) -> LazyGraph:
+        """The capture of the whole batch."""
+        return self.lazy.capture(**self.arguments)
+
+    def fresh(self, **options: Any) -> LazyModule:
+        """The lazy model without caches and statistics, and with these options."""
+        self.lazy.lazy_config = LazyConfig(**options)
+        self.lazy.policy = AlwaysCompute()
+        return self.lazy
+
+    def calls(self, steps: int) -> list[Call]:
+        """A denoising run: time falls, the latents drift, the conditions stay."""
+        return [self._call(step / (2 * steps)) for step in range(steps)]
+
+    def _call(self, done: float) -> Call:
+        layout, tensors = CallLayout.of((), self.arguments)
+        guarded = self.graph.guarded_inputs
+        generator = torch.Generator().manual_seed(1)
+        moved = []
+        for name, tensor in zip(layout.names, tensors, strict=True):
+            if name == self.graph.timestep_input:
+                tensor = (tensor * (1 - done)).to(tensor.dtype)
+            elif name.partition(".")[0] == self.latents and tensor.is_floating_point() and name not in guarded:
+                tensor = tensor + done * torch.randn(tensor.shape, generator=generator).to(tensor)
+            moved.append(tensor)
+        return layout.rebuild(moved)[1]
+
+    def row(self, call: Call, row: int) -> Call:
+        """The call of one row alone: the tensors that the capture gives the batch size are cut along it."""
+        graph = self.graph
+        symbol = batch_symbol(graph.captured.program)
+        if symbol is None:
+            return row_of(call, row)
+        layout, tensors = CallLayout.of((), call)
+        axes = [batch_axis(fake, symbol) for fake in graph.captured.fake_tensors]
+        return layout.rebuild([_cut(item, axis, row) for item, axis in zip(tensors, axes, strict=True)])[1]
+
+
+@lru_cache(maxsize=2)
+def subject(name: str) -> Subject:
+    """The zoo model of this name. The last two are kept: whoever asks sorts his questions by model."""
+    torch.manual_seed(0)
+    with quietly():
+        model, arguments = zoo()[name]()
+    ordered = {key: arguments[key] for key in inspect.signature(model.forward).parameters if key in arguments}
+    assert len(ordered) == len(arguments)
+    return Subject(name, randomize(model).eval().requires_grad_(False), ordered, next(iter(arguments)))
+
+
+@torch.no_grad()
+def run(model: nn.Module, calls: Sequence[Call]) -> list[list[Tensor]]:
+    """The tensors that each call returns. Third parties' warnings are theirs."""
+    with quietly():
+        return [tensors_of(answer(model, call)) for call in calls]
+
+
+def answer(model: Any, call: Call) -> Any:
+    """What a call returns. Some models write to the lists that they are given, so each call has its own."""
+    return model(**pytree.tree_map(lambda leaf: leaf, call))
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _cut(tensor: Tensor, axis: int | None, row: int) -> Tensor:
+    if axis is None:
+        return row_of(tensor, row) if tensor.dim() > 1 else tensor
+    return tensor.narrow(axis, row, 1)
+
+
+def row_of(value: Any, row: int) -> Any:
+    """One row of a batch of two: of tensors with two rows, of lists with one item for each row."""
+    if isinstance(value, Tensor):
+        return value[row : row + 1] if value.dim() and value.shape[0] == BATCH else value
+    if isinstance(value, dict):
+        return type(value)({key: row_of(item, row) for key, item in value.items()})
+    if isinstance(value, tuple):
+        return tuple(row_of(item, row) for item in value)
+    if isinstance(value, list):
+        return [value[row]] if len(value) == BATCH else [row_of(item, row) for item in value]
+    return value
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,108 @@
+"""The checks of the zoo can fail: each is seen failing on a fault that it is there to find."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+
+import lazy_compile.runtime
+from lazy_compile.lazy_branch import LazyBranch
+from models import MLP, Attention, call, norm, randomize
+from small import SMALL, Small
+from zoo import checks
+from zoo.graph_oracle import GraphOracle
+from zoo.subject import Subject
+
+
+def asked(model: nn.Module) -> Subject:
+    return Subject("small", randomize(model).eval(), call(SMALL), "x")
+
+
+@pytest.fixture(scope="module")
+def small() -> Subject:
+    return asked(Small())
+
+
+CHECKS = ("attention", "share", "exact", "schedule", "gradients", "batch")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_sound_model_passes(small: Subject, check: str) -> None:
+    assert checks.CHECKS[check](small)
+
+
+def test_a_result_that_differs_in_the_last_bit_is_not_exact(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = LazyBranch.compute
+    monkeypatch.setattr(LazyBranch, "compute", lambda *given: tuple(item * (1 + 1e-6) for item in sound(*given)))
+    with pytest.raises(AssertionError, match="differs by"):
+        checks.exact(small)
+
+
+def test_reuse_without_extrapolation_is_not_the_schedule(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy_compile.runtime, "extrapolate", lambda value, *rest: value)
+    with pytest.raises(AssertionError, match="from the oracle"):
+        checks.schedule(small)
+
+
+def test_rows_that_change_places_are_not_their_single_calls(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = LazyBranch.compute
+
+    def swapped(self: LazyBranch, inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(item.flip(0) for item in sound(self, inputs))
+
+    monkeypatch.setattr(LazyBranch, "compute", swapped)
+    with pytest.raises(AssertionError, match="rows differ"):
+        checks.batch(small)
+
+
+class Silent(Small):
+    """Its MLP has no say in the result."""
+
+    def blocks(self, h: Tensor) -> Tensor:
+        return h + self.attn(norm(h)) + 0.0 * self.mlp(norm(h))
+
+
+def test_a_branch_without_a_say_has_no_gradient() -> None:
+    with pytest.raises(AssertionError, match="no gradient at mlp"):
+        checks.gradients(asked(Silent()))
+
+
+class Replaces(Small):
+    """An attention that nothing is added to, then an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = Attention(), MLP()
+
+    def blocks(self, h: Tensor) -> Tensor:
+        h = self.attn(norm(h))
+        return h + self.mlp(norm(h))
+
+
+def test_an_attention_outside_of_branches_must_be_listed() -> None:
+    with pytest.raises(AssertionError, match="outside of branches"):
+        checks.attention(asked(Replaces()))
+
+
+def test_the_oracle_knows_a_value_that_is_computed_twice() -> None:
+    class Twice(Small):
+        def blocks(self, h: Tensor) -> Tensor:
+            return h + self.mlp(norm(h)) + self.mlp(norm(h))
+
+    model = asked(Twice())
+    assert len(model.lazy.branches) == 1
+    assert checks.schedule(model)
+
+
+def test_the_oracle_needs_the_outputs_that_it_cuts_at(small: Subject) -> None:
+    program = small.lazy.graph.captured.program
+    branch = small.lazy.branches[0]
+    oracle = GraphOracle(small.model, program, [branch], np.ones((1, 1), dtype=bool), "last")
+    assert len(oracle([*small.arguments.values()])) == 1
+    renamed = replace(branch, outputs=(replace(branch.outputs[0], name="nowhere"),))
+    with pytest.raises(AssertionError, match="has no nowhere"):
+        GraphOracle(small.model, program, [renamed], np.ones((1, 1), dtype=bool), "last")
