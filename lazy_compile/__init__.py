@@ -23,6 +23,7 @@ from lazy_compile.front_door import load as load
 from lazy_compile.front_door import restore as restore
 from lazy_compile.front_door import transform as transform
 from lazy_compile.gate import GateTable as GateTable
+from lazy_compile.integrations.diffusers_cache import apply_lazy_cache as apply_lazy_cache
 from lazy_compile.module import LazyModule as LazyModule
 from lazy_compile.planning import Budget as Budget
 from lazy_compile.planning import plan as plan

@@ -99,7 +99,7 @@ def restore(lazy: LazyModule) -> nn.Module:
     """The original model, untouched."""
     if not isinstance(lazy, LazyModule):
         raise ConfigError(f"restore() takes what transform() returned; seen {type(lazy).__name__}")
-    return lazy.original
+    return lazy.release()
 
 
 def _capture_example(lazy: LazyModule, example_inputs: Mapping[str, Any] | Sequence[Any] | None) -> None:

@@ -106,6 +106,10 @@ class LazyModule(nn.Module):
         """
         return self._graph_for(args, kwargs)[0]
 
+    def release(self) -> nn.Module:
+        """The original, to go on without this lazy model."""
+        return self.original
+
     # What can be asked --------------------------------------------------------------------------------------------
 
     @property
@@ -117,6 +121,10 @@ class LazyModule(nn.Module):
     def refusals(self) -> tuple[Refusal, ...]:
         """What was looked at and not gated, and why."""
         return self.graph.program.refusals
+
+    @property
+    def is_captured(self) -> bool:
+        return bool(self._store.graphs)
 
     @property
     def graph(self) -> LazyGraph:

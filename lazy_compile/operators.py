@@ -67,6 +67,11 @@ def is_heavy(node: fx.Node) -> bool:
     return operator_name(node) in HEAVY
 
 
+def is_quantiser(node: fx.Node) -> bool:
+    """Readies an operand of a product for 8 bits: no work by itself, and of no use away from that product."""
+    return operator_name(node) == "fake_quantize"
+
+
 def value_of(node: fx.Node) -> Any:
     """The fake tensor, symbolic size or tuple that export recorded for a node."""
     return node.meta.get("val")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from lazy_compile.dataflow import Dataflow
-from lazy_compile.operators import PASSTHROUGH, is_dense_convolution, is_heavy, operator_name, value_of
+from lazy_compile.operators import PASSTHROUGH, is_dense_convolution, is_heavy, is_quantiser, operator_name, value_of
 from lazy_compile.rows import unfolding_views
 
 _ADDS = frozenset({"add", "add_", "sub", "addcmul", "lerp"})
@@ -58,10 +58,11 @@ def find_candidates(
     7. If it has more outputs than adds, it goes on to where they meet, as long as nothing but constants joins them on
        the way (the product with a gate made from the same tokens, the weighted sum of experts), and to the views behind
        it that unfold the batch axis of an output.
+    8. A quantiser of an operand counts as a heavy operator.
 
     ``activations`` is the set of nodes that depend on the model's inputs, and not on parameters alone.
     """
-    heavy_bits = flow.bits(node for node in flow.nodes if is_heavy(node))
+    heavy_bits = flow.bits(node for node in flow.nodes if is_heavy(node) or is_quantiser(node))
     candidates: list[Candidate] = []
     owner: dict[fx.Node, Candidate] = {}
     for add in flow.nodes:
@@ -163,7 +164,7 @@ def _is_one(size: int | torch.SymInt) -> bool:
 
 
 def _refuse_convolutions(flow: Dataflow, heavy: int, conv_branches: bool) -> str:
-    if not conv_branches and all(is_dense_convolution(node) for node in flow.members(heavy)):
+    if not conv_branches and all(is_dense_convolution(node) for node in flow.members(heavy) if is_heavy(node)):
         return "convolution block; gate it with conv_branches=True"
     return ""
 

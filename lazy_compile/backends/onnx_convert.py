@@ -16,6 +16,7 @@ from lazy_compile.backends.onnx_metadata import first_line
 from lazy_compile.backends.onnx_sink import DOMAIN, SELECT
 from lazy_compile.backends.onnx_structure import MARK
 from lazy_compile.errors import BackendError, import_optional
+from lazy_compile.fake_quantize import FLOAT8_MAX, SMALLEST
 from lazy_compile.lazy_branch import TAG, LazyBranch
 from lazy_compile.ops import state_names
 from lazy_compile.program import Program, Role, module_state
@@ -53,9 +54,11 @@ _ADDITIONS = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar
 
 
 class _Tracer(fx.Interpreter):
-    """Runs a flat program under export: selects become ONNX nodes, and so do tiny addends."""
+    """Runs a flat program under export: selects become ONNX nodes, and so do quantisers and tiny addends."""
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is torch.ops.lazy_compile.fake_quantize.default:
+            return _quantize(*self.fetch_args_kwargs_from_env(n)[0])
         if n.target is torch.ops.lazy_compile.select.default:
             condition, computed, reused, conditional = self.fetch_args_kwargs_from_env(n)[0]
             return torch.onnx.ops.symbolic(
@@ -73,6 +76,22 @@ class _Tracer(fx.Interpreter):
             )
             return (aten.add if n.target in _ADDITIONS[:2] else aten.sub).Tensor(value, amount, *n.args[2:], **n.kwargs)
         return super().run_node(n)
+
+
+def _quantize(inputs: Tensor, amax: Tensor, lowest: int, highest: int) -> Tensor:
+    """Integers saturate at -128 here, also where ``lowest`` is -127: engines know no other range."""
+    dtype, largest = (torch.int8, float(highest)) if highest else (torch.float8_e4m3fn, FLOAT8_MAX)
+    amax = amax.float()
+    scale = (torch.where(amax <= SMALLEST, torch.ones_like(amax), amax / largest)).to(inputs.dtype)
+    axes = [axis for axis, size in enumerate(scale.shape) if size != 1]
+    if len(axes) > 1:
+        raise BackendError("a quantiser has ranges along two axes; ONNX has one axis")
+    attributes = {"axis": axes[0] + inputs.dim() - scale.dim()} if axes else {}
+    scale = scale.flatten() if axes else scale.reshape(())
+    zero = torch.zeros_like(scale, dtype=dtype)
+    symbolic = torch.onnx.ops.symbolic
+    integers = symbolic("QuantizeLinear", (inputs, scale, zero), attributes, dtype=dtype, shape=inputs.shape)
+    return symbolic("DequantizeLinear", (integers, scale, zero), attributes, dtype=inputs.dtype, shape=inputs.shape)
 
 
 def convert(original: nn.Module, program: Program, example: Sequence[Tensor], opset: int) -> Model:

@@ -32,12 +32,14 @@ def sink_branches(model: Model) -> int:
        it holds all that can be lazy, whatever the operators are, and nothing that another part of the graph needs.
     2. What an arm returns is made inside it: a value from outside, or one that it returns twice, passes an
        ``Identity``.
-    3. Initializers stay in the main graph; arms read them from the outer scope.
+    3. Initializers stay in the main graph; arms read them from the outer scope. Those of an 8-bit floating type, which
+       may not cross the border of an arm, become a constant of each of their readers.
 
     Raises:
         BackendError: the selects of one number do not share one condition.
     """
     graph = model.graph
+    _give_eight_bits_to_readers(graph)
     selects: dict[int, list[Node]] = defaultdict(list)
     arms: dict[Arm, list[Node]] = defaultdict(list)
     for node, arm in _assign(graph).items():
@@ -50,6 +52,19 @@ def sink_branches(model: Model) -> int:
     graph.sort()
     model.opset_imports.pop(DOMAIN, None)
     return len(selects)
+
+
+def _give_eight_bits_to_readers(graph: Graph) -> None:
+    ir = import_optional("onnx_ir", "onnx")
+    for name, value in list(graph.initializers.items()):
+        if value.dtype is None or not value.dtype.name.startswith("FLOAT8"):
+            continue
+        for position, use in enumerate(list(value.uses())):
+            own = _like(value, f"{name}.{position}")
+            constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)], outputs=[own])
+            graph.insert_before(use.node, constant)
+            use.node.replace_input_with(use.idx, own)
+        del graph.initializers[name]
 
 
 def _assign(graph: Graph) -> dict[Node, Arm]:
