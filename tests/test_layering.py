@@ -13,6 +13,7 @@ LAYERS = {  # lowest first
     "infrastructure": [
         *["pass_manager", "ops", "gate_ops", "slots", "progress", "storage"],
         *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "lazy_branch", "extrapolation"],
+        "fake_quantize",
     ],
     "passes": ["passes", "passes.*"],
     "middle": [

@@ -86,7 +86,7 @@ def _quantize(inputs: Tensor, amax: Tensor, lowest: int, highest: int) -> Tensor
     axes = [axis for axis, size in enumerate(scale.shape) if size != 1]
     if len(axes) > 1:
         raise BackendError("a quantiser has ranges along two axes; ONNX has one axis")
-    attributes = {"axis": axes[0] + inputs.dim() - scale.dim()} if axes else {}
+    attributes: dict[str, Any] = {"axis": axes[0] + inputs.dim() - scale.dim()} if axes else {}
     scale = scale.flatten() if axes else scale.reshape(())
     zero = torch.zeros_like(scale, dtype=dtype)
     symbolic = torch.onnx.ops.symbolic

@@ -52,7 +52,8 @@ def backend(
     """
     chosen = dict(options or {})
     policy = chosen.pop("policy", None)
-    return torch.compiler.disable(_Compiled(graph_module, chosen_config(None, chosen), policy))
+    run: Callable[..., Any] = torch.compiler.disable(_Compiled(graph_module, chosen_config(None, chosen), policy))
+    return run
 
 
 class _TracedModel(nn.Module):

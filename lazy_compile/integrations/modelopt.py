@@ -103,7 +103,7 @@ def _move_record(source: nn.Module, target: nn.Module) -> None:
         target.__dict__[key] = source.__dict__.pop(key)
 
 
-def _convert(model: nn.Module, config: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _convert(model: nn.Module, config: Any) -> tuple[LazyModule, dict[str, Any]]:
     chosen = LazyConfig.from_dict(config.model_dump())
     lazy = ModelOptLazyModule(model, chosen, gating_pipeline(chosen))
     _move_record(model, lazy)
@@ -131,7 +131,7 @@ def _note_policy(model: nn.Module, config: Any, metadata: dict[str, Any]) -> Non
 
 
 @_ModeRegistryCls(MODE).register_mode
-class LazyMode(ModeDescriptor):
+class LazyMode(ModeDescriptor):  # type: ignore[misc]
     """Gate and cache the branches of a diffusion transformer. Its options are those of :class:`LazyConfig`."""
 
     name = MODE

@@ -1,0 +1,163 @@
+"""NVIDIA ModelOpt: quantised models made lazy, and lazy models quantised, in PyTorch, ONNX and engines."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lazy_compile
+from families import FAMILIES
+from lazy_compile import BranchKind, CacheSchedule, LazyModule, Scheduled
+from lazy_compile.backends.denoiser import EngineDenoiser
+from lazy_compile.backends.onnxruntime import OnnxRunner
+from lazy_compile.backends.tensorrt import BuildConfig, build_engine
+from lazy_compile.fake_quantize import fake_quantize
+from models import randomize
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # ModelOpt's own, about packages that it was not tested with
+
+mtq = pytest.importorskip("modelopt.torch.quantization")
+mto = pytest.importorskip("modelopt.torch.opt")
+integration = pytest.importorskip("lazy_compile.integrations.modelopt")
+
+STEPS = 4
+MODE = [("lazy_compile", {"reuse": "last"})]
+
+
+class Quantised:
+    """A model of a family and the same one quantised."""
+
+    def __init__(self, family: str, config: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        self.model, self.inputs = FAMILIES[family]()
+        randomize(self.model)
+        self.model.eval()
+        self.config = config
+        self.quantised = self.quantise(copy.deepcopy(self.model))
+
+    def quantise(self, model: nn.Module) -> nn.Module:
+        result: nn.Module = mtq.quantize(model, self.config, forward_loop=lambda model: model(**self.inputs))
+        return result
+
+    @torch.no_grad()
+    def run(self, model: Callable[..., Any], step: int = 0) -> Tensor:
+        time = torch.full_like(self.inputs["timestep"], 900 - 100 * step)
+        result: Tensor = model(**{**self.inputs, "timestep": time}, return_dict=False)[0]
+        return result
+
+
+CASES = {"dit in int8": ("dit", "INT8_DEFAULT_CFG"), "pixart in fp8": ("pixart", "FP8_DEFAULT_CFG")}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if "fp8" in name else ()) for name in CASES],
+)
+def case(request: pytest.FixtureRequest) -> Quantised:
+    family, config = CASES[request.param]
+    return Quantised(family, getattr(mtq, config))
+
+
+def lazy_of(case: Quantised) -> LazyModule:
+    lazy = mto.apply_mode(copy.deepcopy(case.quantised), MODE)
+    assert isinstance(lazy, LazyModule)
+    return lazy
+
+
+def every_second(lazy: LazyModule) -> Scheduled:
+    return Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))
+
+
+def test_a_quantised_model_is_gated_like_the_one_it_was_made_of(case: Quantised) -> None:
+    lazy = lazy_of(case)
+    assert torch.equal(case.run(lazy), case.run(case.quantised))
+    assert not torch.equal(case.run(lazy), case.run(case.model))
+    plain = lazy_compile.transform(case.model, case.inputs)
+    for quantised, original in zip(lazy.branches, plain.branches, strict=True):
+        assert (quantised.name, quantised.kind, quantised.macs) == (original.name, original.kind, original.macs)
+        assert len(quantised.entries) == len(original.entries)
+        assert quantised.row_separable
+    assert BranchKind.MLP in {branch.kind for branch in lazy.branches}
+
+
+def test_a_lazy_model_can_be_quantised(case: Quantised) -> None:
+    lazy = mto.apply_mode(copy.deepcopy(case.model), MODE)
+    assert torch.equal(case.run(lazy), case.run(case.model))
+    lazy = case.quantise(lazy)
+    assert isinstance(lazy, LazyModule)
+    assert torch.equal(case.run(lazy), case.run(case.quantised))
+
+
+def test_a_checkpoint_brings_back_the_quantisers_and_the_policy(case: Quantised, tmp_path: Path) -> None:
+    lazy = lazy_of(case)
+    case.run(lazy)
+    lazy.policy = every_second(lazy)
+    mto.save(lazy, tmp_path / "lazy.pth")
+    again = mto.restore(copy.deepcopy(case.model), tmp_path / "lazy.pth")
+    assert again.policy.schedule == lazy.policy.schedule
+    assert again.lazy_config.reuse == "last"
+    for step in range(STEPS):
+        assert torch.equal(case.run(again, step), case.run(lazy, step))
+    assert again.stats.lazy_ratio == 0.5
+
+
+def test_the_original_keeps_its_record(case: Quantised) -> None:
+    lazy = lazy_of(case)
+    assert [mode for mode, _ in mto.modelopt_state(copy.deepcopy(lazy))["modelopt_state_dict"]][-1] == "lazy_compile"
+    original = lazy_compile.restore(lazy)
+    assert mto.conversion.ModeloptStateManager(original).has_state
+    assert torch.equal(case.run(original), case.run(case.quantised))
+
+
+def test_gradients_pass_within_the_range() -> None:
+    values = torch.tensor([0.5, 3.0], requires_grad=True)
+    fake_quantize(values, torch.tensor(1.0), -127, 127).sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [1.0, 0.0]
+
+
+def test_an_empty_range_gives_zeros() -> None:
+    for highest in (127, 0):
+        assert fake_quantize(torch.ones(3), torch.tensor(0.0), -highest, highest).isfinite().all()
+
+
+def test_quantisers_stand_inside_the_arms(case: Quantised, tmp_path: Path) -> None:
+    lazy = lazy_of(case)
+    lazy.capture(**case.inputs)
+    report = lazy_compile.export_onnx(lazy, tmp_path / "m.onnx", case.inputs, gating="input", predictors=False)
+    assert report.if_nodes == len(lazy.branches)
+    assert report.heavy_ops_outside_if == ()
+    for node in ir.load(tmp_path / "m.onnx").graph:
+        if node.op_type == "If":
+            kinds = [inner.op_type for inner in node.attributes["then_branch"].as_graph()]
+            assert kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear") >= 2
+    lazy.policy = every_second(lazy)
+    denoiser = EngineDenoiser(OnnxRunner(tmp_path / "m.onnx"), lazy.policy)
+    for step in range(STEPS):
+        expected = case.run(lazy, step)
+        # A value that lies between two steps of a quantiser may be rounded to the other one.
+        assert _rms(case.run(denoiser, step) - expected) < 0.08 * _rms(expected)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG"])
+@pytest.mark.parametrize("family", ["dit", "pixart"])
+def test_engines_branch_around_quantised_products(family: str, config: str, tmp_path: Path) -> None:
+    case = Quantised(family, getattr(mtq, config))
+    lazy = lazy_of(case)
+    lazy.capture(**case.inputs)
+    lazy_compile.export_onnx(lazy, tmp_path / "m.onnx", case.inputs)
+    structure = build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", BuildConfig(flavor="rtx")).structure
+    assert structure.problems == ()
+    assert len(structure.branches) == len(lazy.branches)
