@@ -182,7 +182,7 @@ class FlatModel(nn.Module):
             return self.model(*args, **kwargs)
         self.aid.begin(tensors, self.layout.stand_ins(tensors))
         with self.aid:
-            return self.model(*args, **kwargs)
+            return self.aid.detached(self.model(*args, **kwargs))
 
     @property
     def values_read(self) -> ValueGuards:

@@ -150,6 +150,33 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def overhead_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = new_table(
+        "model", ">parameters", ">branches", ">original", ">lazy", ">lazy over original", ">quartiles", "equal"
+    )
+    for row in rows:
+        low, high = row["quartiles"]
+        add_row(
+            table, row["model"], count(row["parameters"]), str(row["branches"]), f"{row['original_ms']:.0f} ms",
+            f"{row['lazy_ms']:.0f} ms", f"{row['ratio']:.3f}", f"{low:.3f} - {high:.3f}",
+            "bitwise" if row["bitwise_equal"] else "no",
+        )  # fmt: skip
+    return table
+
+
+def full_size_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = new_table(
+        "model", "at", ">parameters", ">MACs", ">in branches", ">cache, linear", ">transform", ">resident"
+    )
+    for row in rows:
+        add_row(
+            table, row["model"], row["setting"], count(row["parameters"]), count(row["macs"]),
+            f"{row['share_in_branches']:.1%}", size(row["cache_linear"]), f"{row['transform_seconds']:.0f} s",
+            size(row["resident_bytes"]),
+        )  # fmt: skip
+    return table
+
+
 def count(number: float) -> str:
     """``1.5 M``: with an SI prefix."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -16,6 +16,7 @@ from lazy_compile.pass_manager import PassManager
 from lazy_compile.passes.canonicalize import Canonicalize
 from lazy_compile.passes.discover_branches import DiscoverBranches
 from lazy_compile.passes.insert_gates import InsertGates
+from lazy_compile.passes.join_slices import JoinSlices
 from lazy_compile.passes.merge_repeats import MergeRepeats
 from lazy_compile.passes.outline_branches import OutlineBranches
 
@@ -27,6 +28,7 @@ def gating_pipeline(config: LazyConfig) -> PassManager:
     return PassManager(
         [
             Canonicalize(),
+            JoinSlices(),
             MergeRepeats(),
             DiscoverBranches(conv_branches=config.conv_branches),
             OutlineBranches(),

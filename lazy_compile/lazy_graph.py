@@ -129,8 +129,10 @@ def sources_of(model: nn.Module, program: Program) -> Iterator[Source]:
 
 def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Dtypes and devices of tensors, and the autocast that is in force for them."""
-    devices = {tensor.device.type for tensor in tensors}
+    devices = sorted({tensor.device.type for tensor in tensors})
     autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in sorted(devices) if torch.is_autocast_enabled(device)
+        (device, torch.get_autocast_dtype(device))
+        for device in devices
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     )
     return tuple((tensor.dtype, tensor.device) for tensor in tensors) + autocast

@@ -63,7 +63,7 @@ class LazyModule(nn.Module):
     def _answer(self, *args: Any, **kwargs: Any) -> Any:
         graph, tensors = self._graph_for(args, kwargs)
         timestep = graph.timestep(tensors)
-        state, index, started = self._trajectories.current().advance(timestep)
+        state, index, started = self._trajectories.advance(timestep)
         if started and self._store.drop_if_model_changed():
             graph, tensors = self._graph_for(args, kwargs)
         now = float(index) if timestep is None else timestep
@@ -148,11 +148,10 @@ class LazyModule(nn.Module):
                 f"policy is {policy!r}; expected AlwaysCompute(), Scheduled(schedule), Learned(table) or another Policy"
             )
         if self._store.graphs:
-            policy.check(self.branches)
-            self._planned = {branch.name: branch for branch in self.branches}
+            self._planned = {branch.name: branch for branch in self._branches_for(policy)}
         self._policy = policy
         self._tell_of_unknown_branches(self._store.graphs)
-        self.reset()
+        self.reset(every_thread=True)
         self.reset_stats()
 
     @property
@@ -162,7 +161,7 @@ class LazyModule(nn.Module):
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that the caches of this thread hold now."""
+        """Memory that the caches of all threads hold now."""
         return self._trajectories.bytes
 
     @property
@@ -173,15 +172,23 @@ class LazyModule(nn.Module):
 
     # What can be changed ------------------------------------------------------------------------------------------
 
-    def reset(self) -> None:
-        """Forget all caches of this thread: the next call starts a trajectory."""
-        self._trajectories.reset()
+    def reset(self, stream: str | None = None, *, every_thread: bool = False) -> None:
+        """Forget caches: the next call starts a trajectory.
+
+        Args:
+            stream: the name of a stream that has ended, see :meth:`stream`; None for all of them.
+            every_thread: not those of this thread alone.
+        """
+        self._trajectories.reset(stream, every_thread=every_thread)
 
     def reset_stats(self) -> None:
         self._stats.clear()
 
     def stream(self, name: str) -> AbstractContextManager[None]:
-        """Calls inside this context belong to a trajectory of their own, named ``name``."""
+        """Calls inside this context belong to a trajectory of their own, named ``name``.
+
+        Its caches stay until it is reset, its thread ends, or many other names have been used since.
+        """
         return use_stream(name)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -226,10 +233,26 @@ class LazyModule(nn.Module):
 
     def _admit(self, graph: LazyGraph) -> None:
         """Hold the policy against the first graph; in others, branches are matched to that one's by their names."""
-        if not self._store.graphs or not self._planned:
+        if not self._planned:
             self._policy.check(graph.branches)
             self._planned = {branch.name: branch for branch in graph.branches}
         self._tell_of_unknown_branches([graph])
+
+    def _branches_for(self, policy: Policy) -> tuple[ResidualBranch, ...]:
+        """Those of the latest graph that a policy fits: the graph of a call that skips layers has fewer.
+
+        Raises:
+            ConfigError: it fits none; what the latest graph has against it.
+        """
+        errors = []
+        for graph in reversed(self._store.graphs):
+            try:
+                policy.check(graph.branches)
+            except ConfigError as error:
+                errors.append(error)
+            else:
+                return graph.branches
+        raise errors[0]
 
     def _tell_of_unknown_branches(self, graphs: Iterable[LazyGraph]) -> None:
         for graph in graphs:

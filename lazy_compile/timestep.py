@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, fx
 
@@ -15,6 +18,8 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.operators import operator_name, value_of
 from lazy_compile.program import Program, Role
 from lazy_compile.runtime import CacheState
+
+logger = logging.getLogger("lazy_compile")
 
 MAX_STREAMS = 8
 """Calls in a row with one timestep that count as parallel streams (conditional, unconditional, ...) of a trajectory."""
@@ -95,7 +100,11 @@ class Trajectory:
     The first call starts a trajectory. A call with another timestep is the next step, unless it moves back towards the
     noisier end: then a new trajectory starts. A call with the same timestep is the same step of the next stream, so
     that classifier-free guidance may call twice. Time is taken to fall along a trajectory until two moves in a row show
-    that this model's time rises.
+    that this model's time rises. Two times that alternate from the first call on may be steps of either direction:
+    then every call starts a trajectory, since a cache of another sample is worse than none.
+
+    Attributes:
+        only_call: the time of the trajectory before this one, if that had a single step.
     """
 
     streams: list[CacheState] = field(default_factory=list)
@@ -104,6 +113,7 @@ class Trajectory:
     turn: int = 0
     direction: int = -1
     against: int = 0
+    only_call: float | None = None
 
     def advance(self, timestep: float | None) -> tuple[CacheState, int, bool]:
         """The caches and the step index of this call, and whether it starts a trajectory."""
@@ -116,7 +126,9 @@ class Trajectory:
             self.turn += 1
             started = self.turn >= MAX_STREAMS
         else:
+            only_call = self.timestep if self.step == 0 else None
             started = self._moves_back(timestep)
+            self.only_call = only_call if started else None
             self.step, self.turn = self.step + 1, 0
         if started:
             self.streams.clear()
@@ -131,7 +143,7 @@ class Trajectory:
         move = 1 if timestep > self.timestep else -1
         if move == self.direction:
             self.against = 0
-            return False
+            return timestep == self.only_call
         self.against += 1
         if self.against >= 2:
             self.direction, self.against = move, 0
@@ -150,6 +162,11 @@ class Trajectory:
         """Forget the caches; the next call starts a trajectory."""
         self.streams.clear()
         self.timestep, self.step, self.turn = None, -1, 0
+        self.only_call = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(state.bytes for state in self.streams)
 
 
 _current_stream: ContextVar[str] = ContextVar("lazy_compile_stream", default="")
@@ -164,32 +181,73 @@ def use_stream(name: str) -> Iterator[None]:
         _current_stream.reset(token)
 
 
+MAX_NAMED_STREAMS = 32
+"""Named streams that one thread keeps; the caches of the least recently used go first."""
+
+
 class Trajectories:
-    """The trajectories of one model: one for each thread and each named stream in it."""
+    """The trajectories of one model: one for each thread and each named stream in it; they end with their thread."""
 
     def __init__(self) -> None:
         self._local = threading.local()
+        self._threads: WeakSet[_Streams] = WeakSet()
+        self._mutex = threading.Lock()
 
-    @property
-    def _by_stream(self) -> dict[str, Trajectory]:
-        if not hasattr(self._local, "by_stream"):
-            self._local.by_stream = {}
-        result: dict[str, Trajectory] = self._local.by_stream
-        return result
+    def advance(self, timestep: float | None) -> tuple[CacheState, int, bool]:
+        """See :meth:`Trajectory.advance`, for the stream in which the caller is."""
+        trajectory = self.current()
+        with self._mutex:
+            return trajectory.advance(timestep)
 
     def current(self) -> Trajectory:
-        return self._by_stream.setdefault(_current_stream.get(), Trajectory())
+        name = _current_stream.get()
+        with self._mutex:
+            streams = self._mine
+            trajectory = streams.setdefault(name, Trajectory())
+            streams.move_to_end(name)
+            while len(streams) > MAX_NAMED_STREAMS + ("" in streams):
+                oldest = next(each for each in streams if each)
+                del streams[oldest]
+                logger.warning(
+                    "more than %d named streams in one thread: the caches of %r were dropped; "
+                    "reset(stream=...) forgets those that have ended", MAX_NAMED_STREAMS, oldest,
+                )  # fmt: skip
+        return trajectory
 
-    def reset(self) -> None:
-        for trajectory in self._by_stream.values():
-            trajectory.reset()
+    def reset(self, stream: str | None = None, *, every_thread: bool = False) -> None:
+        """Forget the caches of all streams or of one, in this thread or in all of them."""
+        with self._mutex:
+            for streams in list(self._threads) if every_thread else [self._mine]:
+                if stream is not None:
+                    streams.pop(stream, None)
+                    continue
+                for name in [name for name in streams if name]:
+                    del streams[name]
+                for trajectory in streams.values():
+                    trajectory.reset()
 
     @property
     def bytes(self) -> int:
-        return sum(state.bytes for trajectory in self._by_stream.values() for state in trajectory.streams)
+        """Of all threads."""
+        with self._mutex:
+            return sum(trajectory.bytes for streams in list(self._threads) for trajectory in streams.values())
+
+    @property
+    def _mine(self) -> _Streams:
+        if not hasattr(self._local, "streams"):
+            self._local.streams = _Streams()
+            self._threads.add(self._local.streams)
+        result: _Streams = self._local.streams
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trajectories:
         return Trajectories()
 
     def __reduce__(self) -> tuple[type[Trajectories], tuple[()]]:
         return Trajectories, ()
+
+
+class _Streams(OrderedDict[str, Trajectory]):
+    """The streams of one thread by name, the one used last at the end."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]

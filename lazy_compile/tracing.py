@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import grad_mode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -33,7 +35,9 @@ class ExportAid(TorchFunctionMode):
     1. ``tensor.data`` becomes ``tensor.detach()``: export loses track of what is written through the former.
     2. ``torch.tensor(t)``, ``torch.full(size, t)`` and their like, of a tensor ``t``, are built from ``t`` instead of
        from its value.
-    3. With a tape, a value that is read from the model's inputs is worked out on the example; a tensor whose size
+    3. What the model computes inside ``torch.no_grad()`` is detached where it leaves such a region; the capture itself
+       runs without gradients, so that nothing else would remember.
+    4. With a tape, a value that is read from the model's inputs is worked out on the example; a tensor whose size
        depends on such values becomes a constant. The tape notes both, so that a later call can be checked.
 
     Attributes:
@@ -46,10 +50,12 @@ class ExportAid(TorchFunctionMode):
         self.tape = tape
         self.stuck = ""
         self._numbers: dict[int, Tensor] = {}
+        self._gradients = GradientRegions()
 
     def begin(self, inputs: Sequence[Tensor], numbers: Sequence[Tensor]) -> None:
         """Start with the inputs as export passes them, and those of them that the caller gave as Python numbers."""
         self._numbers = {id(tensor): tensor for tensor in numbers}
+        self._gradients = GradientRegions()
         if self.tape is not None:
             self.tape.begin(inputs)
 
@@ -58,16 +64,23 @@ class ExportAid(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
+        if func is torch._C._set_grad_enabled:
+            return self._gradients.switch(*args)
+        args, kwargs = self._gradients.enter(args, kwargs)
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             func, args, name = Tensor.detach, args[:1], "detach"
         if (built := build_from_tensors(name, args, kwargs, self._dtype_of)) is not None:
             return built
-        result = self._call(func, name, args, kwargs)
+        result = self._gradients.leave(self._call(func, name, args, kwargs))
         if self._numbers and isinstance(result, Tensor) and result.dim() == 0:
             given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             if given and all(id(leaf) in self._numbers for leaf in given):
                 self._numbers[id(result)] = result
         return result
+
+    def detached(self, result: Any) -> Any:
+        """What the model returns, without gradients where they end inside the model."""
+        return self._gradients.outside(result)
 
     def _call(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self.tape is None:
@@ -113,6 +126,56 @@ class ExportAid(TorchFunctionMode):
             else:
                 positions.append(item)
         return tuple(positions)
+
+
+class GradientRegions:
+    """Follows where a model switches gradients off, in a capture that runs without them throughout.
+
+    Both ends of a region set the same mode, so they are told apart by the context manager on the stack.
+    """
+
+    def __init__(self) -> None:
+        self._enabled = True
+        self._before: dict[int, tuple[Any, bool]] = {}
+        self._made_inside: dict[int, Tensor] = {}
+
+    def switch(self, enabled: bool) -> None:
+        """A call to ``torch._C._set_grad_enabled``, which is not made."""
+        manager, method = _grad_manager()
+        if method in ("__exit__", "__call__"):
+            _, self._enabled = self._before.pop(id(manager), (None, enabled))
+            return
+        if method:
+            self._before.setdefault(id(manager), (manager, self._enabled))
+        self._enabled = enabled
+
+    def enter(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """The arguments of a call to torch."""
+        return self.outside((args, kwargs)) if self._enabled and self._made_inside else (args, kwargs)
+
+    def leave(self, result: Any) -> Any:
+        """The result of a call to torch."""
+        if not self._enabled:
+            tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            self._made_inside |= {id(leaf): leaf for leaf in tensors if leaf.is_floating_point()}
+        return result
+
+    def outside(self, values: Any) -> Any:
+        """Values as they are seen where gradients flow."""
+        return pytree.tree_map_only(
+            Tensor, lambda leaf: leaf.detach() if id(leaf) in self._made_inside else leaf, values
+        )
+
+
+def _grad_manager() -> tuple[Any, str]:
+    """The context manager of ``torch.autograd.grad_mode`` that switches, the outermost if they nest, and its method."""
+    found: tuple[Any, str] = (None, "")
+    for frame in islice(_frames(), 12):
+        if frame.f_code.co_filename == grad_mode.__file__:
+            found = frame.f_locals.get("self"), frame.f_code.co_name
+        elif found[1]:
+            break
+    return found
 
 
 def _is_mask(item: Any) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lazy_compile.bench import overhead
 from lazy_compile.bench.speed import REUSE, rotating_schedule, run
 
 
@@ -27,3 +28,12 @@ def test_it_writes_a_row_for_every_runtime_arm_and_share(tmp_path: Path) -> None
     for row in written:
         assert row["efficiency"] == pytest.approx(row["ideal_ratio"] / row["time_ratio"])
         assert (row["ideal_ratio"] == 1.0) == (row["reuse"] == 0.0)
+
+
+def test_overhead_is_measured_against_the_original_in_turn(tmp_path: Path) -> None:
+    (row,) = overhead.run(tmp_path, models=["Wan"], repeats=2, layers=1, heads=1)
+    (written,) = json.loads((tmp_path / "overhead.json").read_text())["rows"]
+    assert (written["model"], written["branches"], written["bitwise_equal"]) == ("Wan", 3, True)
+    assert row.ratio == pytest.approx(row.lazy_ms / row.original_ms)
+    low, high = row.quartiles
+    assert 0 < low <= high

@@ -301,7 +301,7 @@ def test_unforeseen_errors_are_not_swallowed() -> None:
 
 def verbs() -> list[tuple[str, ...]]:
     names = ["inspect", "calibrate", "plan", "export", "build", "export-triton", "run", "verify", "report", "demo"]
-    return [*((name,) for name in names), ("bench", "speed")]
+    return [*((name,) for name in names), ("bench", "speed"), ("bench", "overhead"), ("bench", "full-size")]
 
 
 @pytest.mark.parametrize("verb", verbs(), ids=" ".join)

@@ -6,8 +6,14 @@ import pytest
 
 from graphs import program
 from lazy_compile.errors import ConfigError
-from lazy_compile.runtime import CacheState
-from lazy_compile.timestep import MAX_STREAMS, Trajectories, Trajectory, find_timestep_input, use_stream
+from lazy_compile.timestep import (
+    MAX_NAMED_STREAMS,
+    MAX_STREAMS,
+    Trajectories,
+    Trajectory,
+    find_timestep_input,
+    use_stream,
+)
 from models import TOYS
 
 TIMES = """
@@ -162,6 +168,15 @@ def test_two_restarts_in_a_row_are_not_rising_time() -> None:
     assert [started for _, _, started in walked] == [True, True, False, True, False]
 
 
+def test_two_rising_steps_never_look_like_falling_ones() -> None:
+    walked = walk(Trajectory(), [0.0, 0.5] * 4)
+    assert all(started for _, _, started in walked)
+
+
+def test_two_falling_steps_are_followed_behind_a_single_call_at_another_time() -> None:
+    assert walk(Trajectory(), [1.0, *[900, 400] * 2]) == [(0, 0, True), *[(0, 0, True), (1, 0, False)] * 2]
+
+
 def test_without_time_every_call_is_a_step() -> None:
     trajectory = Trajectory()
     assert walk(trajectory, [None, None, None]) == [(0, 0, True), (1, 0, False), (2, 0, False)]
@@ -203,4 +218,49 @@ def test_reset_reaches_every_stream_of_the_thread() -> None:
         with use_stream(name):
             assert trajectories.current().streams == []
     assert trajectories.bytes == 0
-    assert CacheState().bytes == 0
+
+
+def walk_in(trajectories: Trajectories, name: str) -> int:
+    """The step of the next call in a stream of this name."""
+    with use_stream(name):
+        return trajectories.advance(None)[1]
+
+
+def test_reset_of_one_stream_leaves_the_others() -> None:
+    trajectories = Trajectories()
+    assert [walk_in(trajectories, name) for name in ("a", "b", "a", "b")] == [0, 0, 1, 1]
+    trajectories.reset("a")
+    assert [walk_in(trajectories, name) for name in ("a", "b")] == [0, 2]
+
+
+def test_only_so_many_named_streams_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    trajectories = Trajectories()
+    walk_in(trajectories, "")
+    names = [f"request {number}" for number in range(MAX_NAMED_STREAMS)]
+    for name in names:
+        walk_in(trajectories, name)
+    assert (walk_in(trajectories, names[0]), caplog.messages) == (1, [])
+    walk_in(trajectories, "one more")
+    assert "the caches of 'request 1' were dropped" in caplog.text
+    assert [walk_in(trajectories, name) for name in ("", names[0], names[2])] == [1, 2, 1]
+    assert walk_in(trajectories, names[1]) == 0
+
+
+def test_reset_reaches_other_threads_where_that_is_asked_for() -> None:
+    trajectories = Trajectories()
+    steps, wait, go = [], threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
+
+    def work() -> None:
+        for _ in range(3):
+            steps.append(walk_in(trajectories, ""))
+            wait.wait()
+            go.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for options in ({}, {"every_thread": True}, {}):
+        wait.wait()
+        trajectories.reset(**options)
+        go.wait()
+    thread.join()
+    assert steps == [0, 1, 0]

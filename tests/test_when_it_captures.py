@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import lazy_compile
-from lazy_compile import AlwaysCompute, LazyModule
+from lazy_compile import AlwaysCompute, CacheSchedule, LazyModule, Scheduled
 from lazy_compile.errors import ConfigError
 from models import TOLERANCE, TOYS, WIDTH, call, norm, randomize, trajectory
 from small import NEVER, SMALL, STEPS, Decides, Wraps, fresh, reused, run, same
@@ -248,6 +249,26 @@ def test_calls_with_other_branches_keep_accounts_and_caches_of_their_own() -> No
     full, _, _, without_attention, *_ = calls
     run(lazy, [full])
     assert same(run(lazy, [without_attention]), run(lazy.original, [without_attention]))  # nothing of the attention
+
+
+def test_a_schedule_holds_where_the_first_new_graph_has_fewer_branches() -> None:
+    lazy = lazy_compile.transform(randomize(Skips()).eval(), call(SMALL))
+    lazy.policy = Scheduled(CacheSchedule(np.array([[1, 1], [1, 0], [0, 0]], dtype=bool)))
+    lazy.original.something = 1  # the graphs are dropped when a trajectory starts
+    calls = trajectory(SMALL, steps=3)
+    run(lazy, [{**one, "without": ("attn",)} for one in calls])
+    assert reused(lazy) == [[0.0], [1.0], [1.0]]
+    run(lazy, calls)
+    assert reused(lazy) == [[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+
+
+def test_a_policy_may_be_set_while_the_latest_graph_has_fewer_branches() -> None:
+    lazy = lazy_compile.transform(randomize(Skips()).eval(), call(SMALL))
+    run(lazy, [{**call(SMALL), "without": ("attn",)}])
+    assert len(lazy.branches) == 1
+    lazy.policy = Scheduled(CacheSchedule.every(2, steps=3, branches=2))
+    with pytest.raises(ConfigError, match="the schedule has 3 branches, the model has 1"):
+        lazy.policy = Scheduled(CacheSchedule.every(2, steps=3, branches=3))
 
 
 def test_tensors_may_lie_in_memory_as_they_like(compiled: Compiled) -> None:

@@ -109,7 +109,7 @@ class EngineDenoiser:
         inputs = self._inputs(args, kwargs)
         name = self.runner.metadata.timestep_input
         timestep = None if name is None else float(inputs[name].max())
-        state, step, _ = self._trajectories.current().advance(timestep)
+        state, step, _ = self._trajectories.advance(timestep)
         place = state.memory.get("engine")
         if not isinstance(place, _Place):
             place = _Place(self.runner.new_stream(), np.full(len(self.branches), step))

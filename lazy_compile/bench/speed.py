@@ -17,6 +17,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from lazy_compile.bench.midsize import build
 from lazy_compile.compiler import transform
 from lazy_compile.config import ReuseArm
 from lazy_compile.errors import import_optional
@@ -48,23 +49,6 @@ class SpeedRow:
     efficiency: float
 
 
-def dit_b2(layers: int = 12, heads: int = 12) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A model of the shape of DiT-B/2 at 256 tokens and batch 2, with random weights, and inputs for it."""
-    diffusers = import_optional("diffusers", "diffusers")
-    torch.manual_seed(0)
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=layers,
-        sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
-    ).eval()  # fmt: skip
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 32, 32),
-        "timestep": torch.tensor([500, 500]),
-        "class_labels": torch.tensor([1, 2]),
-        "return_dict": False,
-    }
-    return model, inputs
-
-
 def run(
     output: str | Path | None = None,
     *,
@@ -75,7 +59,7 @@ def run(
     on_progress: OnProgress = no_progress,
 ) -> list[SpeedRow]:
     """Measure every runtime at every share of reuse; writes ``bench.json`` into ``output`` if that is given."""
-    model, inputs = dit_b2(layers, heads)
+    model, inputs = build("DiT", layers=layers, heads=heads)
     rows = []
     for runtime, arm in itertools.product(runtimes, get_args(ReuseArm)):
         lazy = transform(model, inputs, reuse=arm)

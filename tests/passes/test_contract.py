@@ -22,6 +22,7 @@ from lazy_compile.passes.apply_schedule import ApplySchedule
 from lazy_compile.passes.canonicalize import Canonicalize
 from lazy_compile.passes.discover_branches import DiscoverBranches
 from lazy_compile.passes.insert_gates import InsertGates
+from lazy_compile.passes.join_slices import JoinSlices
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.passes.lower_to_select import LowerToSelect
 from lazy_compile.passes.merge_groups import MergeGroups
@@ -33,7 +34,7 @@ from models import TOYS, call
 
 Captured = Callable[[str], Program]
 
-GATING = [Canonicalize(), MergeRepeats(), DiscoverBranches(), OutlineBranches(), InsertGates()]
+GATING = [Canonicalize(), JoinSlices(), MergeRepeats(), DiscoverBranches(), OutlineBranches(), InsertGates()]
 
 
 class Compute:
@@ -201,8 +202,8 @@ def test_an_unknown_pass_is_named_with_those_there_are() -> None:
     with pytest.raises(PassError) as caught:
         PassManager(GATING).run(program(SOURCE), until="gates")
     assert str(caught.value) == (
-        "there is no pass 'gates'; the passes are canonicalize, merge_repeats, discover_branches, outline_branches, "
-        "insert_gates"
+        "there is no pass 'gates'; the passes are canonicalize, join_slices, merge_repeats, discover_branches, "
+        "outline_branches, insert_gates"
     )
 
 

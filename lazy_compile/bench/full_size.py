@@ -1,0 +1,165 @@
+"""Published models at full size without their weights: what is found in them, what it costs, how long it takes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lazy_compile.bench.full_size_models import FULL_SIZE
+from lazy_compile.compiler import gating_pipeline, transform
+from lazy_compile.module import LazyModule
+from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.storage import atomic_path, save_json
+
+
+@dataclass(frozen=True)
+class FullSizeRow:
+    """One model on the meta device, in bfloat16 at batch 1.
+
+    Attributes:
+        setting: resolution and length.
+        nodes: of the captured graph.
+        branches: how many of each kind.
+        macs: multiply-accumulates of one call, by the graph.
+        counted_macs: half of what ``torch.utils.flop_counter`` counts on the original.
+        share_in_branches: of ``macs``.
+        cache_last: bytes that one sample's caches take with ``reuse="last"``.
+        cache_linear: the same with ``reuse="linear"``.
+        transform_seconds: capture and all passes, by the clock.
+        transform_cpu_seconds: the same, of one processor: what a machine that does nothing else would take.
+        pass_seconds: of one processor, each pass by itself on the captured graph.
+        resident_bytes: the most that the process held, torch and diffusers included.
+        table: for each branch its name, kind, multiply-accumulates, and bytes of one kept output.
+    """
+
+    model: str
+    setting: str
+    parameters: int
+    nodes: int
+    capture: str
+    branches: dict[str, int]
+    macs: int
+    counted_macs: int
+    share_in_branches: float
+    cache_last: int
+    cache_linear: int
+    transform_seconds: float
+    transform_cpu_seconds: float
+    pass_seconds: dict[str, float]
+    resident_bytes: int
+    table: tuple[tuple[str, str, int, int], ...]
+
+
+def run(
+    output: str | Path | None = None,
+    *,
+    models: Sequence[str] = tuple(FULL_SIZE),
+    on_progress: OnProgress = no_progress,
+) -> list[FullSizeRow]:
+    """Transform each of ``models`` in a process of its own; writes ``full_size.json`` and ``.md`` into ``output``."""
+    rows = []
+    for position, name in enumerate(models):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            rows.append(process.submit(measure, name).result())
+        on_progress("transforming models", position + 1, len(models), name)
+    if output is not None:
+        save_json(Path(output) / "full_size.json", {"rows": [asdict(row) for row in rows]})
+        with atomic_path(Path(output) / "full_size.md") as temporary:
+            temporary.write_text(page(rows))
+    return rows
+
+
+def measure(name: str, **changes: Any) -> FullSizeRow:
+    """Transform one model here and now, with these changes to its configuration."""
+    model, inputs = FULL_SIZE[name].build(**changes)
+    clock, processor = time.perf_counter(), time.process_time()
+    lazy = transform(model, inputs)
+    seconds, cpu_seconds = time.perf_counter() - clock, time.process_time() - processor
+    kept = sum(branch.output_bytes for branch in lazy.branches)
+    in_branches = sum(branch.macs for branch in lazy.branches)
+    return FullSizeRow(
+        model=name,
+        setting=FULL_SIZE[name].setting,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        nodes=len(lazy.graph.captured.program.graph.nodes),
+        capture=lazy.graph.captured.rung,
+        branches=dict(Counter(branch.kind.value for branch in lazy.branches)),
+        macs=lazy.graph.total_macs,
+        counted_macs=count_macs(model, inputs),
+        share_in_branches=in_branches / lazy.graph.total_macs,
+        cache_last=kept,
+        cache_linear=2 * kept,
+        transform_seconds=seconds,
+        transform_cpu_seconds=cpu_seconds,
+        pass_seconds=time_passes(lazy),
+        resident_bytes=_peak_memory(),
+        table=tuple((branch.name, branch.kind.value, branch.macs, branch.output_bytes) for branch in lazy.branches),
+    )
+
+
+def count_macs(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """Multiply-accumulates of one call of a model, by torch's own counter."""
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def time_passes(lazy: LazyModule) -> dict[str, float]:
+    """Seconds that each pass takes on the graph that was captured last."""
+    program, seconds = lazy.graph.captured.program, {}
+    for item in gating_pipeline(lazy.lazy_config).passes:
+        start = time.process_time()
+        program = item(program).program
+        seconds[item.name] = time.process_time() - start
+    return seconds
+
+
+def page(rows: Iterable[FullSizeRow]) -> str:
+    """The figures as Markdown."""
+    lines = [
+        "# Full-size models without their weights",
+        "",
+        "Generated by `lazy-compile bench full-size`: published configurations on the meta device, bfloat16, batch 1.",
+        "MACs are those of one call; *counted* is how far they are from what `torch.utils.flop_counter` counts on the",
+        "original model, halved. *last* and *linear* are the bytes of one sample's caches. Seconds are those of one",
+        "processor; resident memory is the peak of the process, torch and diffusers included.",
+        "",
+        "| model | at | parameters | MACs | counted | in branches | last | linear | transform | resident |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = list(rows)
+    for row in rows:
+        lines.append(
+            f"| {row.model} | {row.setting} | {row.parameters / 1e9:.2f} G | {row.macs / 1e12:.2f} T | "
+            f"{row.macs / row.counted_macs - 1:+.2%} | {row.share_in_branches:.1%} | {_size(row.cache_last)} | "
+            f"{_size(row.cache_linear)} | {row.transform_cpu_seconds:.0f} s | {_size(row.resident_bytes)} |"
+        )
+    lines += ["", "What is found, and the time of each pass by itself:", ""]
+    passes = list(rows[0].pass_seconds)
+    lines += [f"| model | captured by | nodes | branches | {' | '.join(passes)} |", "|---" * (4 + len(passes)) + "|"]
+    for row in rows:
+        kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in row.branches.items())
+        times = " | ".join(f"{row.pass_seconds[name]:.2f} s" for name in passes)
+        lines.append(f"| {row.model} | {row.capture} | {row.nodes} | {kinds} | {times} |")
+    return "\n".join([*lines, ""])
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def _peak_memory() -> int:
+    """Bytes; the unit of the operating system's own number is kilobytes everywhere but on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,105 @@
+"""What a transformed model costs while nothing is reused, against the original in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lazy_compile.bench.midsize import MIDSIZE, build, later
+from lazy_compile.compiler import transform
+from lazy_compile.module import LazyModule
+from lazy_compile.policy import Scheduled
+from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.schedule import CacheSchedule
+from lazy_compile.storage import save_json
+
+_WARM_STEPS = 2
+
+
+@dataclass(frozen=True)
+class OverheadRow:
+    """One model in PyTorch eager, every branch computed at every step and kept for linear reuse.
+
+    Attributes:
+        parameters: of the model.
+        branches: how many are gated.
+        original_ms: median time of a call of the original.
+        lazy_ms: median time of a call of the transformed model; the two are called in turn.
+        ratio: ``lazy_ms / original_ms``.
+        quartiles: first and third quartile of the ratio of neighbouring calls: the noise of the machine.
+        bitwise_equal: whether the two gave the same numbers.
+    """
+
+    model: str
+    parameters: int
+    branches: int
+    original_ms: float
+    lazy_ms: float
+    ratio: float
+    quartiles: tuple[float, float]
+    bitwise_equal: bool
+
+
+def run(
+    output: str | Path | None = None,
+    *,
+    models: Sequence[str] = tuple(MIDSIZE),
+    repeats: int = 15,
+    on_progress: OnProgress = no_progress,
+    **sizes: int,
+) -> list[OverheadRow]:
+    """Measure each of ``models``; writes ``overhead.json`` into ``output`` if that is given.
+
+    Args:
+        output: a folder.
+        models: names in :data:`~lazy_compile.bench.midsize.MIDSIZE`.
+        repeats: calls of each that are timed.
+        on_progress: told of every model.
+        sizes: ``layers`` and ``heads`` other than those of about 100 million parameters.
+    """
+    rows = []
+    for position, name in enumerate(models):
+        model, inputs = build(name, **sizes)
+        lazy = transform(model, inputs)
+        rows.append(measure(name, model, lazy, inputs, repeats))
+        on_progress("timing models", position + 1, len(models))
+    if output is not None:
+        values = {"threads": torch.get_num_threads(), "rows": [asdict(row) for row in rows]}
+        save_json(Path(output) / "overhead.json", values)
+    return rows
+
+
+def measure(name: str, model: nn.Module, lazy: LazyModule, inputs: dict[str, Any], repeats: int) -> OverheadRow:
+    """Time both in turn along one trajectory; which of them goes first changes from step to step."""
+    steps = repeats + _WARM_STEPS
+    lazy.policy = Scheduled(CacheSchedule(np.ones((steps, len(lazy.branches)), dtype=bool)))
+    times: dict[str, list[float]] = {"original": [], "lazy": []}
+    answers: dict[str, Any] = {}
+    pair: list[tuple[str, Callable[..., Any]]] = [("original", model), ("lazy", lazy)]
+    for step in range(steps):
+        call = later(inputs, step)
+        for who, denoiser in pair if step % 2 else reversed(pair):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                answers[who] = denoiser(**call)[0]
+            times[who].append(1e3 * (time.perf_counter() - start))
+    original, mine = (times[who][_WARM_STEPS:] for who in ("original", "lazy"))
+    low, _, high = statistics.quantiles((b / a for a, b in zip(original, mine, strict=True)), n=4)
+    return OverheadRow(
+        name,
+        sum(parameter.numel() for parameter in model.parameters()),
+        len(lazy.branches),
+        statistics.median(original),
+        statistics.median(mine),
+        statistics.median(mine) / statistics.median(original),
+        (low, high),
+        torch.equal(answers["original"], answers["lazy"]),
+    )
