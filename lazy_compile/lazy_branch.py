@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, fx, nn
 
 from lazy_compile.branch import ResidualBranch
@@ -42,13 +43,17 @@ class LazyBranch(nn.Module):
         self.row_axes = row_axes
         names = [node.name for node in body.graph.find_nodes(op="placeholder")]
         self.entry_positions = tuple(names.index(entry.name) for entry in branch.entries)
+        self._run: Callable[..., tuple[Tensor, ...]] = body
 
     def forward(self, step: LazyStep, *inputs: Any) -> tuple[Tensor, ...]:
         return step.evaluate(self, inputs)
 
     def compute(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = self.body(*inputs)
-        return outputs
+        return self._run(*inputs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Let ``torch.compile`` make what computes the body, with these options."""
+        self._run = torch.compile(self.body, *args, **kwargs)
 
     def compute_rows(self, inputs: Sequence[Any], rows: Tensor) -> tuple[Tensor, ...]:
         """The outputs of some rows only: ``rows`` is ``int64[R]`` on the device of the inputs."""

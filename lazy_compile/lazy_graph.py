@@ -16,10 +16,10 @@ from lazy_compile.capture import Capture
 from lazy_compile.config import Group
 from lazy_compile.grouping import leaders_of
 from lazy_compile.lazy_branch import LazyStep, lazy_calls
-from lazy_compile.program import Program, Role
+from lazy_compile.program import Program, Role, parts_of
 from lazy_compile.runtime import CacheState
 
-Source = tuple[Mapping[str, Tensor | None], str]
+Source = tuple[Mapping[str, Any], str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +120,37 @@ def sources_of(model: nn.Module, program: Program) -> Iterator[Source]:
     for item in program.inputs:
         owner, _, leaf = item.name.rpartition(".")
         if item.role is Role.PARAMETER:
-            yield model.get_submodule(owner)._parameters, leaf
+            yield _parameters(model, owner), leaf
         elif item.role is Role.BUFFER:
             yield model.get_submodule(owner)._buffers, leaf
         elif item.role is Role.CONSTANT:
             yield program.constants, item.name
+
+
+def _parameters(model: nn.Module, owner: str) -> Mapping[str, Any]:
+    """What holds the parameters of a path; one of several tensors is looked up part by part."""
+    try:
+        return model.get_submodule(owner)._parameters
+    except AttributeError:
+        path, _, leaf = owner.rpartition(".")
+        return _Parts(model.get_submodule(path.rpartition(".")[0])._parameters, leaf)
+
+
+@dataclass(frozen=True)
+class _Parts(Mapping[str, Any]):
+    """The tensors of a parameter that is a tensor subclass, as ``original0``, ``original1``, ..."""
+
+    parameters: Mapping[str, Any]
+    leaf: str
+
+    def __getitem__(self, name: str) -> Tensor:
+        return parts_of(self.parameters[self.leaf])[int(name.removeprefix("original"))]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"original{number}" for number in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(parts_of(self.parameters[self.leaf]))
 
 
 def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from lazy_compile.capture_lock import CAPTURE_LOCK
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ConfigError
 from lazy_compile.graph_store import GraphStore
-from lazy_compile.lazy_branch import LazyStep
+from lazy_compile.lazy_branch import LazyStep, lazy_calls
 from lazy_compile.lazy_graph import LazyGraph as LazyGraph
 from lazy_compile.lazy_graph import ModelCall as ModelCall
 from lazy_compile.pass_manager import PassManager
@@ -52,6 +52,7 @@ class LazyModule(nn.Module):
         self._drive: Callable[[ModelCall], Any] = self._follow_policy
         self._trajectories = Trajectories()
         self._stats: dict[tuple[str, ...], LazyStats] = {}
+        self._compile: Callable[[LazyGraph], None] | None = None
         self._run = torch.compiler.disable(self._answer)  # torch.compile(lazy) leaves it as it is
 
     # What the model does ------------------------------------------------------------------------------------------
@@ -191,6 +192,20 @@ class LazyModule(nn.Module):
         """
         return use_stream(name)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the branches, each by itself, with the options of ``torch.compile``.
+
+        What decides between them, and what lies between them, stays as it is. ``torch.compile(lazy)`` compiles nothing.
+        """
+
+        def compile_branches(graph: LazyGraph) -> None:
+            for _, branch in lazy_calls(graph.program):
+                branch.compile(*args, **kwargs)
+
+        self._compile = compile_branches
+        for graph in self._store.graphs:
+            compile_branches(graph)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.original.state_dict(*args, **kwargs)
 
@@ -236,6 +251,8 @@ class LazyModule(nn.Module):
         if not self._planned:
             self._policy.check(graph.branches)
             self._planned = {branch.name: branch for branch in graph.branches}
+        if self._compile is not None:
+            self._compile(graph)
         self._tell_of_unknown_branches([graph])
 
     def _branches_for(self, policy: Policy) -> tuple[ResidualBranch, ...]:

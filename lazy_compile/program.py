@@ -18,6 +18,7 @@ from torch.export.graph_signature import (
     SymIntArgument,
     TensorArgument,
 )
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lazy_compile.branch import Refusal, ResidualBranch
 from lazy_compile.errors import CaptureError
@@ -162,8 +163,25 @@ def _module_path(node: fx.Node) -> str:
 
 
 def module_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by its path, tied ones under each of their paths."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    """Every parameter and buffer by its path, tied ones under each of their paths.
+
+    A parameter that is made of several tensors, as quantised ones are, is there in parts: export names those of
+    ``mlp.weight`` ``mlp.parametrizations.weight.original0`` and so on.
+    """
+    state: dict[str, Tensor] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if not is_traceable_wrapper_subclass(parameter):
+            state[path] = parameter
+            continue
+        owner, _, leaf = path.rpartition(".")
+        parametrized = f"{owner}.parametrizations.{leaf}.original".removeprefix(".")
+        state |= {f"{parametrized}{number}": part for number, part in enumerate(parts_of(parameter))}
+    return state | dict(model.named_buffers(remove_duplicate=False))
+
+
+def parts_of(parameter: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor subclass is made of, in the order of torch's own flattening."""
+    if not is_traceable_wrapper_subclass(parameter):
+        return [parameter]
+    names, _ = parameter.__tensor_flatten__()
+    return [part for name in names for part in parts_of(getattr(parameter, name))]

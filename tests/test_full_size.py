@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,4 +41,12 @@ def test_every_model_is_transformed_in_time_and_in_little_memory(name: str) -> N
     assert row.macs == pytest.approx(row.counted_macs, rel=0.01)
     assert row.share_in_branches > 0.95
     assert row.transform_cpu_seconds < 90
+    assert row.pass_seconds["discover_branches"] < 2
     assert row.resident_bytes < 4 * 2**30
+
+
+def test_the_committed_figures_are_of_every_model() -> None:
+    folder = Path(__file__).parent.parent / "docs" / "results"
+    rows = json.loads((folder / "full_size.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == list(FULL_SIZE)
+    assert (folder / "full_size.md").read_text() == full_size.page([full_size.FullSizeRow(**row) for row in rows])
