@@ -248,4 +248,6 @@ def _same(seen: Any, expected: Any) -> bool:
         return torch.equal(seen, expected)
     if isinstance(seen, np.ndarray) and isinstance(expected, np.ndarray):
         return bool(np.array_equal(seen, expected, equal_nan=seen.dtype.kind == "f"))
+    if isinstance(seen, list | tuple) and isinstance(expected, list | tuple):
+        return len(seen) == len(expected) and all(map(_same, seen, expected))
     return bool(seen == expected)

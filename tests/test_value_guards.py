@@ -78,6 +78,11 @@ def by_positions(x: Tensor, y: Tensor) -> Tensor:
     return x.flatten(0, 1)[torch.nonzero(y.flatten()).squeeze(1)]
 
 
+def by_positions_of_each_axis(x: Tensor, y: Tensor) -> Tensor:
+    rows, columns = y.nonzero(as_tuple=True)
+    return x[rows, columns]
+
+
 def by_what_is_written_in_place(x: Tensor, y: Tensor) -> Tensor:
     lengths = y.new_zeros(3)
     for row in range(3):
@@ -95,6 +100,7 @@ def by_what_is_written_in_place(x: Tensor, y: Tensor) -> Tensor:
         (by_mask, MASK, SHORTER),
         (by_rows_of_the_mask, MASK, OTHER_MASK),
         (by_positions, MASK, SHORTER),
+        (by_positions_of_each_axis, MASK, SHORTER),
         (by_what_is_written_in_place, OTHER_MASK, torch.zeros(3, 5).long() + MASK[2]),
     ],
 )
