@@ -6,6 +6,7 @@ of order 1 is FORA with ``reuse="linear"``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +34,9 @@ class _WholeStep(Policy):
     def should_compute(self, query: GateQuery) -> bool:
         return self._follow(query, False)
 
+    @abstractmethod
     def _follow(self, query: GateQuery, forced: bool) -> bool:
-        raise NotImplementedError
+        """Whether this step computes; ``forced`` where there is no choice."""
 
 
 @dataclass(frozen=True)

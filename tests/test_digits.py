@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lazy_compile.demo import digits
-from lazy_compile.demo.digits import DigitsClassifier, DigitsSampler, frechet_distance
+from lazy_compile.demo.digits import DigitsSampler, frechet_distance
+from lazy_compile.demo.training import save_checkpoint
 from lazy_compile.errors import ArtifactError
 
 CHECKPOINTS = Path(__file__).parents[1] / "examples" / "digits"
@@ -74,7 +75,7 @@ def test_training_is_fixed_by_its_seed() -> None:
 def test_training_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     trained_state()
-    digits.train_digits_classifier(steps=1)
+    digits.train_digits_classifier(digits.build_digits_classifier(), steps=1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -158,9 +159,9 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_checkpoint_of_another_model_is_refused_with_the_first_difference(tmp_path: Path) -> None:
     path = tmp_path / "digits.safetensors"
-    model = DigitsClassifier()
+    model = digits.build_digits_classifier()
     model.head = torch.nn.Linear(32, 7)
-    digits.save_checkpoint(model, path, seed=0, steps=0)
+    save_checkpoint(model, path, seed=0, steps=0)
     message = r"2 tensors differ, first 'head\.bias': saw \[7\], expected \[10\]"
     with pytest.raises(ArtifactError, match=message):
         digits.load_or_train_digits_classifier(path)

@@ -172,6 +172,7 @@ class EngineDenoiser:
 
     @cached_property
     def _spec(self) -> pytree.TreeSpec | None:
+        """None for a return type that pytree cannot read here: outputs then come as a plain tuple."""
         try:
             return pytree.treespec_loads(self.runner.metadata.output_spec)
         except (ValueError, NotImplementedError):

@@ -302,6 +302,7 @@ class _Export:
 
 
 def _dump(spec: pytree.TreeSpec) -> str:
+    """Empty for a return type that pytree cannot write down: the runner then returns a plain tuple."""
     try:
         return pytree.treespec_dumps(spec)
     except NotImplementedError:

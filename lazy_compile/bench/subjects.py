@@ -70,7 +70,7 @@ def scenes_subject(batch: int = 16) -> Subject:
         example,
         lambda steps, rows: scenes.ScenesSampler(steps=steps, batch=rows),
         judge.features,
-        lambda images: judge.accuracy(images, scenes.ScenesSampler().words(len(images))),
+        lambda images: judge.accuracy(images, scenes.classes_of(scenes.ScenesSampler().words(len(images)))),
     )
 
 

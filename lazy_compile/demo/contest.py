@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lazy_compile.demo import digits
+from lazy_compile.demo.training import Classifier
 from lazy_compile.module import LazyModule
 from lazy_compile.policy import Policy
 from lazy_compile.progress import OnProgress
@@ -69,7 +70,7 @@ class Contest:
     settings: DemoSettings
     model: Any
     lazy: LazyModule
-    classifier: digits.DigitsClassifier
+    classifier: Classifier
     on_progress: OnProgress
     results: list[Measured] = field(default_factory=list)
 

@@ -6,20 +6,25 @@ Transformers"), trained to predict the noise and sampled by DDIM with classifier
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lazy_compile.errors import ArtifactError, import_optional
-from lazy_compile.progress import OnProgress, no_progress, progress_bars
-from lazy_compile.storage import load_tensors, save_tensors
+from lazy_compile.demo.training import (
+    Classifier,
+    load_or_train,
+    seeded,
+    set_to_zero,
+    train_classifier,
+    train_denoiser,
+)
+from lazy_compile.errors import import_optional
+from lazy_compile.progress import OnProgress, no_progress
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -48,9 +53,8 @@ def noise_schedule() -> DDIMScheduler:
 def build_digits_dit(seed: int = 0) -> DiTTransformer2DModel:
     """An untrained DiT: 6 blocks, 4 heads, 16 tokens of width 112, adaLN-zero, 1.6 M parameters, eval mode."""
     diffusers = import_optional("diffusers", "demo")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = diffusers.DiTTransformer2DModel(
+    model: DiTTransformer2DModel = seeded(
+        lambda: diffusers.DiTTransformer2DModel(
             num_attention_heads=4,
             attention_head_dim=28,
             in_channels=1,
@@ -59,12 +63,11 @@ def build_digits_dit(seed: int = 0) -> DiTTransformer2DModel:
             sample_size=8,
             patch_size=2,
             num_embeds_ada_norm=NUM_CLASSES,
-        )
-    # The "zero" of adaLN-zero, which diffusers leaves to the checkpoint: every block starts as the identity.
-    for layer in (*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_1, model.proj_out_2):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return model.eval()
+        ),
+        seed,
+    )
+    set_to_zero([*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_1, model.proj_out_2])
+    return model
 
 
 def train_digits_dit(
@@ -84,17 +87,8 @@ def train_digits_dit(
     schedule = noise_schedule()
     timesteps = schedule.config.num_train_timesteps
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    warmup_then_decay = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.05, cycle_momentum=False
-    )
-    average = import_optional("diffusers.training_utils", "demo").EMAModel(
-        model.parameters(), decay=0.998, foreach=True
-    )
 
-    # Eval mode: in train mode each block would drop labels by a draw of its own, not together.
-    model.eval()
-    for step in range(steps):
+    def loss() -> Tensor:
         rows = torch.randint(len(images), (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < LABEL_DROPOUT
         stratified = torch.arange(batch) + torch.rand(batch, generator=generator)
@@ -102,15 +96,10 @@ def train_digits_dit(
         noise = torch.randn(batch, *images.shape[1:], generator=generator)
         noisy = schedule.add_noise(images[rows], noise, t)
         class_labels = labels[rows].masked_fill(dropped, NULL_CLASS)
-        predicted = model(noisy, timestep=t, class_labels=class_labels, return_dict=False)[0]
-        optimizer.zero_grad()
-        F.mse_loss(predicted, noise).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        warmup_then_decay.step()
-        average.step(model.parameters())
-        on_progress("training", step + 1, steps)
-    average.copy_to(model.parameters())
+        return F.mse_loss(model(noisy, timestep=t, class_labels=class_labels, return_dict=False)[0], noise)
+
+    model.eval()  # in train mode each block would drop labels by a draw of its own, not together
+    train_denoiser(model, loss, steps=steps, learning_rate=learning_rate, on_progress=on_progress)
 
 
 @dataclass(frozen=True)
@@ -151,54 +140,24 @@ class DigitsSampler:
         return torch.arange(self.batch if batch is None else batch) % NUM_CLASSES
 
 
-class DigitsClassifier(nn.Module):
-    """A small convolutional classifier: float[B, 1, 8, 8] -> logits float[B, 10]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64 * 4 * 4, 32),
-            nn.ReLU(),
-        )
-        self.head = nn.Linear(32, NUM_CLASSES)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Activations before the last layer: float[B, 32]."""
-        features: Tensor = self.body(images)
-        return features
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.features(images))
-        return logits
-
-    @torch.no_grad()
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """The share of images whose most likely class is their label."""
-        return float((self(images).argmax(1) == labels).float().mean())
+def build_digits_classifier(seed: int = 0) -> Classifier:
+    """An untrained judge of 8x8 scans."""
+    return seeded(lambda: Classifier((1, 32, 64), 8, NUM_CLASSES), seed)
 
 
-def train_digits_classifier(seed: int = 0, steps: int = CLASSIFIER_TRAINING_STEPS) -> DigitsClassifier:
-    """A classifier trained on the scans outside `HELD_OUT`, in eval mode; takes seconds."""
+def train_digits_classifier(model: Classifier, *, seed: int = 0, steps: int = CLASSIFIER_TRAINING_STEPS) -> None:
+    """Train in place on the scans outside `HELD_OUT`; takes seconds."""
     images, labels = load_digits_tensor()
     seen = torch.ones(len(images), dtype=torch.bool)
     seen[HELD_OUT] = False
     images, labels = images[seen], labels[seen]
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = DigitsClassifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(steps):
+
+    def draw() -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(images), (128,), generator=generator)
-        optimizer.zero_grad()
-        F.cross_entropy(model(images[rows]), labels[rows]).backward()
-        optimizer.step()
-    return model.eval()
+        return images[rows], labels[rows]
+
+    train_classifier(model, draw, steps=steps)
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -221,53 +180,29 @@ def _mean_and_covariance_root(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, root
 
 
-def save_checkpoint(model: nn.Module, path: Path, *, seed: int, steps: int) -> None:
-    """Write the weights as safetensors, whole or not at all; the header says which training they come from."""
-    # One entry: safetensors writes several in an order that changes from run to run.
-    training = json.dumps({"seed": seed, "steps": steps, "torch": torch.__version__})
-    save_tensors(path, model.state_dict(), {"training": training})
-
-
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Read the weights into `model`; a damaged file, or one of another model, is an `ArtifactError`."""
-    tensors, _ = load_tensors(path)
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    differing = sorted(name for name in found | expected if found.get(name) != expected.get(name))
-    if differing:
-        name = differing[0]
-        raise ArtifactError(
-            f"{path} is not a checkpoint of this {type(model).__name__}: {len(differing)} tensors differ, "
-            f"first {name!r}: saw {found.get(name)}, expected {expected.get(name)}; delete it to train again"
-        )
-    model.load_state_dict(tensors)
-
-
 def load_or_train_digits_dit(
     checkpoint: Path | None, *, seed: int = 0, steps: int = DIT_TRAINING_STEPS, progress: bool = True
 ) -> DiTTransformer2DModel:
     """The trained model: read from `checkpoint` if that exists, else trained and, given a path, written there."""
     model = build_digits_dit(seed)
-    if checkpoint is not None and checkpoint.exists():
-        load_checkpoint(model, checkpoint)
-        return model
-    if progress:
-        missing = "no checkpoint given" if checkpoint is None else f"no checkpoint at {checkpoint}"
-        print(f"{missing}: training the digits model, about five minutes on two cores", file=sys.stderr)
-    with progress_bars(progress) as on_progress:
-        train_digits_dit(model, seed=seed, steps=steps, on_progress=on_progress)
-    if checkpoint is not None:
-        save_checkpoint(model, checkpoint, seed=seed, steps=steps)
-    return model
+    return load_or_train(
+        model,
+        checkpoint,
+        lambda on_progress: train_digits_dit(model, seed=seed, steps=steps, on_progress=on_progress),
+        seed=seed,
+        steps=steps,
+        told="the digits model, about five minutes on two cores",
+        progress=progress,
+    )
 
 
-def load_or_train_digits_classifier(checkpoint: Path | None, *, seed: int = 0) -> DigitsClassifier:
+def load_or_train_digits_classifier(checkpoint: Path | None, *, seed: int = 0) -> Classifier:
     """The trained classifier: read from `checkpoint` if that exists, else trained and, given a path, written there."""
-    if checkpoint is not None and checkpoint.exists():
-        model = DigitsClassifier().eval()
-        load_checkpoint(model, checkpoint)
-        return model
-    model = train_digits_classifier(seed)
-    if checkpoint is not None:
-        save_checkpoint(model, checkpoint, seed=seed, steps=CLASSIFIER_TRAINING_STEPS)
-    return model
+    model = build_digits_classifier(seed)
+    return load_or_train(
+        model,
+        checkpoint,
+        lambda _: train_digits_classifier(model, seed=seed),
+        seed=seed,
+        steps=CLASSIFIER_TRAINING_STEPS,
+    )

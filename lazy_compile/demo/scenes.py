@@ -7,19 +7,25 @@ which shape, which colour, which photograph. The model is diffusers' own `SD3Tra
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lazy_compile.demo.digits import load_checkpoint, save_checkpoint
+from lazy_compile.demo.training import (
+    Classifier,
+    load_or_train,
+    seeded,
+    set_to_zero,
+    train_classifier,
+    train_denoiser,
+)
 from lazy_compile.errors import import_optional
-from lazy_compile.progress import OnProgress, no_progress, progress_bars
+from lazy_compile.progress import OnProgress, no_progress
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -109,9 +115,8 @@ def prompts(words: Tensor) -> Tensor:
 def build_scenes_mmdit(seed: int = 0) -> SD3Transformer2DModel:
     """An untrained MMDiT: 6 two-stream blocks, 4 heads, width 96, adaLN-zero, 1.9 M parameters, eval mode."""
     diffusers = import_optional("diffusers", "demo")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = diffusers.SD3Transformer2DModel(
+    model: SD3Transformer2DModel = seeded(
+        lambda: diffusers.SD3Transformer2DModel(
             sample_size=SIZE,
             patch_size=2,
             in_channels=3,
@@ -124,13 +129,13 @@ def build_scenes_mmdit(seed: int = 0) -> SD3Transformer2DModel:
             pooled_projection_dim=WORDS,
             pos_embed_max_size=SIZE // 2,
             qk_norm="rms_norm",
-        )
+        ),
+        seed,
+    )
     modulations = [block.norm1.linear for block in model.transformer_blocks]
     modulations += [block.norm1_context.linear for block in model.transformer_blocks]
-    for layer in (*modulations, model.norm_out.linear, model.proj_out):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return model.eval()
+    set_to_zero([*modulations, model.norm_out.linear, model.proj_out])
+    return model
 
 
 def train_scenes_mmdit(
@@ -147,14 +152,8 @@ def train_scenes_mmdit(
     The same seed, thread count and torch build give the same weights.
     """
     source, generator = SceneSource(), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    warmup_then_decay = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.05, cycle_momentum=False
-    )
-    average = import_optional("diffusers.training_utils", "demo").EMAModel(
-        model.parameters(), decay=0.998, foreach=True
-    )
-    for step in range(steps):
+
+    def loss() -> Tensor:
         scenes = source.draw(batch, generator)
         kept = torch.rand(batch, generator=generator) >= PROMPT_DROPOUT
         prompt = prompts(scenes.words) * kept[:, None, None]
@@ -162,14 +161,9 @@ def train_scenes_mmdit(
         noise = torch.randn(scenes.images.shape, generator=generator)
         noisy = torch.lerp(scenes.images, noise, sigma[:, None, None, None])
         predicted = model(noisy, prompt, prompt.sum(1), timestep=sigma * 1000, return_dict=False)[0]
-        optimizer.zero_grad()
-        F.mse_loss(predicted, noise - scenes.images).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        warmup_then_decay.step()
-        average.step(model.parameters())
-        on_progress("training", step + 1, steps)
-    average.copy_to(model.parameters())
+        return F.mse_loss(predicted, noise - scenes.images)
+
+    train_denoiser(model, loss, steps=steps, learning_rate=learning_rate, on_progress=on_progress)
 
 
 @dataclass(frozen=True)
@@ -219,52 +213,20 @@ class ScenesSampler:
         return torch.stack([shape, (rest + shape) % len(COLOURS), rest // len(COLOURS) % len(PHOTOGRAPHS)], dim=1)
 
 
-class ScenesClassifier(nn.Module):
-    """A small convolutional classifier of shape and colour: float[B, 3, 16, 16] -> logits float[B, CLASSES]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1, stride=2),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64 * 4 * 4, 32),
-            nn.ReLU(),
-        )
-        self.head = nn.Linear(32, CLASSES)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Activations before the last layer: float[B, 32]."""
-        features: Tensor = self.body(images)
-        return features
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.features(images))
-        return logits
-
-    @torch.no_grad()
-    def accuracy(self, images: Tensor, words: Tensor) -> float:
-        """The share of images whose most likely shape and colour are those asked for."""
-        return float((self(images).argmax(1) == classes_of(words)).float().mean())
+def build_scenes_classifier(seed: int = 0) -> Classifier:
+    """An untrained judge of shape and colour."""
+    return seeded(lambda: Classifier((3, 32, 64, 64), SIZE, CLASSES), seed)
 
 
-def train_scenes_classifier(seed: int = 0, steps: int = CLASSIFIER_TRAINING_STEPS) -> ScenesClassifier:
-    """A classifier trained on scenes of its own, in eval mode; takes seconds."""
+def train_scenes_classifier(model: Classifier, *, seed: int = 0, steps: int = CLASSIFIER_TRAINING_STEPS) -> None:
+    """Train in place on scenes of its own; takes half a minute."""
     source, generator = SceneSource(), torch.Generator().manual_seed(seed + 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = ScenesClassifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(steps):
+
+    def draw() -> tuple[Tensor, Tensor]:
         scenes = source.draw(128, generator)
-        optimizer.zero_grad()
-        F.cross_entropy(model(scenes.images), scenes.classes).backward()
-        optimizer.step()
-    return model.eval()
+        return scenes.images, scenes.classes
+
+    train_classifier(model, draw, steps=steps)
 
 
 def load_or_train_scenes_mmdit(
@@ -272,23 +234,24 @@ def load_or_train_scenes_mmdit(
 ) -> SD3Transformer2DModel:
     """The trained model: read from `checkpoint` if that exists, else trained and written there."""
     model = build_scenes_mmdit(seed)
-    if checkpoint.exists():
-        load_checkpoint(model, checkpoint)
-        return model
-    if progress:
-        print(f"no checkpoint at {checkpoint}: training the scenes model, about 25 minutes", file=sys.stderr)
-    with progress_bars(progress) as on_progress:
-        train_scenes_mmdit(model, seed=seed, steps=steps, on_progress=on_progress)
-    save_checkpoint(model, checkpoint, seed=seed, steps=steps)
-    return model
+    return load_or_train(
+        model,
+        checkpoint,
+        lambda on_progress: train_scenes_mmdit(model, seed=seed, steps=steps, on_progress=on_progress),
+        seed=seed,
+        steps=steps,
+        told="the scenes model, about 25 minutes",
+        progress=progress,
+    )
 
 
-def load_or_train_scenes_classifier(checkpoint: Path, *, seed: int = 0) -> ScenesClassifier:
+def load_or_train_scenes_classifier(checkpoint: Path, *, seed: int = 0) -> Classifier:
     """The trained classifier: read from `checkpoint` if that exists, else trained and written there."""
-    if checkpoint.exists():
-        model = ScenesClassifier().eval()
-        load_checkpoint(model, checkpoint)
-        return model
-    model = train_scenes_classifier(seed)
-    save_checkpoint(model, checkpoint, seed=seed, steps=CLASSIFIER_TRAINING_STEPS)
-    return model
+    model = build_scenes_classifier(seed)
+    return load_or_train(
+        model,
+        checkpoint,
+        lambda _: train_scenes_classifier(model, seed=seed),
+        seed=seed,
+        steps=CLASSIFIER_TRAINING_STEPS,
+    )
