@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
 import lazy_compile
 from lazy_compile import AlwaysCompute, LazyConfig, LazyModule
+from lazy_compile.backends.onnx import OnnxReport, export_onnx
 from lazy_compile.call_layout import CallLayout
 from lazy_compile.capture import capture
 from lazy_compile.program import Program
@@ -56,3 +58,21 @@ def captured() -> Callable[[str], Program]:
 def shared() -> LazyModule:
     """A small lazy model without changed weights; a test sets the policy it needs."""
     return fresh()
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[LazyModule, Path, OnnxReport]]:
+    """``exported("dit", "linear")``: a lazy toy, its ONNX file, and the report of the export."""
+    made: dict[tuple[str, str], tuple[LazyModule, Path, OnnxReport]] = {}
+
+    def get(toy: str, reuse: str) -> tuple[LazyModule, Path, OnnxReport]:
+        if (toy, reuse) not in made:
+            lazy = lazy_compile.transform(TOYS[toy].model(), call(TOYS[toy]), reuse=reuse, batch_rule="all_reuse")
+            path = tmp_path_factory.mktemp("onnx") / f"{toy}.onnx"
+            made[toy, reuse] = lazy, path, export_onnx(lazy, path)
+        lazy, path, report = made[toy, reuse]
+        lazy.policy = AlwaysCompute()
+        lazy.reset_stats()
+        return lazy, path, report
+
+    return get

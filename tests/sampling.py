@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lazy_compile import AlwaysCompute, LazyModule, transform
 from lazy_compile.calibration import StepPair
-from models import TinyDiT, randomize
+from models import randomize
+from networks import TinyDiT
 
 STEPS = 6
 

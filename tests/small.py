@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import lazy_compile
+from layers import MLP, TOKENS, WIDTH, Attention, norm, sinusoid
 from lazy_compile import LazyModule, Policy
 from lazy_compile.policy import GateQuery
-from models import MLP, TOKENS, WIDTH, Attention, Toy, call, norm, sinusoid
+from models import Toy, call
 
 STEPS = 6
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from layers import MLP, WIDTH, norm, sinusoid
 from lazy_compile.call_layout import CallLayout
 from lazy_compile.capture import LADDER, Capture, capture
 from lazy_compile.errors import CaptureError
 from lazy_compile.operators import operator_name
 from lazy_compile.program import Role, module_state
-from models import MLP, REFUSED, WIDTH, call, norm, randomize, sinusoid
+from models import REFUSED, call, randomize
 
 
 def captured_call(model: nn.Module, **arguments: Any) -> Capture:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lazy_compile
-from models import WIDTH, call, norm, randomize
+from layers import WIDTH, norm
+from models import call, randomize
 from small import SMALL, Small, fresh
 
 

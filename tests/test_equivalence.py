@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lazy_compile
+from layers import WIDTH
 from lazy_compile import CacheSchedule, GateTable, LazyModule, Learned, Policy, Scheduled
 from lazy_compile.gate import compute_logit
 from lazy_compile.policy import GateQuery
-from models import TOLERANCE, TOYS, WIDTH, call, counted_by_torch, randomize, trajectory
+from models import TOLERANCE, TOYS, call, counted_by_torch, randomize, trajectory
 from oracle import Oracle, gates
 
 Compiled = Callable[..., LazyModule]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lazy_compile
+from layers import WIDTH, SwiGLU, norm
 from lazy_compile import AlwaysCompute, LazyModule
-from models import TOYS, WIDTH, SwiGLU, call, norm, randomize, trajectory
+from models import TOYS, call, randomize, trajectory
 from small import NEVER, SMALL, Small, Wraps, fresh, run, same
 
 Compiled = Callable[..., LazyModule]

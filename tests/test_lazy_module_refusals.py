@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import lazy_compile
+from layers import TOKENS, WIDTH
 from lazy_compile import CacheSchedule, GateTable, LazyConfig, LazyModule, Learned, Scheduled
 from lazy_compile.errors import CaptureError, ConfigError, NoBranchError
-from models import REFUSED, TOKENS, WIDTH, call
+from models import REFUSED, call
 from small import SMALL, Small
 
 Compiled = Callable[..., LazyModule]

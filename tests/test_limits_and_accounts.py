@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import lazy_compile
+from layers import TOKENS, WIDTH
 from lazy_compile import CacheSchedule, GateTable, LazyModule, Learned, Scheduled
 from lazy_compile.gate import FORCE
-from models import TOKENS, TOYS, WIDTH, call, trajectory
+from models import TOYS, call, trajectory
 from small import NEVER, SMALL, STEPS, Decides, reused, run
 
 Compiled = Callable[..., LazyModule]

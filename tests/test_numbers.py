@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import lazy_compile
+from layers import TOKENS, WIDTH
 from lazy_compile import LazyModule
-from models import TOKENS, WIDTH, call, randomize, trajectory
+from models import call, randomize, trajectory
 from small import NEVER, SMALL, Wraps, reused, run, same
 
 STEPS = [0.9, 0.7, 0.3, 0.1]

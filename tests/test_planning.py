@@ -15,7 +15,8 @@ from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.planning import AGE_EXPONENT, Budget, plan, plan_reuse
 from lazy_compile.schedule_search import SearchOptions
 from lazy_compile.timings import BranchTimings, measure_timings
-from models import TinyDiT, randomize
+from models import randomize
+from networks import TinyDiT
 from sampling import STEPS, lazy_tiny_dit, sample
 
 QUICK = SearchOptions(step_rounds=1, rounds=1, directions=1)

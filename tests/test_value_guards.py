@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lazy_compile
+from layers import TOKENS, WIDTH
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnxruntime import OnnxRunner
@@ -18,7 +19,7 @@ from lazy_compile.call_layout import CallLayout
 from lazy_compile.capture import LADDER, Capture, capture
 from lazy_compile.errors import CaptureError
 from lazy_compile.program import module_state
-from models import TOKENS, WIDTH, call, randomize
+from models import call, randomize
 from small import SMALL, Small, Wraps, reused, run, same
 
 GUARDED = "export, dynamic sizes, guarded values"

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import lazy_compile
+from layers import WIDTH, norm
 from lazy_compile import AlwaysCompute, CacheSchedule, LazyModule, Scheduled
 from lazy_compile.errors import ConfigError
-from models import TOLERANCE, TOYS, WIDTH, call, norm, randomize, trajectory
+from models import TOLERANCE, TOYS, call, randomize, trajectory
 from small import NEVER, SMALL, STEPS, Decides, Wraps, fresh, reused, run, same
 
 Compiled = Callable[..., LazyModule]

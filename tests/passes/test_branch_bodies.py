@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from graphs import program
-from lazy_compile.lazy_branch import TAG
-from lazy_compile.passes.discover_branches import DiscoverBranches
+from branch_texts import bodies, discover
 from lazy_compile.program import Program
 
 INPUTS = """
@@ -25,16 +23,13 @@ ATTENTION = "q = linear(x, w1)\n k = linear(x, w2)\n a = scaled_dot_product_atte
 
 
 def found(body: str) -> Program:
-    return DiscoverBranches()(program(f"{INPUTS}{body}")).program
+    return discover(body, INPUTS)
 
 
 def branches(body: str) -> list[tuple[str, str]]:
     """Kind and tagged nodes of every branch."""
     result = found(body)
-    return [
-        (branch.kind.value, " ".join(node.name for node in result.graph.nodes if node.meta.get(TAG) == branch.index))
-        for branch in result.branches
-    ]
+    return [(branch.kind.value, nodes) for branch, nodes in zip(result.branches, bodies(result), strict=True)]
 
 
 def test_a_size_may_be_a_number_on_one_side_and_a_symbol_on_the_other() -> None:

@@ -5,8 +5,9 @@ import torch
 
 import lazy_compile
 from graphs import after, calls, program
+from layers import MLP, WIDTH
 from lazy_compile.passes.canonicalize import Canonicalize
-from models import MLP, WIDTH, randomize
+from models import randomize
 
 INPUTS = """
     x: f32[B, N, 8]

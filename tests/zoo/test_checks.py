@@ -10,8 +10,9 @@ import pytest
 from torch import Tensor, nn
 
 import lazy_compile.runtime
+from layers import MLP, Attention, norm
 from lazy_compile.lazy_branch import LazyBranch
-from models import MLP, Attention, call, norm, randomize
+from models import call, randomize
 from small import SMALL, Small
 from zoo import checks
 from zoo.graph_oracle import GraphOracle
