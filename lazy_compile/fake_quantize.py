@@ -36,7 +36,7 @@ def fake_quantize(inputs: Tensor, amax: Tensor, lowest: int, highest: int) -> Te
         return (scaled.to(torch.float8_e4m3fn).float() * (1 / scale)).to(inputs.dtype)
     scale = torch.tensor(float(highest), device=amax.device) / amax
     steps = torch.clamp((inputs.float() * scale.masked_fill(empty, 0.0)).round_(), lowest, highest)
-    return (steps / scale.masked_fill(empty, 1.0)).to(inputs.dtype)
+    return (steps / scale).to(inputs.dtype)
 
 
 @fake_quantize.register_fake

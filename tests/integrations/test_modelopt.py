@@ -36,6 +36,7 @@ class Quantised:
 
     def __init__(self, family: str, config: dict[str, Any]) -> None:
         torch.manual_seed(0)
+        self.family = family
         self.model, self.inputs = FAMILIES[family]()
         randomize(self.model)
         self.model.eval()
@@ -124,8 +125,8 @@ def test_gradients_pass_within_the_range() -> None:
 
 
 def test_an_empty_range_gives_zeros() -> None:
-    for highest in (127, 0):
-        assert fake_quantize(torch.ones(3), torch.tensor(0.0), -highest, highest).isfinite().all()
+    assert fake_quantize(torch.tensor([0.0, 1.0]), torch.tensor(0.0), -127, 127).tolist() == [0.0, 0.0]
+    assert fake_quantize(torch.tensor([0.0, 1.0]), torch.tensor(0.0), 0, 0).isfinite().all()  # float8
 
 
 def test_quantisers_stand_inside_the_arms(case: Quantised, tmp_path: Path) -> None:
@@ -142,8 +143,10 @@ def test_quantisers_stand_inside_the_arms(case: Quantised, tmp_path: Path) -> No
     denoiser = EngineDenoiser(OnnxRunner(tmp_path / "m.onnx"), lazy.policy)
     for step in range(STEPS):
         expected = case.run(lazy, step)
-        # A value that lies between two steps of a quantiser may be rounded to the other one.
-        assert _rms(case.run(denoiser, step) - expected) < 0.08 * _rms(expected)
+        # A value that lies between two steps of a quantiser may be rounded to the other one; where that happens in a
+        # text, as in PixArt, every token reads it.
+        allowed = 0.08 if case.family == "pixart" else 0.002
+        assert _rms(case.run(denoiser, step) - expected) < allowed * _rms(expected)
 
 
 def _rms(values: Tensor) -> float:
