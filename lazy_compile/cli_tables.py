@@ -141,11 +141,12 @@ def result_table(summary: Mapping[str, Any]) -> Table:
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = new_table("runtime", "arm", ">reuse", ">time over dense", ">ideal", ">efficiency")
+    table = new_table("runtime", "arm", ">reuse", ">time over dense", ">quartiles", ">ideal", ">efficiency")
     for row in rows:
+        low, high = row["quartiles"]
         add_row(
             table, row["runtime"], row["reuse_arm"], f"{row['reuse']:.0%}", f"{row['time_ratio']:.3f}",
-            f"{row['ideal_ratio']:.3f}", f"{row['efficiency']:.3f}",
+            f"{low:.3f} - {high:.3f}", f"{row['ideal_ratio']:.3f}", f"{row['efficiency']:.3f}",
         )  # fmt: skip
     return table
 

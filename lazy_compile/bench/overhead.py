@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lazy_compile.bench.in_turn import time_in_turn
 from lazy_compile.bench.midsize import MIDSIZE, build, later
 from lazy_compile.compiler import transform
 from lazy_compile.module import LazyModule
@@ -33,8 +32,8 @@ class OverheadRow:
         branches: how many are gated.
         original_ms: median time of a call of the original.
         lazy_ms: median time of a call of the transformed model; the two are called in turn.
-        ratio: ``lazy_ms / original_ms``.
-        quartiles: first and third quartile of the ratio of neighbouring calls: the noise of the machine.
+        ratio: lazy over original, the median over neighbouring calls.
+        quartiles: of the same ratios: the noise of the machine.
         bitwise_equal: whether the two gave the same numbers.
     """
 
@@ -81,25 +80,25 @@ def measure(name: str, model: nn.Module, lazy: LazyModule, inputs: dict[str, Any
     """Time both in turn along one trajectory; which of them goes first changes from step to step."""
     steps = repeats + _WARM_STEPS
     lazy.policy = Scheduled(CacheSchedule(np.ones((steps, len(lazy.branches)), dtype=bool)))
-    times: dict[str, list[float]] = {"original": [], "lazy": []}
     answers: dict[str, Any] = {}
-    pair: list[tuple[str, Callable[..., Any]]] = [("original", model), ("lazy", lazy)]
-    for step in range(steps):
-        call = later(inputs, step)
-        for who, denoiser in pair if step % 2 else reversed(pair):
-            start = time.perf_counter()
+
+    def answering(who: str, denoiser: Callable[..., Any]) -> Callable[[int], None]:
+        def act(step: int) -> None:
             with torch.inference_mode():
-                answers[who] = denoiser(**call)[0]
-            times[who].append(1e3 * (time.perf_counter() - start))
-    original, mine = (times[who][_WARM_STEPS:] for who in ("original", "lazy"))
-    low, _, high = statistics.quantiles((b / a for a, b in zip(original, mine, strict=True)), n=4)
+                answers[who] = denoiser(**later(inputs, step))[0]
+
+        return act
+
+    timing = time_in_turn(
+        answering("original", model), answering("lazy", lazy), repeats=repeats, warm_steps=_WARM_STEPS
+    )
     return OverheadRow(
         name,
         sum(parameter.numel() for parameter in model.parameters()),
         len(lazy.branches),
-        statistics.median(original),
-        statistics.median(mine),
-        statistics.median(mine) / statistics.median(original),
-        (low, high),
+        timing.baseline_ms,
+        timing.other_ms,
+        timing.ratio,
+        timing.quartiles,
         torch.equal(answers["original"], answers["lazy"]),
     )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -17,6 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from lazy_compile.bench.in_turn import time_in_turn
 from lazy_compile.bench.midsize import build
 from lazy_compile.compiler import transform
 from lazy_compile.config import ReuseArm
@@ -36,7 +35,8 @@ class SpeedRow:
 
     Attributes:
         reuse_arm: what a reused branch returns, ``"linear"`` or ``"last"``.
-        time_ratio: median time of a gated step over that of a dense one, steps taken in turn.
+        time_ratio: time of a gated step over that of a dense one, the median over neighbouring steps.
+        quartiles: of the same ratios: the noise of the machine.
         ideal_ratio: MACs spent over dense MACs, always-on parts included.
         efficiency: measured speed-up over the ideal, ``ideal_ratio / time_ratio``.
     """
@@ -45,6 +45,7 @@ class SpeedRow:
     reuse_arm: str
     reuse: float
     time_ratio: float
+    quartiles: tuple[float, float]
     ideal_ratio: float
     efficiency: float
 
@@ -53,7 +54,7 @@ def run(
     output: str | Path | None = None,
     *,
     runtimes: Sequence[str] = ("eager", "onnxruntime"),
-    repeats: int = 15,
+    repeats: int = 21,
     layers: int = 12,
     heads: int = 12,
     on_progress: OnProgress = no_progress,
@@ -95,24 +96,11 @@ def _measure(
     schedule: CacheSchedule,
     repeats: int,
 ) -> SpeedRow:
-    for _ in range(_WARM_STEPS):
-        dense()
-        next(gated_steps)
-    times: dict[str, list[float]] = {"dense": [], "gated": []}
-    for _ in range(repeats):
-        times["dense"].append(_seconds(dense))
-        times["gated"].append(_seconds(lambda: next(gated_steps)))
-    ratio = statistics.median(times["gated"]) / statistics.median(times["dense"])
+    timing = time_in_turn(lambda _: dense(), lambda _: next(gated_steps), repeats=repeats, warm_steps=_WARM_STEPS)
     timed = schedule.should_compute[_WARM_STEPS:]
     macs = np.array([branch.macs for branch in lazy.branches], dtype=np.float64)
     ideal = 1.0 - float((~timed * macs).sum()) / (len(timed) * lazy.graph.total_macs)
-    return SpeedRow(runtime, lazy.lazy_config.reuse, reuse, ratio, ideal, ideal / ratio)
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+    return SpeedRow(runtime, lazy.lazy_config.reuse, reuse, timing.ratio, timing.quartiles, ideal, ideal / timing.ratio)
 
 
 def _eager(
