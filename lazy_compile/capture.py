@@ -101,6 +101,7 @@ class Rung:
 
     def export(self, flat: FlatModel, example: Sequence[Tensor]) -> ExportedProgram:
         flat.aid = None if self.strict else ExportAid(Tape(example) if self.reads_values else None)
+        flat.rows_of = _inputs_with_rows(example) if self.dynamic != "nothing" else []
         axes = {"sizes": None, "batch": 1, "nothing": 0}[self.dynamic]
         shapes = tuple(dict.fromkeys(range(tensor.dim())[:axes], Dim.AUTO) for tensor in example)
         return torch.export.export(flat, tuple(example), dynamic_shapes=(shapes,), strict=self.strict)
@@ -168,6 +169,7 @@ class FlatModel(nn.Module):
 
     Attributes:
         aid: what its calls to torch go through; None for none.
+        rows_of: which tensors have a line for each row of the batch: their lengths are one symbol.
     """
 
     def __init__(self, model: nn.Module, layout: CallLayout) -> None:
@@ -175,8 +177,11 @@ class FlatModel(nn.Module):
         self.model = model
         self.layout = layout
         self.aid: ExportAid | None = None
+        self.rows_of: list[int] = []
 
     def forward(self, *tensors: Tensor) -> Any:
+        for index in self.rows_of[1:]:
+            torch._check(tensors[index].shape[0] == tensors[self.rows_of[0]].shape[0])
         args, kwargs = self.layout.rebuild(tensors)
         if self.aid is None:
             return self.model(*args, **kwargs)
@@ -198,6 +203,12 @@ def _with_batch_of_two(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     if not batches or batches[0] != 1:
         return None
     return tuple(t.expand(2, *t.shape[1:]).contiguous() if t.dim() > 0 and t.shape[0] == 1 else t for t in tensors)
+
+
+def _inputs_with_rows(tensors: Sequence[Tensor]) -> list[int]:
+    """Those as long as the first tensor of tokens or pixels; a model need not say itself that they go together."""
+    rows = next((t.shape[0] for t in tensors if t.dim() >= 3 and t.is_floating_point()), None)
+    return [index for index, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == rows]
 
 
 def _compile_guards(exported: ExportedProgram) -> CodeType | None:

@@ -15,10 +15,15 @@ from lazy_compile.operators import (
     SDPA,
     is_dense_convolution,
     is_heavy,
+    is_spatial_convolution,
     operator_name,
+    origins,
+    value_of,
 )
 
 _JOINS_APART = frozenset({"cat", "add", "stack"})
+_SELECTIONS = frozenset({"index", "index_select", "embedding"})
+_SCANS = frozenset({"cumsum", "cumprod", "logcumsumexp"})
 
 
 def classify(
@@ -27,7 +32,8 @@ def classify(
     """Name a body.
 
     An attention core is a softmax attention, or a product of two tensors that both carry activations. Without one the
-    body is an MLP, or a convolution block if most of its operators mix channels over several positions.
+    body is an MLP, or a convolution block if most of its operators mix channels over several positions, all of them
+    mix positions (a position encoding by a depthwise convolution), or a running sum does (a state space model).
 
     Args:
         flow: reachability of the graph.
@@ -44,7 +50,9 @@ def classify(
         on_the_stream = [node for node in body if is_heavy(node) and from_entries >> flow.position[node] & 1]
         only_convolutions = all(operator_name(node) in CONVOLUTIONS for node in on_the_stream)
         mostly_dense = 2 * sum(map(is_dense_convolution, on_the_stream)) >= max(1, len(on_the_stream))
-        return BranchKind.CONV if mostly_dense and only_convolutions else BranchKind.MLP
+        no_mlp = mostly_dense or all(map(is_spatial_convolution, on_the_stream))
+        scans = any(operator_name(node) in _SCANS and value_of(node).is_floating_point() for node in body)
+        return BranchKind.CONV if scans or (no_mlp and only_convolutions) else BranchKind.MLP
     if _has_parallel_mlp(flow, body, cores):
         return BranchKind.PARALLEL
     if all(_reads_a_side_input(flow, core, from_entries) for core in cores):
@@ -62,8 +70,14 @@ def _is_attention_core(flow: Dataflow, node: fx.Node, activations: int) -> bool:
     if operator_name(node) in SDPA:
         return True
     operands = node.all_input_nodes
-    both = all(activations >> flow.position[operand] & 1 for operand in operands)
+    both = all(activations >> flow.position[_picked_from(operand)] & 1 for operand in operands)
     return operator_name(node) in PRODUCTS and len(operands) == 2 and both
+
+
+def _picked_from(operand: fx.Node) -> fx.Node:
+    """The table that an operand is a selection of, if it is one: weights of chosen experts are weights."""
+    *_, source = origins(operand)
+    return source.all_input_nodes[0] if operator_name(source) in _SELECTIONS else operand
 
 
 def _reads_a_side_input(flow: Dataflow, core: fx.Node, from_entries: int) -> bool:

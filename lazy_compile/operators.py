@@ -170,9 +170,13 @@ _MACS: dict[str, Callable[[fx.Node], int]] = {
 }
 
 
+def is_spatial_convolution(node: fx.Node) -> bool:
+    """A convolution over more than one position, of channels together or each alone."""
+    weight = _operand_shape(node, 1) if operator_name(node) in CONVOLUTIONS else None
+    return weight is not None and math.prod(weight[2:]) > 1
+
+
 def is_dense_convolution(node: fx.Node) -> bool:
     """A convolution that mixes channels over more than one position; pointwise and depthwise ones are token MLPs."""
-    if operator_name(node) not in CONVOLUTIONS:
-        return False
-    weight, output = _operand_shape(node, 1), shape_of(node)
-    return weight is not None and output is not None and math.prod(weight[2:]) > 1 and weight[1] > 1
+    weight = _operand_shape(node, 1)
+    return is_spatial_convolution(node) and weight is not None and weight[1] > 1

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice, takewhile
 
 import torch
 from torch import Tensor, fx
 
 from lazy_compile.dataflow import Dataflow
-from lazy_compile.operators import PASSTHROUGH, is_dense_convolution, is_heavy, is_quantiser, operator_name, value_of
+from lazy_compile.operators import PASSTHROUGH, is_heavy, is_quantiser, is_spatial_convolution, operator_name, value_of
 from lazy_compile.rows import unfolding_views
 
 _ADDS = frozenset({"add", "add_", "sub", "addcmul", "lerp"})
@@ -27,6 +27,7 @@ class Candidate:
         heavy: bit set of the heavy operators that belong to this candidate and to no inner one.
         body: bit set of the nodes to compute or reuse: everything between two of the heavy operators.
         refusal: why it is not a branch; empty if it is one.
+        fed_by: bit set of heavy operators that feed nothing but its body.
     """
 
     adds: list[fx.Node]
@@ -34,17 +35,17 @@ class Candidate:
     heavy: int
     body: int = 0
     refusal: str = ""
-    inner: list[fx.Node] = field(default_factory=list)
+    fed_by: int = 0
 
 
 def find_candidates(
-    flow: Dataflow, *, batch_symbol: str | None, conv_branches: bool, activations: int
+    flow: Dataflow, *, batch_symbol: str | None, batch_size: str, conv_branches: bool, activations: int
 ) -> list[Candidate]:
     """All candidates in graph order, refused ones included.
 
-    1. A *residual add* is an addition of two tensors of equal shape, floating and of rank 3 or more (or packed tokens
-       of rank 2), one of which, the *skip*, is an ancestor of the other, directly or seen through casts, views,
-       scaling by a constant and earlier residual adds.
+    1. A *residual add* is an addition of two tensors of equal shape, floating and of rank 3 or more (or packed tokens:
+       of rank 2, and not one line for each row of the batch), one of which, the *skip*, is an ancestor of the other,
+       directly or seen through casts, views, scaling by a constant and earlier residual adds.
     2. Its *region* is every node on a path from the skip to the other operand. Without a heavy operator in the region
        the add is arithmetic (a tanh formula, say) and not looked at further.
     3. Inner adds come first in graph order. An outer add owns the heavy operators that no inner branch has claimed.
@@ -66,19 +67,19 @@ def find_candidates(
     candidates: list[Candidate] = []
     owner: dict[fx.Node, Candidate] = {}
     for add in flow.nodes:
-        if operator_name(add) not in _ADDS or not _is_token_stream(add, batch_symbol):
+        if operator_name(add) not in _ADDS or not _is_token_stream(add, batch_size):
             continue
         skip, region = _skip_and_region(flow, add, owner, heavy_bits)
         heavy = region & heavy_bits
-        inner = [node for node in owner if region >> flow.position[node] & 1]
-        for node in inner:
-            heavy &= ~owner[node].heavy
+        for node in owner:
+            if region >> flow.position[node] & 1:
+                heavy &= ~(owner[node].heavy | owner[node].fed_by)
         if not heavy:
             continue
         heavy = _beyond_earlier(flow, heavy, candidates)
         sibling = next((item for item in candidates if item.heavy & heavy and not item.refusal), None)
         if sibling is None:
-            candidate = Candidate([add], [skip], heavy, inner=inner)
+            candidate = Candidate([add], [skip], heavy)
             candidate.refusal = _refuse_convolutions(flow, heavy, conv_branches)
             candidates.append(candidate)
         else:
@@ -86,15 +87,13 @@ def find_candidates(
             candidate.adds.append(add)
             candidate.skips.append(skip)
             candidate.heavy |= heavy
-            candidate.inner += inner
         if not candidate.refusal.startswith("convolution"):
             owner[add] = candidate
             candidate.body = flow.hull(candidate.heavy)
             _absorb_smaller(flow, candidate, owner)
             candidate.refusal = _refuse_container(flow, candidate, owner)
-    taken = flow.bits(owner)
-    for candidate in candidates:
-        taken |= 0 if candidate.refusal else candidate.body
+            candidate.fed_by = _exclusive_producers(flow, candidate, heavy_bits, _taken(flow, candidates, owner))
+    taken = _taken(flow, candidates, owner)
     for candidate in candidates:
         if not candidate.refusal:
             candidate.body |= _exclusive_producers(flow, candidate, heavy_bits, taken)
@@ -142,12 +141,11 @@ def _origins(skip: fx.Node, owner: dict[fx.Node, Candidate]) -> Iterator[fx.Node
             return
 
 
-def _is_token_stream(node: fx.Node, batch_symbol: str | None) -> bool:
+def _is_token_stream(node: fx.Node, batch_size: str) -> bool:
     value = value_of(node)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
-    packed_tokens = value.dim() == 2 and batch_symbol is not None and str(value.shape[0]) != batch_symbol
-    return value.dim() >= 3 or packed_tokens
+    return value.dim() >= 3 or (value.dim() == 2 and str(value.shape[0]) != batch_size)
 
 
 def _same_shape(argument: fx.Node, add: fx.Node) -> bool:
@@ -164,7 +162,7 @@ def _is_one(size: int | torch.SymInt) -> bool:
 
 
 def _refuse_convolutions(flow: Dataflow, heavy: int, conv_branches: bool) -> str:
-    if not conv_branches and all(is_dense_convolution(node) for node in flow.members(heavy) if is_heavy(node)):
+    if not conv_branches and all(is_spatial_convolution(node) for node in flow.members(heavy) if is_heavy(node)):
         return "convolution block; gate it with conv_branches=True"
     return ""
 
@@ -202,6 +200,13 @@ def _refuse_container(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node,
     if held:
         return f"container: {len(held)} residual adds lie between its operators ({held[0].name}, ...)"
     return ""
+
+
+def _taken(flow: Dataflow, candidates: list[Candidate], owner: dict[fx.Node, Candidate]) -> int:
+    taken = flow.bits(owner)
+    for candidate in candidates:
+        taken |= 0 if candidate.refusal else candidate.body
+    return taken
 
 
 def _exclusive_producers(flow: Dataflow, candidate: Candidate, heavy_bits: int, taken: int) -> int:

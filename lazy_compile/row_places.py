@@ -48,6 +48,12 @@ class RowPlaces:
     def place(self, node: fx.Node) -> Place | None:
         return self._places.get(node)
 
+    def put(self, node: fx.Node, place: Place) -> None:
+        self._places[node] = place
+
+    def items(self) -> Iterable[tuple[fx.Node, Place]]:
+        return self._places.items()
+
     def sizes(self, node: fx.Node) -> list[int]:
         """A shape in numbers from which it can be read what a size was multiplied from.
 
@@ -82,6 +88,13 @@ class RowPlaces:
             return
         operands = node.all_input_nodes[:1] if operator_name(node) == "type_as" else node.all_input_nodes
         batched = [operand for operand in operands if operand in self._places]
+        if operator_name(node) in _FILLED and isinstance(value, Tensor):
+            if involves((value_of(item) for item in node.args if isinstance(item, fx.Node)), self.symbol):
+                raise RowsMix(f"{operator_name(node)} ({node.name}) is filled with a number that counts the rows")
+            axes = [axis for axis, size in enumerate(value.shape) if str(size) == self.symbol]
+            if len(axes) == 1:
+                self._places[node] = Place(axes[0])
+            return  # else one value everywhere: any rows are as good as others
         if not batched:
             if isinstance(value, Tensor) and involves(value.shape, self.symbol):
                 self._places[node] = self._uniform(node, value)
@@ -242,16 +255,29 @@ def _repeat(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place
     return Place(axis, place.outer) if _argument(node, "repeats")[axis] == 1 else None
 
 
+def _repeat_interleave(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Each line as often as the others, one time after another: the lines of a row stay together."""
+    repeats = _argument(node, "repeats")
+    times = value_of(repeats) if isinstance(repeats, fx.Node) else repeats
+    if _argument(node, "dim") is None or isinstance(times, Tensor) or involves([times], rows.symbol):
+        return None
+    return rows.place(batched[0])
+
+
 def _embedding(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
     return rows.place(batched[0]) if list(batched) == [node.args[1]] else None
 
 
 def _index(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
-    """Picks along later axes than that of the rows, by positions that all rows share."""
+    """Picks along later axes than that of the rows, by positions that all rows share, or for each row from a table."""
     place = rows.place(batched[0])
-    indexed = [axis for axis, index in enumerate(_argument(node, "indices")) if index is not None]
-    alone = list(batched) == [node.args[0]]
-    return place if place is not None and alone and place.axis < min(indexed) else None
+    indices = _argument(node, "indices")
+    indexed = [axis for axis, index in enumerate(indices) if index is not None]
+    if place is None or len(batched) != 1:
+        return None
+    if batched[0] is node.args[0]:
+        return place if place.axis < min(indexed) else None
+    return Place(place.axis + indexed[0], place.outer) if len(indexed) == 1 else None
 
 
 def _rank(node: fx.Node) -> int:
@@ -285,17 +311,18 @@ def _schema(node: fx.Node) -> Sequence[Any]:
 _BATCH = 1_000_003
 _DIVISIBLE = 720_720
 _PRIMES = (1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099, 1_000_117, 1_000_121, 1_000_133)
-_UNIFORM = frozenset(
+_FILLED = frozenset(
     {
         "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like",
-        "full_like", "empty_like", "expand", "repeat",
+        "full_like", "empty_like",
     }
 )  # fmt: skip
+_UNIFORM = frozenset({"expand", "repeat"})
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [
             "_to_copy", "to", "type_as", "clone", "contiguous", "dropout", "alias", "detach", "lift_fresh_copy",
-            "copy", "expand", "expand_as", "where", "masked_fill", "zeros_like", "ones_like", "full_like", "empty_like",
+            "copy", "expand", "expand_as", "where", "masked_fill", "log_sigmoid",
         ],
         _pointwise,
     ),
@@ -324,6 +351,7 @@ _RULES: dict[str, Rule] = {
     "constant_pad_nd": _pad,
     "pad": _pad,
     "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave,
     "embedding": _embedding,
     "index": _index,
 }  # fmt: skip

@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lazy_compile.dataflow import Dataflow
-from lazy_compile.operators import VIEWS, operator_name, value_of
+from lazy_compile.folded_rows import is_folded
+from lazy_compile.operators import SDPA, SOFTMAX, VIEWS, operator_name, value_of
 from lazy_compile.program import Program, Role
 from lazy_compile.row_places import Place, RowPlaces, RowsMix, involves
 
 
-def batch_symbol(program: Program) -> str | None:
+def batch_rows(program: Program) -> torch.SymInt | None:
     """The symbolic size of the batch: axis 0 of the first output, if an input has it too. None if it is fixed."""
-    outputs = [value_of(node) for node in program.graph.output_node().all_input_nodes]
-    symbols = [_symbol(value.shape[0]) for value in outputs if isinstance(value, Tensor) and value.dim() > 0]
-    first = symbols[0] if symbols else None
+    size = batch_size(program)
+    source = batch_source(program, size)
+    return None if source is None else value_of(source).shape[0]
+
+
+def batch_source(program: Program, symbol: str) -> fx.Node | None:
+    """An input of the user that has one line for each row of the batch."""
     for node, item in zip(program.placeholders, program.inputs, strict=True):
         value = value_of(node)
-        if (
-            item.role is Role.USER
-            and isinstance(value, Tensor)
-            and value.dim() > 0
-            and _symbol(value.shape[0]) == first
-        ):
-            return first
+        if item.role is Role.USER and isinstance(value, Tensor) and value.dim() and _symbol(value.shape[0]) == symbol:
+            return node
     return None
+
+
+def batch_size(program: Program) -> str:
+    """How the size of the batch reads, axis 0 of the first output: a symbol, or a number where it is fixed.
+
+    It is 1 where that axis holds tokens: the output has no other axis for them, and an attention sums over its length.
+    """
+    outputs = [value_of(node) for node in program.graph.output_node().all_input_nodes]
+    first = next((value for value in outputs if isinstance(value, Tensor) and value.dim() > 0), None)
+    if first is None:
+        return "1"
+    size = str(first.shape[0])
+    packed = first.dim() == 2 and any(_attended(node) == size for node in program.graph.nodes)
+    return "1" if packed else size
+
+
+def _attended(node: fx.Node) -> str:
+    """The length that a softmax adds up to one over; empty for another operator."""
+    if operator_name(node) in SDPA:
+        return str(value_of(node.args[1]).shape[-2])  # type: ignore[arg-type]
+    if operator_name(node) in SOFTMAX and isinstance(axis := node.args[1], int):
+        return str(value_of(node).shape[axis])
+    return ""
+
+
+def batch_symbol(program: Program) -> str | None:
+    """The name of :func:`batch_rows`."""
+    rows = batch_rows(program)
+    return None if rows is None else str(rows)
 
 
 def batch_axis(value: Tensor, symbol: str | None) -> int | None:
@@ -45,49 +74,63 @@ def axis_of_size(tensor: fx.Node, size: fx.Node) -> int | None:
     return next((axis for axis, length in enumerate(value.shape) if str(length) == wanted), None)
 
 
-def is_measurable(size: fx.Node, tensors: Sequence[fx.Node]) -> bool:
-    """Whether a size is the length of an axis of ``tensors``, or computed from such lengths."""
-    if any(axis_of_size(tensor, size) is not None for tensor in tensors):
+def is_measurable(size: fx.Node, tensors: Sequence[fx.Node], symbol: str | None = None) -> bool:
+    """Whether a size is the length of an axis of ``tensors``, or ``symbol``, or computed from such sizes."""
+    if str(value_of(size)) == symbol or any(axis_of_size(tensor, size) is not None for tensor in tensors):
         return True
     operands = size.all_input_nodes
     return bool(operands) and all(
-        isinstance(value_of(operand), torch.SymInt) and is_measurable(operand, tensors) for operand in operands
+        isinstance(value_of(operand), torch.SymInt) and is_measurable(operand, tensors, symbol) for operand in operands
     )
 
 
-def why_rows_mix(
+def follow_rows(
     body: Iterable[fx.Node],
     inputs: Sequence[fx.Node],
     entries: Sequence[fx.Node],
     outputs: Sequence[fx.Node],
     symbol: str | None,
-) -> str:
-    """Empty if every row of ``outputs`` depends only on the same row of ``inputs``; else the reason."""
+    folded: Mapping[fx.Node, Place],
+) -> tuple[str, dict[fx.Node, int]]:
+    """Whether every row of ``outputs`` depends only on the same row of ``inputs``.
+
+    Returns:
+        The reason why not, empty if so; and which inputs and outputs have their rows folded into which axis.
+    """
     if symbol is None:
-        return "the batch size is fixed in this graph"
+        return "the batch size is fixed in this graph", {}
     places: dict[fx.Node, Place] = {}
+    axes: dict[fx.Node, int] = {}
     for node in inputs:
         value = value_of(node)
         axis = batch_axis(value, symbol) if isinstance(value, Tensor) else None
         if axis is not None:
             places[node] = Place(axis)
+        elif node in folded:
+            places[node] = folded[node]
+            axes[node] = folded[node].axis
         elif isinstance(value, Tensor) and involves(value.shape, symbol):
-            return f"input {node.name} has its rows folded into another axis, {_describe(value.shape)}"
+            return f"input {node.name} has its rows folded into another axis, {_describe(value.shape)}", {}
         elif node in entries:
-            return f"entry {node.name} has no batch axis"
-        elif isinstance(value, torch.SymInt) and involves([value], symbol) and not is_measurable(node, inputs):
-            return f"the size {value} is computed from the batch outside the branch"
+            return f"entry {node.name} has no batch axis", {}
+    for node in inputs:
+        value = value_of(node)
+        counts_rows = isinstance(value, torch.SymInt) and involves([value], symbol)
+        if counts_rows and not is_measurable(node, inputs, symbol if axes else None):
+            return f"the size {value} is computed from the batch outside the branch", {}
     rows = RowPlaces(symbol, places)
     try:
         for node in body:
             rows.follow(node)
     except RowsMix as reason:
-        return str(reason)
+        return str(reason), {}
     for node in outputs:
-        axis = batch_axis(value_of(node), symbol)
-        if axis is None or rows.place(node) != Place(axis):
-            return f"output {node.name} has no batch axis"
-    return ""
+        place, axis = rows.place(node), batch_axis(value_of(node), symbol)
+        if axis is None and place is not None and is_folded(node, place, symbol):
+            axes[node] = place.axis
+        elif axis is None or place != Place(axis):
+            return f"output {node.name} has no batch axis", {}
+    return "", axes
 
 
 def unfolding_views(flow: Dataflow, body: int, batch_symbol: str | None) -> int:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from lazy_compile.branch import BranchTensor, Refusal, ResidualBranch
 from lazy_compile.dataflow import Dataflow
+from lazy_compile.folded_rows import FOLDED, follow_folded_rows, unfolded
 from lazy_compile.kinds import classify
 from lazy_compile.lazy_branch import ADD, TAG
-from lazy_compile.operators import CONVOLUTIONS, is_heavy, macs, operator_name, shape_of, value_of
+from lazy_compile.operators import CONVOLUTIONS, is_heavy, macs, operator_name, size_hint, value_of
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program, Role
 from lazy_compile.residual import Candidate, common_path, find_candidates
-from lazy_compile.rows import batch_axis, batch_symbol, why_rows_mix
+from lazy_compile.row_places import Place
+from lazy_compile.rows import batch_axis, batch_rows, batch_size, follow_rows
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,15 @@ class DiscoverBranches(GraphPass):
     def apply(self, program: Program) -> bool:
         before = (program.branches, program.refusals)
         flow = Dataflow(program.graph)
-        symbol = batch_symbol(program)
+        rows = batch_rows(program)
+        symbol = _name_of(rows)
         activations = _activations(flow, program)
         candidates = find_candidates(
-            flow, batch_symbol=symbol, conv_branches=self.conv_branches, activations=activations
+            flow,
+            batch_symbol=symbol,
+            batch_size=batch_size(program),
+            conv_branches=self.conv_branches,
+            activations=activations,
         )
         accepted = sorted((c for c in candidates if not c.refusal), key=lambda c: c.heavy & -c.heavy)
         for index, candidate in enumerate(accepted):
@@ -55,8 +64,9 @@ class DiscoverBranches(GraphPass):
             for node in candidate.adds:
                 node.meta[ADD] = index
         names = _unique([_path(flow, candidate.heavy) for candidate in accepted])
+        folded = follow_folded_rows(program.graph, symbol)
         program.branches = tuple(
-            _describe(flow, candidate, index, name, symbol, activations)
+            _describe(flow, candidate, index, name, rows, activations, folded)
             for index, (candidate, name) in enumerate(zip(accepted, names, strict=True))
         )
         program.refusals = tuple(
@@ -68,7 +78,13 @@ class DiscoverBranches(GraphPass):
 
 
 def _describe(
-    flow: Dataflow, candidate: Candidate, index: int, name: str, symbol: str | None, activations: int
+    flow: Dataflow,
+    candidate: Candidate,
+    index: int,
+    name: str,
+    rows: torch.SymInt | None,
+    activations: int,
+    folded: Mapping[fx.Node, Place],
 ) -> ResidualBranch:
     body = list(flow.members(candidate.body))
     inside = set(body)
@@ -78,29 +94,35 @@ def _describe(
     for skip in candidate.skips:
         from_skip |= flow.descendants(skip)
     entries = [node for node in inputs if from_skip >> flow.position[node] & 1 and isinstance(value_of(node), Tensor)]
-    reason = why_rows_mix(body, inputs, entries, outputs, symbol)
+    reason, axes = follow_rows(body, inputs, entries, outputs, _name_of(rows), folded)
+    for node, axis in axes.items():
+        node.meta[FOLDED] = axis
     return ResidualBranch(
         index=index,
         name=name,
         kind=classify(flow, body, entries, len(set(candidate.skips)), activations),
         path=_path(flow, candidate.heavy),
         macs=sum(macs(node) for node in body),
-        entries=tuple(_border(node, symbol, _channel_axis(node, inside)) for node in entries),
-        outputs=tuple(_border(node, symbol, -1) for node in outputs),
+        entries=tuple(_border(node, rows, _channel_axis(node, inside), axes.get(node)) for node in entries),
+        outputs=tuple(_border(node, rows, -1, axes.get(node)) for node in outputs),
         row_separable=not reason,
         why_not_separable=reason,
     )
 
 
-def _border(node: fx.Node, symbol: str | None, channel_axis: int) -> BranchTensor:
-    value = value_of(node)
-    shape = shape_of(node) or ()
-    size = value.element_size()
-    for length in shape:
-        size *= length
-    return BranchTensor(
-        node.name, shape, str(value.dtype).removeprefix("torch."), batch_axis(value, symbol), channel_axis, size
-    )
+def _border(node: fx.Node, rows: torch.SymInt | None, channel_axis: int, folded_at: int | None) -> BranchTensor:
+    """A tensor at the border, where rows that are folded into an axis are taken out of it."""
+    value = unfolded(node, folded_at, rows)
+    shape = tuple(map(size_hint, value.shape))
+    if folded_at is not None and channel_axis > folded_at:
+        channel_axis += 1
+    size = value.element_size() * math.prod(shape)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return BranchTensor(node.name, shape, dtype, batch_axis(value, _name_of(rows)), channel_axis, size)
+
+
+def _name_of(rows: torch.SymInt | None) -> str | None:
+    return None if rows is None else str(rows)
 
 
 def _channel_axis(entry: fx.Node, inside: set[fx.Node]) -> int:

@@ -12,11 +12,12 @@ from torch import fx
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from lazy_compile.branch import ResidualBranch
+from lazy_compile.folded_rows import FOLDED, insert_fold, insert_unfold, unfolded
 from lazy_compile.lazy_branch import TAG
 from lazy_compile.operators import value_of
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program
-from lazy_compile.rows import axis_of_size, is_measurable
+from lazy_compile.rows import axis_of_size, batch_rows, is_measurable
 
 _NAME = "name_in_branch"
 """``node.meta[_NAME]`` is the name that an output of an outlined branch had: another branch may read it under that."""
@@ -35,7 +36,7 @@ class OutlineBranches(GraphPass):
 
     1. Inputs are every tensor that the body reads, parameters included; outputs every tensor that is read outside.
     2. A size that the body reads is measured again inside, from its own inputs, so that the body also serves a part of
-       the batch.
+       the batch. Rows that are folded into an axis are taken out of it at the border.
     3. Nodes are put in a topological order that keeps the old one where it can. The hull is convex, so one exists.
 
     Numerics are preserved bit for bit.
@@ -61,16 +62,23 @@ def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) 
     tensors = [node for node in external if not isinstance(value_of(node), torch.SymInt)]
     by_name = {node.name: node for node in body}
     outputs = [by_name[output.name] for output in branch.outputs]
+    rows = batch_rows(program) if branch.row_separable else None
+    folds = {node: node.meta[FOLDED] for node in [*tensors, *outputs] if rows is not None and FOLDED in node.meta}
+    values = tuple(unfolded(node, folds.get(node), rows) for node in outputs)
 
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in tensors:
         copies[node] = graph.placeholder(node.meta.get(_NAME, node.name))
-        copies[node].meta = {"val": value_of(node)}
+        copies[node].meta = {"val": unfolded(node, folds.get(node), rows)}
+    readable = list(copies.values())
+    for node in [node for node in tensors if node in folds]:
+        copies[node] = insert_fold(graph, copies[node], folds[node], value_of(node))
+        readable.append(copies[node])
     inputs = list(tensors)
     for size in (node for node in external if isinstance(value_of(node), torch.SymInt)):
-        if is_measurable(size, tensors):
-            _measure(graph, size, tensors, copies)
+        if is_measurable(size, readable):
+            _measure(graph, size, readable, copies)
         else:
             copies[size] = graph.placeholder(size.name)
             copies[size].meta = {"val": value_of(size)}
@@ -78,20 +86,32 @@ def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) 
     _placeholders_first(graph)
     for node in body:
         copies[node] = graph.node_copy(node, lambda argument: copies[argument])
-    graph.output(tuple(copies[node] for node in outputs)).meta = {"val": tuple(value_of(node) for node in outputs)}
+    returned = [
+        insert_unfold(graph, copies[node], folds[node], value, readable) if node in folds else copies[node]
+        for node, value in zip(outputs, values, strict=True)
+    ]
+    graph.output(tuple(returned)).meta = {"val": values}
     name = f"branch_{branch.index}"
     program.graph_module.add_submodule(name, fx.GraphModule({}, graph))
 
     with program.graph.inserting_after(body[-1]):
         call = program.graph.call_module(name, tuple(inputs))
-    call.meta = {"val": tuple(value_of(node) for node in outputs), TAG: branch.index}
+    with program.graph.inserting_before(call):
+        for node in [node for node in tensors if node in folds]:
+            value = unfolded(node, folds[node], rows)
+            call.replace_input_with(node, insert_unfold(program.graph, node, folds[node], value, program.placeholders))
+    call.meta = {"val": values, TAG: branch.index}
     after = call
-    for position, node in enumerate(outputs):
+    for position, (node, value) in enumerate(zip(outputs, values, strict=True)):
         with program.graph.inserting_after(after):
-            after = program.graph.call_function(operator.getitem, (call, position))
-        after.meta = {key: value for key, value in node.meta.items() if key != TAG} | {_NAME: node.name}
+            result = after = program.graph.call_function(operator.getitem, (call, position))
+        if node in folds:
+            result.meta = {"val": value}
+            with program.graph.inserting_after(after):
+                result = after = insert_fold(program.graph, result, folds[node], value_of(node))
+        result.meta = {key: item for key, item in node.meta.items() if key != TAG} | {_NAME: node.name}
         for user in [user for user in node.users if user not in inside]:
-            user.replace_input_with(node, after)
+            user.replace_input_with(node, result)
     for node in reversed(body):
         program.graph.erase_node(node)
 
@@ -104,7 +124,7 @@ def _measure(graph: fx.Graph, size: fx.Node, tensors: Sequence[fx.Node], copies:
             operands = {operand: _measure(graph, operand, tensors, copies) for operand in size.all_input_nodes}
             copies[size] = graph.node_copy(size, lambda operand: operands[operand])
         else:
-            copies[size] = graph.call_function(torch.ops.aten.sym_size.int, (copies[found[0]], found[1]))
+            copies[size] = graph.call_function(torch.ops.aten.sym_size.int, found)
             copies[size].meta = {"val": value_of(size)}
     return copies[size]
 

@@ -304,7 +304,10 @@ class TinyNoTime(nn.Module):
 
 
 class TinyWindowed(nn.Module):
-    """Attention within windows, which are folded into the batch before it: its rows are windows, not samples."""
+    """Attention within windows, which are folded into the batch, the first windows of all samples first.
+
+    The rows of a sample do not lie together, so none can be computed alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,8 +316,8 @@ class TinyWindowed(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         h = self.embed(x) + self.time(timestep).unsqueeze(1)
-        windows = norm(h).unflatten(1, (4, -1)).flatten(0, 1)
-        h = h + self.attn(windows).unflatten(0, (-1, 4)).flatten(1, 2)
+        windows = norm(h).unflatten(1, (4, -1)).transpose(0, 1).flatten(0, 1)
+        h = h + self.attn(windows).unflatten(0, (4, -1)).transpose(0, 1).flatten(1, 2)
         h = h + self.mlp(norm(h))
         return self.final(norm(h))
 

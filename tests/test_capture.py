@@ -61,6 +61,21 @@ def test_a_batch_of_one_gives_a_graph_for_every_batch() -> None:
             assert torch.equal(found.program.graph_module(*values)[0], model(**arguments))
 
 
+class Apart(nn.Module):
+    """Its inputs never meet, so that nothing in it says that they have the same rows."""
+
+    def forward(self, x: Tensor, t: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return x * scale, t.float().repeat_interleave(3)
+
+
+def test_inputs_with_a_line_for_each_row_share_one_batch_size() -> None:
+    found = captured_call(Apart(), x=torch.ones(2, 5, 4), t=torch.tensor([1, 2]), scale=torch.ones(4))
+    x, t, _ = found.fake_tensors
+    assert str(x.shape[0]) == str(t.shape[0]) != str(x.shape[1])
+    assert accepts(found, x=torch.ones(3, 5, 4), t=torch.ones(3), scale=torch.ones(4))
+    assert not accepts(found, x=torch.ones(3, 5, 4), t=torch.ones(2), scale=torch.ones(4))
+
+
 def test_sizes_that_belong_together_must_agree() -> None:
     found = captured_call(Joins(), **joined(2))
     assert accepts(found, **joined(3, tokens=20, words=9))

@@ -12,8 +12,8 @@ LAYERS = {  # lowest first
     "data": ["config", "branch", "schedule", "gate", "grouping", "policy", "program"],
     "infrastructure": [
         *["pass_manager", "ops", "gate_ops", "slots", "progress", "storage"],
-        *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "lazy_branch", "extrapolation"],
-        "fake_quantize",
+        *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "folded_rows", "lazy_branch"],
+        *["extrapolation", "fake_quantize"],
     ],
     "passes": ["passes", "passes.*"],
     "middle": [

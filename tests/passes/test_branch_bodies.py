@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from branch_texts import bodies, discover
 from lazy_compile.program import Program
 
@@ -100,3 +102,61 @@ def test_a_bias_of_attention_made_from_another_stream_does_not_make_it_joint() -
         "q = linear(x, w1)\n a = scaled_dot_product_attention(q, q, q, bias)\n y = add.Tensor(x, a)\n return y"
     )
     assert [kind for kind, _ in branches(body)] == ["self_attention"]
+
+
+def test_keys_that_another_branch_alone_reads_are_not_taken_for_its_own_by_a_branch_around_it() -> None:
+    """Latent tokens read the stream, and the stream reads them: two branches, one after the other."""
+    body = (
+        "k = linear(x, w1)\n q = linear(s, w2)\n a = scaled_dot_product_attention(q, k, k)\n t = add.Tensor(s, a)\n"
+        "k2 = linear(t, w3)\n q2 = linear(x, w4)\n b = scaled_dot_product_attention(q2, k2, k2)\n"
+        "y = add.Tensor(x, b)\n return y, t"
+    )
+    assert [nodes for _, nodes in branches(body)] == ["k q a", "k2 q2 b"]
+
+
+def test_weights_of_chosen_experts_do_not_make_an_attention() -> None:
+    body = (
+        "experts: param f32[3, 8, 8]\n score = linear(x, w1)\n best = argmax(score, -1)\n"
+        "own = index.Tensor(experts, [best])\n e = einsum('bnd,bnde->bne', [x, own])\n"
+        "y = add.Tensor(x, e)\n return y"
+    )
+    assert [kind for kind, _ in branches(body)] == ["mlp"]
+
+
+def test_a_running_sum_over_the_tokens_is_no_mlp() -> None:
+    body = "u = linear(x, up)\n g = silu(u)\n r = cumsum(g, 1)\n d = linear(r, down)\n y = add.Tensor(x, d)\n return y"
+    assert branches(body) == [("conv", "u g r d")]
+
+
+def test_a_position_encoding_by_a_depthwise_convolution_is_a_convolution() -> None:
+    body = (
+        "t = transpose.int(x, 1, 2)\n p = conv1d(t, kernel, None, [1], [1], [1], 8)\n y = add.Tensor(t, p)\n return y"
+    )
+    assert branches(body) == []
+    assert [refusal.reason for refusal in found(body).refusals] == [
+        "convolution block; gate it with conv_branches=True"
+    ]
+
+
+def test_a_convolution_with_a_skip_inside_an_attention_is_part_of_it() -> None:
+    body = (
+        "t = transpose.int(x, 1, 2)\n p = conv1d(t, kernel, None, [1], [1], [1], 8)\n m = add.Tensor(t, p)\n"
+        "z = transpose.int(m, 1, 2)\n q = linear(z, w1)\n a = scaled_dot_product_attention(q, q, q)\n"
+        "y = add.Tensor(x, a)\n return y"
+    )
+    assert branches(body) == [("self_attention", "p m z q a")]
+
+
+NO_BRANCH = {
+    "a chain without a skip": "u = linear(x, up)\n g = gelu(u)\n y = linear(g, down)\n return y",
+    "two maps of one stream": "p = linear(x, w1)\n r = linear(x, w2)\n y = add.Tensor(p, r)\n return y",
+    "a sum with another stream": "p = slice.Tensor(s, 1, 0, 4)\n r = slice.Tensor(x, 1, 0, 4)\n q = linear(p, w1)\n"
+    "y = add.Tensor(r, q)\n return y",
+    "a product with the stream": "u = linear(x, w1)\n g = sigmoid(u)\n y = mul.Tensor(x, g)\n return y",
+    "a concatenation with the stream": "u = linear(x, w1)\n y = cat([x, u], -1)\n return y",
+}
+
+
+@pytest.mark.parametrize("body", NO_BRANCH.values(), ids=NO_BRANCH)
+def test_what_has_no_residual_add_has_no_branch(body: str) -> None:
+    assert branches(body) == []

@@ -136,7 +136,20 @@ def test_packed_tokens_of_rank_two_are_a_stream() -> None:
     body = "t = view(x, [-1, 8])\n p = linear(t, w)\n u = add.Tensor(t, p)\n y = view(u, [{}, -1, 8])\n return y"
     assert bodies(discover("n = sym_size.int(x, 0)\n" + body.format("n"), inputs)) == ["p"]
     fixed = discover(body.format(2), inputs.replace("B", "2"))
-    assert bodies(fixed) == []  # without a batch symbol, rank two may be one vector per sample
+    assert bodies(fixed) == ["p"]
+    vectors = "v = select.int(x, 1, 0)\n p = linear(v, w)\n y = add.Tensor(v, p)\n return y"
+    assert bodies(discover(vectors, inputs)) == bodies(discover(vectors, inputs.replace("B", "2"))) == []
+
+
+def test_an_axis_that_attention_runs_along_holds_tokens_and_no_rows() -> None:
+    inputs = "    x: f32[N, 8]\n    w: param f32[8, 8]\n"
+    body = (
+        "q = linear(x, w)\n h = view(q, [1, 1, -1, 8])\n a = scaled_dot_product_attention(h, h, h)\n"
+        "o = view(a, [-1, 8])\n d = linear(o, w)\n y = add.Tensor(x, d)\n return y"
+    )
+    found = discover(body, inputs)
+    assert bodies(found) == ["q h a o d"]
+    assert found.branches[0].why_not_separable == "the batch size is fixed in this graph"
 
 
 def test_two_branches_that_read_the_same_input_stay_two() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import fx
 
@@ -232,4 +233,28 @@ def test_a_branch_may_read_what_another_branch_returned() -> None:
     found = outline(source)
     assert [entry.name for entry in found.branches[1].entries] == ["d"]
     assert "d" in [node.name for node in body(found, 1).graph.find_nodes(op="placeholder")]
+    assert_same_results(source)
+
+
+@pytest.mark.parametrize("windows", ["[-1, 4, 8]", "[-1, m, 8]"], ids=["of four tokens", "of all tokens"])
+def test_rows_that_are_folded_into_windows_can_be_picked_at_the_border(windows: str) -> None:
+    source = """
+        n = sym_size.int(x, 0)
+        m = sym_size.int(x, 1)
+        two = cat([x, x], 1)
+        w1 = view(two, WINDOWS)
+        f = linear(w1, w)
+        k = softmax.int(f, 1)
+        d = linear(k, w)
+        g = mul.Tensor(d, 2.0)
+        y = add.Tensor(w1, g)
+        r = view(y, [n, -1, 8])
+        return r
+    """.replace("WINDOWS", windows)
+    found = outline(source)
+    (branch,) = found.branches
+    assert branch.row_separable
+    assert [tensor.shape[0] for tensor in (*branch.entries, *branch.outputs)] == [2, 2]
+    inputs = [node.meta["val"] for node in body(found, 0).graph.find_nodes(op="placeholder")]
+    assert [value.dim() for value in inputs if value.dim() > 2] == [4]
     assert_same_results(source)

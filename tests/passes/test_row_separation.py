@@ -67,6 +67,8 @@ def test_an_operator_that_works_across_rows_keeps_them_together(between: str, mi
         "r = roll(f, [1], [1]); h = chunk(r, 2, -1); h0 = h[0]; h1 = h[1]; b = cat([h1, h0], -1)",
         "h = unbind.int(f, 2); h0 = h[0]; h7 = h[7]; r = stack([h0, h7], 2); b = repeat(r, [1, 1, 4])",
         "r = view(f, [-1, 8]); k = linear(r, k_in); b = view(k, [n, m, 8])",  # tokens folded into the batch, and out
+        "r = repeat_interleave.self_int(f, 2, 0); k = view(r, [n, 2, m, 8]); b = select.int(k, 1, 0)",
+        "i = argmax(f, -1); k = index.Tensor(k_in, [i]); b = add.Tensor(f, k)",  # lines of a table
         "t = transpose.int(f, 0, 1); r = reshape(t, [-1, 8]); k = linear(r, k_in); u = view(k, [m, n, 8]); "
         "b = transpose.int(u, 0, 1)",  # the same with the tokens in front
         "r = view(f, [n, m, 2, 4]); t = transpose.int(r, 1, 2); k = scaled_dot_product_attention(t, t, t); "
@@ -138,11 +140,23 @@ def test_an_axis_that_is_folded_at_the_end_of_a_body_is_unfolded_in_it() -> None
     assert [(output.name, output.batch_axis) for output in branch.outputs] == [("e", 1)]
 
 
-def test_windows_that_were_folded_before_the_body_keep_rows_together() -> None:
+def test_rows_of_windows_that_were_folded_before_the_body_are_taken_apart_at_its_border() -> None:
     found = discover(
         "    n = sym_size.int(x, 0)\n    m = sym_size.int(x, 1)\n    w = view(x, [-1, 4, 8])\n    f = linear(w, q_in)\n"
         "    a = scaled_dot_product_attention(f, f, f)\n    d = linear(a, o_in)\n    u = view(d, [n, m, 8])\n"
         "    y = add.Tensor(x, u)\n    return y"
+    )
+    (branch,) = found.branches
+    assert branch.row_separable
+    assert [(entry.shape, entry.batch_axis) for entry in branch.entries] == [((2, 4, 4, 8), 0)]
+
+
+def test_windows_of_which_a_sample_has_every_other_keep_rows_together() -> None:
+    found = discover(
+        "    n = sym_size.int(x, 0)\n    m = sym_size.int(x, 1)\n    v = view(x, [n, -1, 4, 8])\n"
+        "    t = transpose.int(v, 0, 1)\n    w = reshape(t, [-1, 4, 8])\n    f = linear(w, q_in)\n"
+        "    a = scaled_dot_product_attention(f, f, f)\n    d = linear(a, o_in)\n    p = view(d, [-1, n, 4, 8])\n"
+        "    b = transpose.int(p, 0, 1)\n    u = reshape(b, [n, m, 8])\n    y = add.Tensor(x, u)\n    return y"
     )
     (branch,) = found.branches
     assert branch.why_not_separable.startswith("input w has its rows folded into another axis")

@@ -211,7 +211,7 @@ class ScanBlock(nn.Module):
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         value, gate = self.enter(norm(h) + c).chunk(2, dim=-1)
         value = F.silu(self.conv(F.pad(value.transpose(1, 2), (3, 0)))).transpose(1, 2)
-        total = F.logsigmoid(self.decay(value)).cumsum(dim=1)
+        total = 0.1 * F.logsigmoid(self.decay(value)).cumsum(dim=1)
         state = (value * torch.exp(-total)).cumsum(dim=1) * torch.exp(total)
         h = h + self.leave(state * F.silu(gate))
         return h + self.mlp(norm(h))
@@ -226,7 +226,7 @@ class MixerBlock(nn.Module):
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         h = h + self.attn(norm(h) + c)
-        h = h + self.down(F.gelu(self.up(norm(h).transpose(1, 2)))).transpose(1, 2)
+        h = h + self.down(F.gelu(self.up(F.rms_norm(h, (WIDTH,)).transpose(1, 2)))).transpose(1, 2)
         return h + self.mlp(norm(h))
 
 

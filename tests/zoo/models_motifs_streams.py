@@ -220,7 +220,7 @@ class Latents(Denoiser):
         self.start, self.read, self.write = nn.Parameter(torch.empty(6, WIDTH)), Attention(), Attention()
 
     def run(self, h: Tensor, c: Tensor) -> Tensor:
-        thought = self.start.expand(h.shape[0], -1, -1) + c
+        thought = self.start + c + h.mean(dim=1, keepdim=True)
         for block in self.blocks:
             thought = block(thought + self.read(norm(thought), h), c)
             h = h + self.write(norm(h), thought)
