@@ -202,7 +202,8 @@ def test_bench_and_demo_hand_over_to_their_libraries(tmp_path: Path, monkeypatch
     summary = {"model": "m", "steps": 1, "rows": [], "decisions_varying_between_samples": 0.0, "onnx": {}}
     monkeypatch.setattr("lazy_compile.demo.run.run_demo", lambda output, progress: summary)
     monkeypatch.setattr(
-        "lazy_compile.bench.speed.run", lambda output, on_progress: [SpeedRow("eager", "last", 0.5, 0.6, 0.55, 0.92)]
+        "lazy_compile.bench.speed.run",
+        lambda output, on_progress: [SpeedRow("eager", "last", 0.5, 0.6, (0.5, 0.7), 0.55, 0.92)],
     )
     assert answer("demo", "--output", tmp_path) == summary
     (row,) = answer("bench", "speed", "--output", tmp_path)["rows"]
