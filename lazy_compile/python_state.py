@@ -1,11 +1,13 @@
-"""What a model notes in plain Python attributes while it runs: a capture leaves all of it as it was."""
+"""What a model notes in plain Python while it runs, in attributes or memos: a capture leaves none of it behind."""
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Undo what is written to attributes, lists and dictionaries of the modules, and of the plain objects they hold.
 
     A model that keeps a table from its first call on (of rotary frequencies, say) would keep tensors of the trace,
-    which hold no numbers.
+    which hold no numbers. What ``functools.lru_cache`` keeps of its methods, and of functions beside them, is
+    forgotten, and computed again when it is needed.
     """
     before = [(owner, list(owner) if isinstance(owner, list) else dict(owner)) for owner in _containers(model)]
     try:
@@ -26,6 +29,28 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             if not _is_same(owner, content):
                 owner.clear()
                 owner.extend(content) if isinstance(owner, list) else owner.update(content)
+        for memo in _memos(model):
+            memo.cache_clear()
+
+
+def _memos(model: nn.Module) -> Iterator[Any]:
+    """The memos of the classes of the modules, and of the files that define them; also those inside a wrapper."""
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    files = {kind.__module__ for kind in classes}
+    spaces = [vars(kind) for kind in classes] + [vars(sys.modules[file]) for file in files if file in sys.modules]
+    for value in (value for space in spaces for value in list(space.values())):
+        cells = (value.__closure__ or ()) if isinstance(value, FunctionType) else ()
+        for item in (value, *(cell.cell_contents for cell in cells if _is_filled(cell))):
+            if isinstance(item, _MEMO) and str(item.__module__).partition(".")[0] not in _NOT_THE_MODELS:
+                yield item
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def _containers(model: nn.Module) -> Iterator[Any]:
@@ -49,9 +74,11 @@ def _may_change(item: Any) -> bool:
         return True
     if not hasattr(item, "__dict__") or isinstance(item, _OPAQUE):
         return False
-    return type(item).__module__.partition(".")[0] not in ("builtins", "torch", "logging", "threading", "numpy")
+    return type(item).__module__.partition(".")[0] not in _NOT_THE_MODELS
 
 
+_MEMO = functools._lru_cache_wrapper
+_NOT_THE_MODELS = ("builtins", "torch", "logging", "threading", "numpy")
 _OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType)
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -281,6 +283,42 @@ def test_what_a_model_keeps_for_later_calls_is_not_made_of_tensors_of_the_trace(
     values = found.program.bind(module_state(model), list(arguments.values()))
     with torch.no_grad():
         assert torch.equal(found.program.graph_module(*values)[0], model(**arguments))
+
+
+@functools.lru_cache
+def noted_positions(length: int) -> Tensor:
+    return sinusoid(torch.arange(length).float(), WIDTH)
+
+
+def wrapped(function: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    memo = functools.lru_cache(function)
+    return lambda length: memo(length)
+
+
+@wrapped
+def noted_inside(length: int) -> Tensor:
+    return torch.ones(length, WIDTH)
+
+
+class KeepsMemos(Doubled):
+    """Notes tables with ``functools.lru_cache``: of a method, of a function beside it, and inside a wrapper."""
+
+    @functools.lru_cache  # noqa: B019
+    def scale(self, length: int) -> Tensor:
+        return torch.full((length, WIDTH), 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tables = noted_positions(4), noted_inside(4), self.scale(4)
+        return super().forward(x) + sum(table.mean() for table in tables)
+
+
+def test_what_a_model_memoises_is_not_made_of_tensors_of_the_trace() -> None:
+    model = randomize(KeepsMemos())
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    captured_call(model, x=x)
+    for table in (noted_positions(4), noted_inside(4), model.scale(4)):
+        assert type(table) is Tensor
+    assert type(model(x)) is Tensor
 
 
 def test_inputs_are_known_by_their_role_and_name() -> None:

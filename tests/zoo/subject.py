@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -123,7 +123,8 @@ def row_of(value: Any, row: int) -> Any:
     if isinstance(value, Tensor):
         return value[row : row + 1] if value.dim() and value.shape[0] == BATCH else value
     if isinstance(value, dict):
-        return type(value)({key: row_of(item, row) for key, item in value.items()})
+        items = {key: row_of(item, row) for key, item in value.items()}
+        return type(value)(**items) if is_dataclass(value) else type(value)(items)
     if isinstance(value, tuple):
         return tuple(row_of(item, row) for item in value)
     if isinstance(value, list):

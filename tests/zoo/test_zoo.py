@@ -13,6 +13,8 @@ from zoo.golden import FOLDER
 from zoo.registry import zoo
 from zoo.subject import BATCH, Subject, subject
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of diffusers, about names of its own
+
 EVERY_RUN = (
     "DiTTransformer2DModel",  # adaLN
     "FluxTransformer2DModel",  # joint attention, then attention and MLP in parallel
