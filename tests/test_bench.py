@@ -14,15 +14,16 @@ from lazy_compile.bench.speed import REUSE, rotating_schedule, run
 
 
 @pytest.mark.parametrize("reuse", REUSE)
-def test_every_step_reuses_the_asked_share_and_every_branch_has_its_turn(reuse: float) -> None:
-    table = rotating_schedule(reuse, steps=3 + 24, branches=24).should_compute
+def test_every_step_reuses_the_asked_share_of_whole_blocks_and_every_block_has_its_turn(reuse: float) -> None:
+    table = rotating_schedule(reuse, steps=3 + 24, blocks=12, per_block=2).should_compute
     assert table[:3].all()
+    assert (table[:, ::2] == table[:, 1::2]).all()
     assert ((~table[3:]).sum(axis=1) == round(24 * reuse)).all()
     assert len(np.unique((~table[3:]).sum(axis=0))) == 1
 
 
 def test_it_writes_a_row_for_every_runtime_arm_and_share(tmp_path: Path) -> None:
-    rows = run(tmp_path, repeats=2, layers=2, heads=1)
+    rows = run(tmp_path, repeats=2, layers=4, heads=1)
     written = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert len(rows) == len(written) == 2 * 2 * len(REUSE)
     assert {row["runtime"] for row in written} == {"eager", "onnxruntime"}

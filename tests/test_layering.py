@@ -11,7 +11,7 @@ LAYERS = {  # lowest first
     "errors": ["errors"],
     "data": ["config", "branch", "schedule", "gate", "grouping", "policy", "program"],
     "infrastructure": [
-        *["pass_manager", "ops", "gate_ops", "slots", "progress", "storage"],
+        *["pass_manager", "ops", "gate_ops", "slots", "progress", "storage", "threads"],
         *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "folded_rows", "lazy_branch"],
         *["extrapolation", "fake_quantize"],
     ],

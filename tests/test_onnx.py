@@ -90,6 +90,17 @@ def test_limits_hold(exported: Exported, options: dict[str, int]) -> None:
     assert 0 < denoiser.stats.lazy_ratio < 0.9
 
 
+def test_limits_are_those_of_the_export_unless_told_otherwise(tmp_path: Path) -> None:
+    lazy = lazy_compile.transform(TOYS["dit"].build(), call(TOYS["dit"]), warmup_steps=2, max_reuse_age=3)
+    export_onnx(lazy, tmp_path / "m.onnx")
+    denoiser = EngineDenoiser(OnnxRunner(tmp_path / "m.onnx", threads=1))
+    schedule = CacheSchedule.every(STEPS, STEPS, len(lazy.branches))
+    assert follow(lazy, denoiser, Scheduled(schedule), trajectory(TOYS["dit"], steps=STEPS)) < TOLERANCE
+    assert denoiser.stats.reuse_table[:10, 0].tolist() == [0, 0, 1, 1, 1, 0, 1, 1, 1, 0]
+    told = EngineDenoiser(OnnxRunner(tmp_path / "m.onnx", threads=1), config=lazy_compile.LazyConfig())
+    assert (told.config.warmup_steps, told.config.max_reuse_age) == (1, None)
+
+
 def test_two_streams_and_a_second_trajectory_do_not_mix(exported: Exported) -> None:
     lazy, path, _ = exported("dit", "linear")
     denoiser = EngineDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)

@@ -54,7 +54,8 @@ class EngineDenoiser:
         policy: ``AlwaysCompute()``, ``Scheduled(schedule)`` or ``Learned(table)``. A model that does not decide itself
             takes ``Learned(table, delayed=True)``, and only if it was exported with predictors. None takes the one that
             the runner's model carries with it, if any.
-        config: ``warmup_steps`` and ``max_reuse_age`` are taken from it; the rest was fixed by the export.
+        config: ``warmup_steps`` and ``max_reuse_age`` are taken from it; the rest was fixed by the export. None takes
+            those that the model was exported with.
 
     Raises:
         ConfigError: the policy was made for another model, or asks what is not known before a step.
@@ -62,7 +63,9 @@ class EngineDenoiser:
 
     def __init__(self, runner: Runner, policy: Policy | None = None, config: LazyConfig | None = None) -> None:
         self.runner = runner
-        self.config = config or LazyConfig()
+        self.config = config or LazyConfig(
+            warmup_steps=runner.metadata.warmup_steps, max_reuse_age=runner.metadata.max_reuse_age
+        )
         self._trajectories = Trajectories()
         self._unread: list[tuple[int, _Place, Mask | None, Tensor | None]] = []
         self.policy = policy or runner.policy or AlwaysCompute()

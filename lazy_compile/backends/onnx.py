@@ -274,6 +274,8 @@ class _Export:
             timestep_input=None if position is None else self.graph.layout.names[position],
             output_spec=_dump(self.graph.captured.output_spec),
             total_macs=self.graph.total_macs,
+            warmup_steps=self.lazy.lazy_config.warmup_steps,
+            max_reuse_age=self.lazy.lazy_config.max_reuse_age,
         )
 
     def _described(self, role: Role) -> list[tuple[str, tuple[int, ...], str]]:

@@ -14,7 +14,7 @@ from lazy_compile.errors import ArtifactError
 KEY = "lazy_compile"
 """The entry of ``ModelProto.metadata_props``; its value is JSON."""
 
-VERSION = 2
+VERSION = 3
 
 Gating = Literal["predicate", "input", "schedule"]
 
@@ -63,6 +63,8 @@ class OnnxMetadata:
         output_spec: how to build the original's return value from flat outputs, as ``treespec_dumps`` writes it; empty
             if it cannot be written.
         total_macs: of one dense evaluation.
+        warmup_steps: first steps that compute, see :class:`~lazy_compile.config.LazyConfig`; a host sees to it.
+        max_reuse_age: reuses in a row after which a branch computes; a host sees to it.
     """
 
     model: str
@@ -82,6 +84,8 @@ class OnnxMetadata:
     timestep_input: str | None
     output_spec: str
     total_macs: int
+    warmup_steps: int
+    max_reuse_age: int | None
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, default=lambda kind: kind.value)

@@ -19,6 +19,7 @@ from lazy_compile.policy import Scheduled
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.schedule import CacheSchedule
 from lazy_compile.storage import save_json
+from lazy_compile.threads import one_thread
 
 _WARM_STEPS = 2
 
@@ -55,7 +56,7 @@ def run(
     on_progress: OnProgress = no_progress,
     **sizes: int,
 ) -> list[OverheadRow]:
-    """Measure each of ``models``; writes ``overhead.json`` into ``output`` if that is given.
+    """Measure each of ``models`` on one thread; writes ``overhead.json`` into ``output`` if that is given.
 
     Args:
         output: a folder.
@@ -65,14 +66,14 @@ def run(
         sizes: ``layers`` and ``heads`` other than those of about 100 million parameters.
     """
     rows = []
-    for position, name in enumerate(models):
-        model, inputs = build(name, **sizes)
-        lazy = transform(model, inputs)
-        rows.append(measure(name, model, lazy, inputs, repeats))
-        on_progress("timing models", position + 1, len(models))
+    with one_thread():
+        for position, name in enumerate(models):
+            model, inputs = build(name, **sizes)
+            lazy = transform(model, inputs)
+            rows.append(measure(name, model, lazy, inputs, repeats))
+            on_progress("timing models", position + 1, len(models))
     if output is not None:
-        values = {"threads": torch.get_num_threads(), "rows": [asdict(row) for row in rows]}
-        save_json(Path(output) / "overhead.json", values)
+        save_json(Path(output) / "overhead.json", {"rows": [asdict(row) for row in rows]})
     return rows
 
 

@@ -28,6 +28,7 @@ from lazy_compile.progress import OnProgress, progress_bars
 from lazy_compile.report import SAMPLES, SUMMARY, write_report
 from lazy_compile.schedule import CacheSchedule
 from lazy_compile.storage import atomic_path, save_json
+from lazy_compile.threads import one_thread
 
 ONNX = "digits.onnx"
 SHOWN = 20
@@ -50,17 +51,6 @@ def run_demo(
     """
     with one_thread():
         return _run(output, settings or DemoSettings(), checkpoints, progress)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """A model this small gains nothing from a second thread, and loses much where another process wants its core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(output: Path, settings: DemoSettings, checkpoints: Path | None, progress: bool) -> dict[str, Any]:
