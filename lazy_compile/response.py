@@ -10,14 +10,17 @@ the squared change (Hutchinson).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from lazy_compile.effects import DenseStep, Sampler
 from lazy_compile.errors import ConfigError
@@ -46,12 +49,14 @@ class Response:
             branch g computed ``age`` steps before step t, were it returned at step t.
         error: ``float64[N]``: along each direction, samples under the schedule less dense samples.
         size: numbers in one sample; the mean of ``error ** 2`` over it is the mean squared error.
+        weight: ``float64[N]``, how much each direction counts, see :func:`trust`; None: all alike.
     """
 
     schedule: CacheSchedule
     answer: npt.NDArray[np.float32]
     error: Floats
     size: int
+    weight: Floats | None = None
 
     def of_single_reuses(self, linear: bool) -> Floats:
         """``float64[T, G]``: mean squared change of the final samples if one branch reuses at one step.
@@ -65,11 +70,18 @@ class Response:
         effect[0] = np.nan
         return effect
 
-    def tied(self, leaders: Sequence[int]) -> Response:
-        """The same for the branches that decide: what follows one of them answers with it."""
-        deciding = sorted(set(leaders))
-        answer = np.stack([self.answer[:, :, np.equal(leaders, leader)].sum(axis=2) for leader in deciding], axis=2)
-        return replace(self, schedule=self.schedule.of(deciding), answer=answer)
+    @property
+    def weights(self) -> Floats:
+        return np.ones(len(self.error)) if self.weight is None else self.weight
+
+    @classmethod
+    def joined(cls, responses: Sequence[Response]) -> Response:
+        """The directions of all, which were measured around one schedule."""
+        answer, error, weight = (
+            np.concatenate([getattr(response, name) for response in responses])
+            for name in ("answer", "error", "weights")
+        )
+        return cls(responses[0].schedule, answer, error, responses[0].size, weight)
 
 
 def dense_samples(lazy: LazyModule, sample: Sampler, seed: int) -> Tensor:
@@ -77,12 +89,23 @@ def dense_samples(lazy: LazyModule, sample: Sampler, seed: int) -> Tensor:
         return sample(lazy, seed)
 
 
+def trust(error: Floats) -> Floats:
+    """``1 / (1 + error / median)``: how far to believe a first-order model for samples of these mean squared errors.
+
+    A sample that turned into another picture says nothing of how to keep it. The weights are those of a Cauchy loss,
+    ``log(1 + error / median)``.
+    """
+    typical = float(np.median(error))
+    return 1 / (1 + error / typical) if typical > 0 else np.ones_like(error)
+
+
 def measure_response(
-    lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, *, seed: int, directions: int
+    lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, *, seed: int, directions: int = 1
 ) -> Response:
     """Run one trajectory under ``schedule`` in which every branch also computes, and go back through it.
 
-    Takes the activations of a whole trajectory in memory, and the time of ``1 + 2 * directions`` dense trajectories.
+    Takes the time of ``2 + 3 * directions`` dense trajectories. In memory are the outputs of all branches at all steps,
+    and of the other activations those of one call: a call is repeated on the way back.
 
     Raises:
         NoGradientError: the sampler detaches its samples or runs in inference mode.
@@ -104,49 +127,61 @@ def measure_response(
         answers.append(trace.answer(samples, direction, by_sample, keep=position < directions - 1))
         along = (direction * error).flatten(1).sum(1)
         errors.append(along if by_sample else along.sum(0, keepdim=True))
+    trace.release()
     size = error[0].numel() if by_sample else error.numel()
-    return Response(schedule, torch.cat(answers).cpu().numpy(), torch.cat(errors).double().cpu().numpy(), size)
-
-
-@dataclass
-class _Call:
-    """One call of the model: what each branch computed, and where a change of what it returned is felt."""
-
-    computed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    probes: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    squared = error.square().flatten(1).mean(1) if by_sample else error.square().mean().reshape(1)
+    weight = np.tile(trust(squared.double().cpu().numpy()), directions)
+    return Response(schedule, torch.cat(answers).cpu().numpy(), torch.cat(errors).double().cpu().numpy(), size, weight)
 
 
 @dataclass
 class _Stream:
-    """The calls of one stream by step, and for each branch its last two computations: step and outputs."""
+    """For each branch of one stream what it computed at each step, and, still differentiable, its last computations:
+    step and outputs."""
 
     caches: CacheState
-    calls: dict[int, _Call] = field(default_factory=dict)
-    history: dict[int, list[tuple[int, tuple[Tensor, ...]]]] = field(default_factory=dict)
+    computed: dict[int, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    known: dict[int, tuple[tuple[int, tuple[Tensor, ...]], ...]] = field(default_factory=dict)
+    latest: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass
 class _Trace:
-    """A differentiable trajectory under a schedule."""
+    """A differentiable trajectory under a schedule.
+
+    Attributes:
+        first: what the branches returned where nothing came before that can be differentiated.
+        felt: what is told of the gradient of each output on the way back: ``(stream, step, branch, output, gradient)``.
+    """
 
     schedule: CacheSchedule
     streams: dict[int, _Stream] = field(default_factory=dict)
     axes: dict[int, list[int | None]] = field(default_factory=dict)
+    first: list[Tensor] = field(default_factory=list)
+    felt: Callable[[_Stream, int, int, int, Tensor], None] | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def drive(self, call: ModelCall) -> Any:
         torch.set_grad_enabled(True)  # until the sampler's own torch.no_grad ends
         stream = self.streams.setdefault(id(call.caches), _Stream(call.caches))
-        stream.calls[call.step] = _Call()
-        state = [value.detach() for value in call.state]
-        return replace(call, state=state).run(_TracedStep(self, stream, call.step))
+        step = _TracedStep(self, stream, call.step, dict(stream.known))
+        detached = replace(call, state=[value.detach() for value in call.state])
+        return checkpoint(detached.run, step, use_reentrant=False, preserve_rng_state=False)
+
+    def release(self) -> None:
+        """Let go of the graph, which holds the hooks, which hold this trace."""
+        for hook in self.hooks:
+            hook.remove()
+        self.streams.clear()
+        self.first.clear()
 
     def rows_are_samples(self, samples: Tensor) -> bool:
         """Whether row r of every branch belongs to sample ``r % B``, seen from what reaches the first sample."""
-        first = torch.zeros_like(samples)
-        first[0] = 1.0
+        towards = torch.zeros_like(samples)
+        towards[0] = 1.0
         for stream in self.streams.values():
-            for branch, probes in stream.calls[max(stream.calls)].probes.items():
-                felt = torch.autograd.grad(samples, probes, first, retain_graph=True, materialize_grads=True)
+            for branch, outputs in stream.latest.items():
+                felt = torch.autograd.grad(samples, outputs, towards, retain_graph=True, materialize_grads=True)
                 for gradient, axis in zip(felt, self.axes[branch], strict=True):
                     if axis is None or gradient.shape[axis] % len(samples):
                         return False
@@ -157,63 +192,69 @@ class _Trace:
 
     def answer(self, samples: Tensor, direction: Tensor, by_sample: bool, keep: bool) -> Tensor:
         """``float32[B, T, G, MAX_AGE + 1]`` along one direction for each sample, or ``[1, ...]`` for all together."""
-        places = [
-            (stream.calls, step, branch)
-            for stream in self.streams.values()
-            for step, call in stream.calls.items()
-            for branch in call.probes
-        ]
-        probes = [probe for calls, step, branch in places for probe in calls[step].probes[branch]]
-        gradients = iter(torch.autograd.grad(samples, probes, direction, retain_graph=keep, materialize_grads=True))
         count = len(samples) if by_sample else 1
         result = torch.zeros(count, self.schedule.steps, self.schedule.branches, MAX_AGE + 1)
-        for calls, step, branch in places:
-            felt = [next(gradients) for _ in calls[step].probes[branch]]
-            for age in range(MAX_AGE + 1):
-                if step - age in calls:
-                    each = zip(felt, calls[step - age].computed[branch], self.axes[branch], strict=True)
-                    sums = [
-                        _sums(gradient * value, axis if by_sample else None, count) for gradient, value, axis in each
-                    ]
-                    result[:, step, branch, age] += torch.stack(sums).sum(0).cpu()
+
+        def felt(stream: _Stream, step: int, branch: int, output: int, gradient: Tensor) -> None:
+            axis = self.axes[branch][output] if by_sample else None
+            for age in range(min(step, MAX_AGE) + 1):
+                value = stream.computed[branch][step - age][output]
+                result[:, step, branch, age] += _products(gradient, value, axis, count).cpu()
+
+        self.felt = felt
+        torch.autograd.grad(samples, self.first, direction, retain_graph=keep, allow_unused=True)
+        self.felt = None
         return result
 
 
 @dataclass
 class _TracedStep:
-    """Returns what the schedule says, and computes beside it what was not asked for."""
+    """Returns what the schedule says, and computes beside it what was not asked for.
+
+    It runs again when the way back comes to it, and then leaves no trace.
+    """
 
     trace: _Trace
     stream: _Stream
     step: int
+    known: dict[int, tuple[tuple[int, tuple[Tensor, ...]], ...]]
+    traced: set[int] = field(default_factory=set)
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index, schedule = branch.branch.index, self.trace.schedule
-        call, known = self.stream.calls[self.step], self.stream.history.setdefault(index, [])
-        fresh = branch.compute(inputs)
-        call.computed[index] = tuple(output.detach() for output in fresh)
-        self.trace.axes[index] = [output.batch_axis for output in branch.branch.outputs]
+        known, fresh = self.known.get(index, ()), branch.compute(inputs)
         if not known or schedule.should_compute[self.step, index]:
-            known.insert(0, (self.step, fresh))
-            del known[2:]
-            returned = fresh
+            known, returned = ((self.step, fresh), *known[:1]), tuple(output.view_as(output) for output in fresh)
         else:
-            returned = self._reuse(known, 1.0 if schedule.slopes is None else float(schedule.slopes[self.step, index]))
-        probes = tuple(torch.zeros_like(output).requires_grad_() for output in returned)
-        call.probes[index] = probes
-        return tuple(output + probe for output, probe in zip(returned, probes, strict=True))
+            slope = 1.0 if schedule.slopes is None else float(schedule.slopes[self.step, index])
+            returned = self._reuse(known, slope)
+        returned = tuple(value if value.requires_grad else value.detach().requires_grad_() for value in returned)
+        if index not in self.traced:
+            self.traced.add(index)
+            self.trace.axes[index] = [output.batch_axis for output in branch.branch.outputs]
+            self.stream.known[index], self.stream.latest[index] = known, returned
+            self.stream.computed.setdefault(index, []).append(tuple(output.detach() for output in fresh))
+            for position, value in enumerate(returned):
+                self.trace.hooks.append(value.register_hook(partial(self._feel, index, position)))
+            self.trace.first += [value for value in returned if value.is_leaf]
+        return returned
 
-    def _reuse(self, known: list[tuple[int, tuple[Tensor, ...]]], slope: float) -> tuple[Tensor, ...]:
+    def _feel(self, branch: int, output: int, gradient: Tensor) -> None:
+        if self.trace.felt is not None:
+            self.trace.felt(self.stream, self.step, branch, output, gradient)
+
+    def _reuse(self, known: tuple[tuple[int, tuple[Tensor, ...]], ...], slope: float) -> tuple[Tensor, ...]:
         (at, values), *earlier = known
         if not earlier:
-            return values
+            return tuple(value.view_as(value) for value in values)
         before, previous = earlier[0]
         moved = slope * (self.step - at) / (at - before)
         return tuple(value + moved * (value - old) for value, old in zip(values, previous, strict=True))
 
 
-def _sums(products: Tensor, axis: int | None, count: int) -> Tensor:
-    """``float32[count]``: the products of each sample, or of all, summed."""
+def _products(left: Tensor, right: Tensor, axis: int | None, count: int) -> Tensor:
+    """``float32[count]``: the inner products of each sample's rows, or of all."""
     if axis is None:
-        return products.sum().reshape(1).float()
-    return products.movedim(axis, 0).flatten(1).sum(1).reshape(-1, count).sum(0).float()
+        return torch.dot(left.flatten().float(), right.flatten().float()).reshape(1)
+    first, second = (tensor.movedim(axis, 0).flatten(1).float() for tensor in (left, right))
+    return torch.einsum("rf,rf->r", first, second).reshape(-1, count).sum(0)

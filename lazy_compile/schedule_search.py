@@ -18,7 +18,7 @@ from lazy_compile.policy import Scheduled
 from lazy_compile.progress import OnProgress
 from lazy_compile.response import Response, dense_samples, measure_response
 from lazy_compile.schedule import CacheSchedule
-from lazy_compile.search import fit_slopes, swap
+from lazy_compile.search import around_another, fit_slopes, swap
 
 Floats = npt.NDArray[np.float64]
 
@@ -32,12 +32,14 @@ class SearchOptions:
         rounds: the same to move the decisions of single branches.
         directions: see :func:`~lazy_compile.response.measure_response`.
         swaps: pairs of decisions that a round may exchange.
+        remembered: the latest rounds whose measurements count.
     """
 
     step_rounds: int = 2
-    rounds: int = 4
-    directions: int = 2
-    swaps: int = 60
+    rounds: int = 5
+    directions: int = 1
+    swaps: int = 40
+    remembered: int = 4
 
 
 class ScheduleSearch:
@@ -70,54 +72,60 @@ class ScheduleSearch:
     def run(self, starts: Sequence[CacheSchedule], seed: int, on_progress: OnProgress) -> CacheSchedule:
         """From the best start: rounds that move whole steps, then rounds that move single branches."""
         best = self._best(starts, seed + UNSEEN - 1)[0]
-        deciding = sorted(set(self.leaders))
-        each = [deciding.index(leader) for leader in self.leaders]
         whole = self.options.step_rounds if (best.should_compute == best.should_compute[:, :1]).all() else 0
         rounds, swaps, note = whole + self.options.rounds, self.options.swaps, ""
+        measured: list[Response] = []
         for done in range(rounds):
             on_progress("searching schedules", done, rounds, note)
-            leaders = [0] * len(each) if done < whole else each
-            candidates = (best, *self._proposals(best, leaders, swaps, seed + done))
+            measured = [*measured, self.measure(best, seed + done)][-self.options.remembered :]
+            response = Response.joined([around_another(response, best) for response in measured])
+            leaders = [0] * len(self.leaders) if done < whole else self.leaders
+            candidates = (best, *self._proposals(response, leaders, swaps))
             chosen, error = self._best(candidates, seed + UNSEEN + done)
-            swaps = swaps // 2 if chosen is best and done >= whole else swaps
-            best, note = chosen, f"error {error**0.5:.2e}"
+            moved = (chosen.should_compute != best.should_compute).any()
+            swaps = swaps if moved or done < whole else max(1, swaps // 2)
+            best, note = chosen, f"error {error:.2e}"
         on_progress("searching schedules", rounds, rounds, note)
         return best if self.linear else CacheSchedule(best.should_compute)
 
-    def _proposals(self, schedule: CacheSchedule, leaders: list[int], swaps: int, seed: int) -> Iterator[CacheSchedule]:
-        """Better schedules in which branches of one leader decide alike; ``leaders`` count from 0 without gaps."""
-        measured = self.measure(schedule, seed)
-        first = [leaders.index(leader) for leader in leaders]
-        cost = np.array([self.cost[np.equal(leaders, leader)].sum() for leader in sorted(set(leaders))])
-        response, warmup = measured.tied(first), self.lazy.lazy_config.warmup_steps
-        found = swap(response, response.schedule, cost, self.spend, swaps, warmup_steps=warmup)
-        yield found.of(leaders)
-        if self.linear:
-            for ridge in RIDGES:
-                yield fit_slopes(response, found, ridge).of(leaders)
+    def _proposals(self, response: Response, leaders: Sequence[int], swaps: int) -> Iterator[CacheSchedule]:
+        """Other decisions with other slopes, and the same decisions with other slopes."""
+        warmup = self.lazy.lazy_config.warmup_steps
+        found = swap(response, response.schedule, self.cost, self.spend, swaps, leaders=leaders, warmup_steps=warmup)
+        if not self.linear:
+            yield found
+            return
+        for ridge in RIDGES:
+            yield fit_slopes(response, found, ridge, self.leaders)
+        yield fit_slopes(response, response.schedule, RIDGES[-1], self.leaders)
 
     def measure(self, schedule: CacheSchedule, seed: int) -> Response:
         return measure_response(self.lazy, self.sample, schedule, seed=seed, directions=self.options.directions)
 
     def _best(self, candidates: Sequence[CacheSchedule], seed: int) -> tuple[CacheSchedule, float]:
-        """The schedule with the least mean squared error of the final samples on noise of ``seed``, and that error."""
-        dense = dense_samples(self.lazy, self.sample, seed)
-        judged = [(self._error(item, seed, dense), item) for item in candidates]
-        error, best = min(judged, key=lambda item: item[0])
-        return best, error
+        """The schedule that changes the final samples least on noise of ``seed``, and their root mean square change.
 
-    def _error(self, schedule: CacheSchedule, seed: int, dense: Tensor) -> float:
-        """Mean squared change of the final samples under a schedule."""
+        By the mean of ``log(1 + error / median)`` over samples, the loss to which their :func:`trust` belongs.
+        """
+        dense = dense_samples(self.lazy, self.sample, seed)
+        errors = np.stack([self._errors(item, seed, dense) for item in candidates])
+        typical = max(float(np.median(errors[0])), float(np.finfo(np.float64).tiny))
+        best = int(np.log1p(errors / typical).mean(axis=1).argmin())
+        return candidates[best], float(errors[best].mean() ** 0.5)
+
+    def _errors(self, schedule: CacheSchedule, seed: int, dense: Tensor) -> Floats:
+        """``float64[B]``: mean squared change of each final sample under a schedule."""
         policy, self.lazy.policy = self.lazy.policy, Scheduled(schedule)
         try:
             with torch.no_grad():
                 samples = self.sample(self.lazy, seed)
         finally:
             self.lazy.policy = policy
-        return float((samples - dense).double().square().mean())
+        errors: Floats = (samples - dense).double().square().flatten(1).mean(1).cpu().numpy()
+        return errors
 
 
-RIDGES = (0.1, 1.0)
+RIDGES = (0.3, 2.0)
 """Proposals for the slopes: a small ridge is right near the schedule that was measured, a large one far from it."""
 
 UNSEEN = 1_000_003

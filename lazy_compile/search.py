@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,14 +12,25 @@ from lazy_compile.response import MAX_AGE, Response
 from lazy_compile.schedule import BoolTable, CacheSchedule
 
 Floats = npt.NDArray[np.float64]
+Groups = list[npt.NDArray[np.int64]]
+"""Branches that decide together."""
 
 
 def predicted_error(response: Response, schedule: CacheSchedule) -> float:
     """Mean squared change of the final samples, against dense ones, that ``schedule`` is expected to cause."""
-    return float((_LinearModel.around(response).moved_to(schedule).error ** 2).mean()) / response.size
+    model = _LinearModel.around(replace(response, weight=None)).moved_to(schedule)
+    return float((model.error**2).mean()) / response.size
 
 
-def fit_slopes(response: Response, schedule: CacheSchedule, ridge: float = 0.1) -> CacheSchedule:
+def around_another(response: Response, schedule: CacheSchedule) -> Response:
+    """What the response is expected to be around a schedule nearby."""
+    moved = _LinearModel.around(replace(response, weight=None)).moved_to(schedule)
+    return replace(response, schedule=moved.schedule, error=moved.error)
+
+
+def fit_slopes(
+    response: Response, schedule: CacheSchedule, ridge: float = 0.1, leaders: Sequence[int] = ()
+) -> CacheSchedule:
     """The same decisions with better slopes, by least squares.
 
     Args:
@@ -26,27 +38,35 @@ def fit_slopes(response: Response, schedule: CacheSchedule, ridge: float = 0.1) 
         schedule: the schedule whose slopes to change.
         ridge: what changing a slope costs, as a share of its own effect: large changes, of which the first-order model
             knows nothing, are not made for small gains.
+        leaders: for each branch the one whose slope it shares; empty if each has its own.
     """
     model = _LinearModel.around(response).moved_to(schedule)
-    places, columns = [], []
-    for branch in range(schedule.branches):
+    columns: dict[tuple[int, int], Floats] = {}
+    for branch, leader in enumerate(leaders or range(schedule.branches)):
         for step, (age, gap) in enumerate(_ages(schedule.should_compute[:, branch])):
             if gap and not schedule.should_compute[step, branch]:
-                newest, before = response.answer[:, step, branch, [min(age, MAX_AGE), min(age + gap, MAX_AGE)]].T
-                places.append((step, branch))
-                columns.append((age / gap) * (newest.astype(np.float64) - before))
+                newest, before = model.answer[:, step, branch, [min(age, MAX_AGE), min(age + gap, MAX_AGE)]].T
+                line = (age / gap) * (newest.astype(np.float64) - before)
+                columns[step, leader] = columns.get((step, leader), 0.0) + line
     slopes = model.slopes.copy()
-    if places:
-        design = np.stack(columns, axis=1)
+    if columns:
+        design = np.stack(list(columns.values()), axis=1)
         gram = design.T @ design
         strength = np.diag(gram)
         gram += np.diag(ridge * strength + 1e-4 * strength.mean() + np.finfo(float).tiny)
-        slopes[tuple(np.array(places).T)] -= np.linalg.solve(gram, design.T @ model.error)
-    return CacheSchedule(schedule.should_compute, slopes)
+        slopes[tuple(np.array(list(columns)).T)] -= np.linalg.solve(gram, design.T @ model.error)
+    return CacheSchedule(schedule.should_compute, slopes[:, list(leaders)] if leaders else slopes)
 
 
 def swap(
-    response: Response, start: CacheSchedule, cost: Floats, spend: float, swaps: int, *, warmup_steps: int = 1
+    response: Response,
+    start: CacheSchedule,
+    cost: Floats,
+    spend: float,
+    swaps: int,
+    *,
+    leaders: Sequence[int] = (),
+    warmup_steps: int = 1,
 ) -> CacheSchedule:
     """Exchange computations for reuse, pair by pair, while the model expects less error.
 
@@ -56,11 +76,16 @@ def swap(
         cost: ``float64[G]``, of computing each branch once.
         spend: what may be spent in all.
         swaps: at most this many pairs; far from where it was measured the model is wrong.
+        leaders: for each branch the one that decides for it; empty if each decides for itself.
         warmup_steps: the first steps, which compute whatever happens.
     """
+    groups = [
+        np.flatnonzero(np.equal(leaders or range(start.branches), leader))
+        for leader in sorted(set(leaders or range(start.branches)))
+    ]
     model = _LinearModel.around(response).moved_to(start)
     for _ in range(swaps):
-        better = model.best_exchange(cost, spend, warmup_steps)
+        better = model.best_exchange(groups, cost, spend, warmup_steps)
         if better is None:
             break
         model = better
@@ -72,10 +97,10 @@ class _LinearModel:
     """A schedule, and the error along each direction that it is expected to have.
 
     Attributes:
-        answer: of the response.
+        answer: of the response, each direction times the root of its weight, like all that follows.
         table, slopes: the schedule.
         error: ``float64[N]``.
-        flips: ``float64[T, G, N]``, what turning one decision over adds to the error.
+        flips: ``float64[T, groups, N]``, what turning one decision over adds to the error.
     """
 
     answer: npt.NDArray[np.float32]
@@ -88,7 +113,9 @@ class _LinearModel:
     def around(cls, response: Response) -> _LinearModel:
         schedule = response.schedule
         slopes = np.ones(schedule.should_compute.shape) if schedule.slopes is None else schedule.slopes
-        return cls(response.answer, schedule.should_compute, slopes, response.error)
+        scale = np.sqrt(response.weights)
+        answer = response.answer * scale[:, None, None, None].astype(np.float32)
+        return cls(answer, schedule.should_compute, slopes, response.error * scale)
 
     @property
     def schedule(self) -> CacheSchedule:
@@ -103,14 +130,14 @@ class _LinearModel:
             error += self._effect(branch, after - before)
         return replace(self, table=schedule.should_compute, slopes=slopes, error=error, flips=None)
 
-    def best_exchange(self, cost: Floats, spend: float, first: int) -> _LinearModel | None:
+    def best_exchange(self, groups: Groups, cost: Floats, spend: float, first: int) -> _LinearModel | None:
         """The best of all pairs (computes no more, computes now) that keep to the budget; or one that computes now."""
-        flips = self.flips if self.flips is not None else self._all_flips()
+        flips = self.flips if self.flips is not None else np.stack([self._flips_of(group) for group in groups], axis=1)
         effects = flips[first:].reshape(-1, flips.shape[2])
         gram = effects @ effects.T
         change = 2 * effects @ self.error + np.diag(gram)
-        computes = self.table[first:].ravel()
-        price = np.tile(cost, len(self.table) - first)
+        computes = self.table[first:, [group[0] for group in groups]].ravel()
+        price = np.tile([cost[group].sum() for group in groups], len(self.table) - first)
         left = spend - float((self.table * cost).sum()) + 1e-12
         on, off = np.flatnonzero(computes), np.flatnonzero(~computes)
         if not len(off):
@@ -123,24 +150,25 @@ class _LinearModel:
             chosen = [on[dropped], off[taken]]
         else:
             chosen = [off[int(alone.argmin())]]
-        moved = self._turned([place + first * len(cost) for place in chosen], flips)
+        moved = self._turned([divmod(place + first * len(groups), len(groups)) for place in chosen], groups, flips)
         return moved if (moved.error**2).sum() < (self.error**2).sum() * (1 - 1e-6) else None
 
-    def _turned(self, chosen: list[int], flips: Floats) -> _LinearModel:
+    def _turned(self, chosen: list[tuple[int, int]], groups: Groups, flips: Floats) -> _LinearModel:
         table = self.table.copy()
-        width = table.shape[1]
-        for place in chosen:
-            table[place // width, place % width] ^= True
+        for step, group in chosen:
+            table[step, groups[group]] ^= True
         moved = self.moved_to(CacheSchedule(table, self.slopes))
         flips = flips.copy()
-        for branch in {place % width for place in chosen}:
-            flips[:, branch] = moved._flips_of(branch)
+        for _, group in chosen:
+            flips[:, group] = moved._flips_of(groups[group])
         return replace(moved, flips=flips)
 
-    def _all_flips(self) -> Floats:
-        return np.stack([self._flips_of(branch) for branch in range(self.table.shape[1])], axis=1)
+    def _flips_of(self, group: npt.NDArray[np.int64]) -> Floats:
+        """``float64[T, N]``: what it adds to the error if these branches decide otherwise at a step."""
+        flips: Floats = np.sum([self._flips_of_one(branch) for branch in group], axis=0)
+        return flips
 
-    def _flips_of(self, branch: int) -> Floats:
+    def _flips_of_one(self, branch: int) -> Floats:
         column, slopes = self.table[:, branch], self.slopes[:, branch]
         before = _weights(column, slopes)
         changes = [np.zeros_like(before)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -11,8 +13,8 @@ from torch import Tensor
 
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.effects import measure_effects
-from lazy_compile.response import NoGradientError, Response, dense_samples, measure_response
-from lazy_compile.search import fit_slopes, predicted_error, swap
+from lazy_compile.response import NoGradientError, Response, dense_samples, measure_response, trust
+from lazy_compile.search import around_another, fit_slopes, predicted_error, swap
 from sampling import STEPS, inputs, lazy_tiny_dit, sample, start, timesteps
 
 BRANCHES = 4
@@ -101,6 +103,48 @@ def test_swaps_keep_the_budget_and_help_on_other_noise(lazy: LazyModule) -> None
     assert swap(response, drawn, cost, spend, swaps=0) == CacheSchedule(
         drawn.should_compute, np.ones((STEPS, BRANCHES))
     )
+
+
+def test_branches_that_decide_together_are_exchanged_together(lazy: LazyModule) -> None:
+    table = np.repeat((np.arange(STEPS) < STEPS // 2)[:, None], BRANCHES, axis=1)
+    schedule = CacheSchedule(table, np.random.default_rng(0).uniform(0.5, 1.0, table.shape))
+    response = measure_response(lazy, sample, schedule, seed=0, directions=16)
+    better = swap(response, schedule, np.ones(BRANCHES), float(table.sum()), swaps=2, leaders=[0] * BRANCHES)
+    assert (better.should_compute == better.should_compute[:, :1]).all()
+    assert (better.should_compute != table).any()
+    assert np.array_equal(better.slopes, schedule.slopes)  # each keeps its own
+    assert predicted_error(response, better) < predicted_error(response, schedule)
+
+
+def test_measurements_of_several_rounds_are_seen_from_one_schedule(lazy: LazyModule, around_fora: Response) -> None:
+    near = turned_over(around_fora.schedule, (3, 1))
+    moved = around_another(around_fora, near)
+    assert predicted_error(moved, near) == pytest.approx(predicted_error(around_fora, near))
+    joined = Response.joined([moved, measure_response(lazy, sample, near, seed=1)])
+    assert len(joined.error) == len(joined.weights) == len(around_fora.error) + 4
+    assert np.array_equal(joined.error[: len(moved.error)], moved.error)
+
+
+def test_samples_that_went_elsewhere_count_less() -> None:
+    assert trust(np.array([1.0, 1.0, 9.0])).tolist() == [0.5, 0.5, 0.1]
+    assert trust(np.zeros(3)).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_nothing_of_a_trajectory_stays_in_memory(lazy: LazyModule) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    def watched(denoiser: Callable[..., Tensor], seed: int) -> Tensor:
+        def watch(**given: Tensor) -> Tensor:
+            output = denoiser(**given)
+            seen.append(weakref.ref(output))
+            return output
+
+        return sample(watch, seed)
+
+    measure_response(lazy, watched, CacheSchedule.every(2, STEPS, BRANCHES), seed=0)
+    gc.collect()
+    assert len(seen) == 2 * STEPS
+    assert not any(reference() is not None for reference in seen)
 
 
 def test_money_that_is_left_is_spent(lazy: LazyModule, around_fora: Response) -> None:

@@ -23,6 +23,7 @@ class Subject:
         sampler_name: how it is sampled.
         model, example: the original, and the arguments of one call.
         sampler: ``(steps, batch) -> Sampler``.
+        second_order: the same by DPM-Solver++ 2M.
         features: of images, ``float[B, F]``, for Fréchet distances.
         accuracy: share of the images of one sampling batch that are read as what was asked for.
     """
@@ -32,6 +33,7 @@ class Subject:
     model: nn.Module
     example: dict[str, Any]
     sampler: Callable[[int, int], Sampler]
+    second_order: Callable[[int, int], Sampler]
     features: Callable[[Tensor], Tensor]
     accuracy: Callable[[Tensor], float]
 
@@ -46,6 +48,7 @@ def digits_subject(batch: int = 16) -> Subject:
         digits.load_or_train_digits_dit(folder / "digits_dit.safetensors"),
         example_inputs(batch),
         lambda steps, rows: digits.DigitsSampler(steps=steps, batch=rows),
+        lambda steps, rows: digits.DigitsSampler(steps=steps, batch=rows, solver="dpm++2m"),
         judge.features,
         lambda images: judge.accuracy(images, digits.DigitsSampler().labels(len(images))),
     )
@@ -69,6 +72,7 @@ def scenes_subject(batch: int = 16) -> Subject:
         scenes.load_or_train_scenes_mmdit(folder / "scenes_mmdit.safetensors"),
         example,
         lambda steps, rows: scenes.ScenesSampler(steps=steps, batch=rows),
+        lambda steps, rows: scenes.ScenesSampler(steps=steps, batch=rows, solver="dpm++2m"),
         judge.features,
         lambda images: judge.accuracy(images, scenes.classes_of(scenes.ScenesSampler().words(len(images)))),
     )

@@ -27,7 +27,9 @@ from lazy_compile.errors import import_optional
 from lazy_compile.progress import OnProgress, no_progress
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DiTTransformer2DModel
+    from diffusers import DiTTransformer2DModel
+
+Solver = Literal["ddim", "dpm++2m"]
 
 NUM_CLASSES = 10
 NULL_CLASS = NUM_CLASSES  # diffusers' `LabelEmbedding` keeps its last row for "no label"
@@ -44,9 +46,11 @@ def load_digits_tensor() -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(digits.target).long()
 
 
-def noise_schedule() -> DDIMScheduler:
+def noise_schedule(solver: Solver = "ddim") -> Any:
     """The schedule that the model is trained and sampled with; unclipped, so that more steps mean less error."""
     diffusers = import_optional("diffusers", "demo")
+    if solver == "dpm++2m":
+        return diffusers.DPMSolverMultistepScheduler(num_train_timesteps=1000, beta_schedule="linear")
     return diffusers.DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
 
 
@@ -104,7 +108,7 @@ def train_digits_dit(
 
 @dataclass(frozen=True)
 class DigitsSampler:
-    """Classifier-free-guided DDIM (eta = 0), guided and unguided rows in one batch.
+    """Classifier-free-guided DDIM (eta = 0) or DPM-Solver++ 2M, guided and unguided rows in one batch.
 
     A seed fixes the initial noise and the labels, whatever the denoiser and the number of steps.
     """
@@ -112,7 +116,7 @@ class DigitsSampler:
     steps: int = 20
     guidance_scale: float = 1.5
     batch: int = 64
-    scheduler: Literal["ddim"] = "ddim"
+    solver: Solver = "ddim"
 
     @torch.no_grad()
     def __call__(self, denoiser: Callable[..., Any], seed: int, batch: int | None = None) -> Tensor:
@@ -122,7 +126,7 @@ class DigitsSampler:
         on 2B rows: B with their label, then the same B with the null label.
         """
         batch = self.batch if batch is None else batch
-        schedule = noise_schedule()
+        schedule = noise_schedule(self.solver)
         schedule.set_timesteps(self.steps)
         images = torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
         class_labels = torch.cat([self.labels(batch), torch.full((batch,), NULL_CLASS)])
