@@ -9,18 +9,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import CodeType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from lazy_compile.call_layout import CallLayout
 from lazy_compile.errors import CaptureError, LazyCompileError
 from lazy_compile.operators import note_example_sizes, value_of
-from lazy_compile.program import Program, Role
+from lazy_compile.program import Program, Role, module_state
 from lazy_compile.python_state import left_as_it_was
 from lazy_compile.tracing import ExportAid
 from lazy_compile.value_guards import Tape, ValueGuards
@@ -56,6 +58,12 @@ class Capture:
         if shapes not in self._verdicts:
             self._verdicts[shapes] = self._sizes_match(shapes) and self._guards_hold(tensors)
         return self._verdicts[shapes]
+
+    @cached_property
+    def has_open_sizes(self) -> bool:
+        """Whether a size depends on what is in a tensor, as that of ``x[mask]`` does."""
+        values = [value_of(node) for node in self.program.graph.nodes]
+        return any(free_unbacked_symbols(value) for value in values if isinstance(value, Tensor))
 
     @property
     def fake_tensors(self) -> list[Tensor]:
@@ -116,20 +124,21 @@ LADDER = (
 )
 
 
-def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> Capture:
+def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, reads_values: bool = False) -> Capture:
     """Capture ``model`` as it runs in evaluation mode on a call like this one.
 
     1. The rungs of the ladder are tried in turn. Dynamic sizes come before fixed ones; a model that decides by the
        values of its inputs is captured for the values of this call, which are guarded.
     2. An example batch of 1 is repeated to 2 first, since export specialises the sizes 0 and 1.
-    3. A decision by a value that depends on weights ends the search: it could not be checked before the model has run.
+    3. With ``reads_values`` only those rungs are tried that read values: then no size depends on a value.
+    4. A decision by a value that depends on weights ends the search: it could not be checked before the model has run.
 
     Raises:
         CaptureError: every rung failed; the message names the decisive reason.
     """
     attempts: list[str] = []
     doubled = _with_batch_of_two(tensors)
-    for rung in LADDER:
+    for rung in [rung for rung in LADDER if rung.reads_values or not reads_values]:
         for example in ([doubled] if doubled is not None else []) + [tuple(tensors)]:
             flat = FlatModel(model, layout)
             label = f"{rung.name}, guarded values" if rung.reads_values else rung.name
@@ -155,13 +164,29 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> 
                 program, label if values else rung.name, tuple(attempts), output_spec, values, _compile_guards(exported)
             )
             if found.accepts(tensors):
-                note_example_sizes(found.fake_tensors, [tensor.shape for tensor in tensors])
+                for fake, tensor in zip(found.fake_tensors, tensors, strict=True):
+                    note_example_sizes(fake.shape, tensor.shape)
+                if found.has_open_sizes and not any(tensor.is_meta for tensor in tensors):
+                    with quiet_evaluation(model):
+                        _NoteSizes(program.graph_module).run(*program.bind(module_state(model), tensors))
                 return found
             attempts.append(f"{label}: the graph of a batch of 2 serves no other")
     raise CaptureError(
         f"{type(model).__name__} could not be captured; {attempts[0].rstrip('.')}. Check that the example inputs run "
         "through the model, and that forward() does not branch on the values of tensors"
     )
+
+
+class _NoteSizes(fx.Interpreter):
+    """Runs a program once to learn the sizes that depend on values: work is counted by the example call."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result, value = super().run_node(n), value_of(n)
+        if isinstance(result, Tensor):
+            note_example_sizes(value.shape, result.shape)
+        elif isinstance(value, torch.SymInt):
+            note_example_sizes([value], [result])
+        return result
 
 
 class FlatModel(nn.Module):

@@ -87,6 +87,17 @@ class GraphStore:
                     return self._capture(call, config)
         return graph, call.tensors
 
+    def find_with_known_sizes(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], config: LazyConfig
+    ) -> tuple[LazyGraph, list[Tensor]]:
+        """The same, but no size depends on what is in a tensor: what the model reads is worked out, and guarded."""
+        graph, tensors = self.find(args, kwargs, config)
+        if graph.captured.has_open_sizes:
+            args, kwargs = self._bind(args, kwargs)
+            with CAPTURE_LOCK.capturing():
+                graph = self._compile(_Call.of(args, kwargs, self._numbers), config, reads_values=True)
+        return graph, tensors
+
     def drop_if_model_changed(self) -> bool:
         """Forget all graphs if modules, attributes, hooks or parameter types are others than at the capture."""
         if self._environment == observe(self.model):
@@ -149,8 +160,10 @@ class GraphStore:
         logger.info("%s: the Python number %s is an input of the graph, as a tensor", self._name, named)
         return graph
 
-    def _compile(self, call: _Call, config: LazyConfig, numbers: Collection[str] = ()) -> LazyGraph:
-        captured = capture(self.model, call.layout, call.tensors)
+    def _compile(
+        self, call: _Call, config: LazyConfig, numbers: Collection[str] = (), *, reads_values: bool = False
+    ) -> LazyGraph:
+        captured = capture(self.model, call.layout, call.tensors, reads_values=reads_values)
         self._check_numbers(captured, call, numbers)
         environment = observe(self.model)
         if environment != self._environment:

@@ -11,8 +11,8 @@ from lazy_compile.dataflow import Dataflow
 from lazy_compile.operators import (
     ACTIVATIONS,
     CONVOLUTIONS,
+    FUSED_ATTENTION,
     PRODUCTS,
-    SDPA,
     is_dense_convolution,
     is_heavy,
     is_spatial_convolution,
@@ -67,7 +67,7 @@ def classify(
 
 
 def _is_attention_core(flow: Dataflow, node: fx.Node, activations: int) -> bool:
-    if operator_name(node) in SDPA:
+    if operator_name(node) in FUSED_ATTENTION:
         return True
     operands = node.all_input_nodes
     both = all(activations >> flow.position[_picked_from(operand)] & 1 for operand in operands)
@@ -81,7 +81,7 @@ def _picked_from(operand: fx.Node) -> fx.Node:
 
 
 def _reads_a_side_input(flow: Dataflow, core: fx.Node, from_entries: int) -> bool:
-    operands = _attended(core)[1:] if operator_name(core) in SDPA else _attended(core)
+    operands = _attended(core)[1:] if operator_name(core) in FUSED_ATTENTION else _attended(core)
     return any(not from_entries >> flow.position[operand] & 1 for operand in operands)
 
 

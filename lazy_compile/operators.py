@@ -12,12 +12,13 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 
 SDPA = frozenset({"scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"})
+FUSED_ATTENTION = SDPA | {"flex_attention"}
 PRODUCTS = frozenset({"mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "dot", "mv", "_scaled_mm", "_int_mm"})
 CONVOLUTIONS = frozenset(
     {"convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 )
 GROUPED = frozenset({"grouped_mm", "_grouped_mm"})
-HEAVY = SDPA | PRODUCTS | CONVOLUTIONS | GROUPED | {"linear"}
+HEAVY = FUSED_ATTENTION | PRODUCTS | CONVOLUTIONS | GROUPED | {"linear"}
 
 VIEWS = frozenset(
     {
@@ -83,12 +84,11 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(size_hint(size) for size in value.shape) if isinstance(value, Tensor) else None
 
 
-def note_example_sizes(fakes: Sequence[Tensor], shapes: Sequence[torch.Size]) -> None:
-    """Let :func:`size_hint` tell the sizes of the caller's tensors where a capture was made with others."""
-    for fake, shape in zip(fakes, shapes, strict=True):
-        for size, length in zip(fake.shape, shape, strict=True):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                _example_sizes(size.node.shape_env)[size.node.expr] = length
+def note_example_sizes(sizes: Sequence[Any], lengths: Sequence[int]) -> None:
+    """Let :func:`size_hint` tell what the sizes of a capture are in the caller's example."""
+    for size, length in zip(sizes, lengths, strict=True):
+        if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+            _example_sizes(size.node.shape_env)[size.node.expr] = length
 
 
 def size_hint(size: Any) -> int:
@@ -165,7 +165,7 @@ def _operand_shape(node: fx.Node, position: int) -> tuple[int, ...] | None:
 _MACS: dict[str, Callable[[fx.Node], int]] = {
     "linear": _linear_macs,
     "einsum": _einsum_macs,
-    **dict.fromkeys(SDPA, _attention_macs),
+    **dict.fromkeys(FUSED_ATTENTION, _attention_macs),
     **dict.fromkeys(CONVOLUTIONS, _convolution_macs),
 }
 

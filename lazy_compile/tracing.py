@@ -92,10 +92,12 @@ class ExportAid(TorchFunctionMode):
                 return self.tape.read(func, args, kwargs)
             self.stuck = self.stuck or f"{name.strip('_')}() {_calling_line()}"
             return func(*args, **kwargs)
-        if name in COUNTS or (name == "where" and len(args) == 1) or _repeats_by_tensor(name, args, kwargs):
+        if _repeats_by_tensor(name, args, kwargs):
+            return self._repeated(self.tape, func, args, kwargs)
+        if name in COUNTS or (name == "where" and len(args) == 1):
             return self._counted(self.tape, func, args, kwargs)
         if name in ("__getitem__", "__setitem__"):
-            args = (args[0], self._without_masks(self.tape, args[1]), *args[2:])
+            args = (args[0], self._read_index(self.tape, args[1]), *args[2:])
         result = func(*args, **kwargs)
         self.tape.record(func, args, kwargs, result)
         return result
@@ -113,19 +115,31 @@ class ExportAid(TorchFunctionMode):
         tape.record(func, args, kwargs, constants)
         return constants
 
-    def _without_masks(self, tape: Tape, index: Any) -> Any:
-        """An index whose known boolean masks are replaced by the positions they select."""
-        items = index if isinstance(index, tuple) else (index,)
-        if not any(_is_mask(item) and tape.knows(item) for item in items):
-            return index
+    def _repeated(self, tape: Tape, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What is repeated a known number of times is picked by an index."""
+        call = dict(zip(("input", "repeats", "dim"), args, strict=False)) | kwargs
+        source, repeats, axis = call["input"], call.get("repeats"), call.get("dim")
+        if repeats is None or not tape.knows(repeats):
+            return self._counted(tape, func, args, kwargs)
+        if axis is None:
+            source, axis = self._call(Tensor.flatten, "flatten", (source,), {}), 0
+        each = self._call(Tensor.expand, "expand", (repeats, source.shape[axis]), {})
+        index = self._counted(tape, torch.repeat_interleave, (each,), {})
+        return self._call(torch.index_select, "index_select", (source, axis, index), {})
+
+    def _read_index(self, tape: Tape, index: Any) -> Any:
+        """An index whose known boolean masks are replaced by the positions they select, and known bounds by numbers."""
         positions: list[Any] = []
-        for item in items:
-            if _is_mask(item) and tape.knows(item):
+        for item in index if isinstance(index, tuple) else (index,):
+            if isinstance(item, slice):
+                bounds = (item.start, item.stop, item.step)
+                positions.append(slice(*(_read_bound(tape, bound) for bound in bounds)))
+            elif _is_mask(item) and tape.knows(item):
                 found = self._counted(tape, torch.nonzero, (item,), {})
                 positions += [found[:, axis] for axis in range(item.dim())]
             else:
                 positions.append(item)
-        return tuple(positions)
+        return tuple(positions) if isinstance(index, tuple) or len(positions) != 1 else positions[0]
 
 
 class GradientRegions:
@@ -176,6 +190,11 @@ def _grad_manager() -> tuple[Any, str]:
         elif found[1]:
             break
     return found
+
+
+def _read_bound(tape: Tape, bound: Any) -> Any:
+    known = isinstance(bound, Tensor) and tape.knows(bound)
+    return tape.read(Tensor.item, (bound,), {}) if known else bound
 
 
 def _is_mask(item: Any) -> bool:

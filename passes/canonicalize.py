@@ -34,7 +34,8 @@ class Canonicalize(GraphPass):
        model stops them.
     2. What is written over the whole of a tensor, ``aten.copy``, is the value itself: copies have no gradient.
     3. ``_assert_*`` nodes go: they pin what the shape guards of the capture already decide.
-    4. Whatever nobody uses goes. Results that the caller receives, and what they are views of, keep their copies, so
+    4. A view becomes a reshape: a reused value may lie otherwise in memory than the one that was captured.
+    5. Whatever nobody uses goes. Results that the caller receives, and what they are views of, keep their copies, so
        that he may write to them.
 
     Numerics are preserved bit for bit.
@@ -46,6 +47,9 @@ class Canonicalize(GraphPass):
         for node in list(program.graph.nodes):
             if operator_name(node).startswith("_assert_"):
                 program.graph.erase_node(node)
+                modified = True
+            elif node.target is torch.ops.aten.view.default:
+                node.target = torch.ops.aten.reshape.default
                 modified = True
             elif node in returned and operator_name(node) != "squeeze":
                 continue

@@ -40,8 +40,6 @@ class SplitComplex(GraphPass):
             pairs.visit(node)
         if pairs.parts:
             program.graph.eliminate_dead_code()
-            for view in program.graph.find_nodes(op="call_function", target=aten.view.default):
-                view.target = aten.reshape.default  # parts lie otherwise in memory
         return str(program.graph) != before
 
 
@@ -191,6 +189,17 @@ def _sized(last: int, position: int = 1) -> Rule:
     return rule
 
 
+def _gather(pairs: _Pairs, node: fx.Node) -> fx.Node:
+    _, axis, index = node.args[:3]
+    wide = pairs.call(node, aten.unsqueeze.default, index, -1)
+    both = pairs.call(node, aten.expand.default, wide, [*[-1] * value_of(node).dim(), 2])
+    return pairs.call(node, aten.gather.default, pairs.parts[_given(pairs, node)], _axis(axis), both)
+
+
+def _padded(pairs: _Pairs, node: fx.Node) -> fx.Node | None:
+    return _alike(pairs, node) if not any(node.args[2:3]) else None
+
+
 def _permute(pairs: _Pairs, node: fx.Node) -> fx.Node:
     made, axes = _alike(pairs, node), node.args[1]
     assert isinstance(axes, list | tuple)
@@ -220,6 +229,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(["split", "split_with_sizes", "chunk", "slice_scatter", "select_scatter"], _along(2)),
     "transpose": _along(1, 2),
     "permute": _permute,
+    "gather": _gather,
+    "pad_sequence": _padded,
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "expand", "new_zeros"], _sized(2)),
     **dict.fromkeys(["zeros", "empty"], _sized(2, position=0)),
     "repeat": _sized(1),

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._higher_order_ops.flex_attention import flex_attention, math_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from layers import CLASSES, DEPTH, TOKENS, WIDTH, WORDS
 from networks import (
@@ -179,8 +180,16 @@ def trajectory(toy: Toy, batch: int = 2, *, steps: int = 8, seed: int = 0) -> li
     return [call(toy, batch, step=step, steps=steps, seed=seed) for step in range(steps)]
 
 
+@flex_attention.py_impl(_FlopCounterMode)  # type: ignore[untyped-decorator]
+def _count_flex_attention(mode: _FlopCounterMode, *args: Any) -> Any:
+    """By its parts: torch has a formula for it, and does not use it."""
+    with mode:
+        return math_attention(*args)
+
+
 def counted_by_torch(model: nn.Module, arguments: dict[str, Any]) -> float:
     """Multiply-accumulates of one call, by torch's own counter (which counts each as two operations)."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    eager = torch.compiler.set_stance("force_eager")  # flex attention compiles itself
+    with eager, FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(**arguments)
     return counter.get_total_flops() / 2

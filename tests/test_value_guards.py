@@ -84,6 +84,18 @@ def by_positions_of_each_axis(x: Tensor, y: Tensor) -> Tensor:
     return x[rows, columns]
 
 
+def by_repeats(x: Tensor, y: Tensor) -> Tensor:
+    return (x + 1).repeat_interleave(y[0] + 1, dim=1)
+
+
+def by_bounds(x: Tensor, y: Tensor) -> Tensor:
+    lengths = y.sum(dim=1)
+    kept = torch.zeros_like(x)
+    for row in range(3):
+        kept[row, : lengths[row]] = x[row, : lengths[row]]
+    return kept
+
+
 def by_what_is_written_in_place(x: Tensor, y: Tensor) -> Tensor:
     lengths = y.new_zeros(3)
     for row in range(3):
@@ -102,6 +114,8 @@ def by_what_is_written_in_place(x: Tensor, y: Tensor) -> Tensor:
         (by_rows_of_the_mask, MASK, OTHER_MASK),
         (by_positions, MASK, SHORTER),
         (by_positions_of_each_axis, MASK, SHORTER),
+        (by_repeats, MASK, SHORTER),
+        (by_bounds, OTHER_MASK, SHORTER),
         (by_what_is_written_in_place, OTHER_MASK, torch.zeros(3, 5).long() + MASK[2]),
     ],
 )

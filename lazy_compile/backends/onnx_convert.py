@@ -13,85 +13,17 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from lazy_compile.backends.onnx_metadata import first_line
-from lazy_compile.backends.onnx_sink import DOMAIN, SELECT
+from lazy_compile.backends.onnx_operators import CONSTANT, Exportable
+from lazy_compile.backends.onnx_sink import DOMAIN
 from lazy_compile.backends.onnx_structure import MARK
 from lazy_compile.errors import BackendError, import_optional
-from lazy_compile.fake_quantize import FLOAT8_MAX, SMALLEST
 from lazy_compile.lazy_branch import TAG, LazyBranch
 from lazy_compile.ops import state_names
-from lazy_compile.program import Program, Role, module_state
+from lazy_compile.program import Program
 from lazy_compile.slots import LOGITS
 
 if TYPE_CHECKING:
-    from onnx_ir import Model, Value
-
-aten = torch.ops.aten
-
-
-class _Exportable(nn.Module):
-    """A flat program that finds its parameters in the original model, so that they keep their names."""
-
-    def __init__(self, original: nn.Module, program: Program) -> None:
-        super().__init__()
-        self.original = original
-        self.program = program
-
-    def forward(self, *inputs: Tensor) -> Any:
-        users = sum(item.role is Role.USER for item in self.program.inputs)
-        values = self.program.bind(module_state(self.original), inputs[:users])
-        with fx.traceback.preserve_node_meta():
-            results = _Tracer(self.program.graph_module).run(*values, *inputs[users:])
-        return tuple(result for result in results if isinstance(result, Tensor))
-
-
-TINY = 1e-7
-"""The exporter takes an addend of less than 1e-8 for zero and drops it, as in ``x / (sum + 1e-15)``."""
-
-CONSTANT = "Constant"
-"""Stands for an addend that the exporter must not see."""
-
-_ADDITIONS = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
-
-
-class _Tracer(fx.Interpreter):
-    """Runs a flat program under export: selects become ONNX nodes, and so do quantisers and tiny addends."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is torch.ops.lazy_compile.fake_quantize.default:
-            return _quantize(*self.fetch_args_kwargs_from_env(n)[0])
-        if n.target is torch.ops.lazy_compile.select.default:
-            condition, computed, reused, conditional = self.fetch_args_kwargs_from_env(n)[0]
-            return torch.onnx.ops.symbolic(
-                f"{DOMAIN}::{SELECT}",
-                (condition, computed, reused),
-                {"conditional": conditional},
-                dtype=computed.dtype,
-                shape=computed.shape,
-                version=1,
-            )
-        if n.target in _ADDITIONS and isinstance(n.args[1], float) and 0 < abs(n.args[1]) < TINY:
-            value = self.fetch_args_kwargs_from_env(n)[0][0]
-            amount = torch.onnx.ops.symbolic(
-                f"{DOMAIN}::{CONSTANT}", (value,), {"value": n.args[1]}, dtype=value.dtype, shape=(), version=1
-            )
-            return (aten.add if n.target in _ADDITIONS[:2] else aten.sub).Tensor(value, amount, *n.args[2:], **n.kwargs)
-        return super().run_node(n)
-
-
-def _quantize(inputs: Tensor, amax: Tensor, lowest: int, highest: int) -> Tensor:
-    """Integers saturate at -128 here, also where ``lowest`` is -127: engines know no other range."""
-    dtype, largest = (torch.int8, float(highest)) if highest else (torch.float8_e4m3fn, FLOAT8_MAX)
-    amax = amax.float()
-    scale = (torch.where(amax <= SMALLEST, torch.ones_like(amax), amax / largest)).to(inputs.dtype)
-    axes = [axis for axis, size in enumerate(scale.shape) if size != 1]
-    if len(axes) > 1:
-        raise BackendError("a quantiser has ranges along two axes; ONNX has one axis")
-    attributes: dict[str, Any] = {"axis": axes[0] + inputs.dim() - scale.dim()} if axes else {}
-    scale = scale.flatten() if axes else scale.reshape(())
-    zero = torch.zeros_like(scale, dtype=dtype)
-    symbolic = torch.onnx.ops.symbolic
-    integers = symbolic("QuantizeLinear", (inputs, scale, zero), attributes, dtype=dtype, shape=inputs.shape)
-    return symbolic("DequantizeLinear", (integers, scale, zero), attributes, dtype=inputs.dtype, shape=inputs.shape)
+    from onnx_ir import Model, Node, Value
 
 
 def convert(original: nn.Module, program: Program, example: Sequence[Tensor], opset: int) -> Model:
@@ -106,7 +38,7 @@ def convert(original: nn.Module, program: Program, example: Sequence[Tensor], op
             node.meta["nn_module_stack"] = {**stack, MARK: (f"{MARK}.{node.meta[TAG]}", LazyBranch.__name__)}
     try:
         with quiet(), torch.no_grad():
-            exported = torch.export.export(_Exportable(original, program), tuple(example), strict=False)
+            exported = torch.export.export(Exportable(original, program), tuple(example), strict=False)
             exported = _without_einsum(exported)
             converted = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:
@@ -119,6 +51,7 @@ def convert(original: nn.Module, program: Program, example: Sequence[Tensor], op
     if model.opset_imports[""] != opset:
         raise BackendError(f"the exporter wrote opset {model.opset_imports['']}, not {opset}; ask for that one")
     _reveal_constants(model)
+    _without_bool_where(model)
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         _, marked, rest = scopes.partition(f"'{MARK}.")
@@ -139,6 +72,30 @@ def _reveal_constants(model: Model) -> None:
         model.graph.register_initializer(value)
         result.replace_all_uses_with(value)
     model.graph.remove(hidden, safe=True)
+
+
+def _without_bool_where(model: Model) -> None:
+    """A choice between booleans becomes ``(c and x) or (not c and y)``: ONNX Runtime has no other."""
+    ir = import_optional("onnx_ir", "onnx")
+
+    def make(node: Node, part: str, operator: str, *inputs: Any) -> Value:
+        name, boolean = f"{node.name}.{part}", ir.TensorType(ir.DataType.BOOL)
+        result = ir.Value(name=name, type=boolean)
+        made = ir.Node("", operator, inputs, outputs=[result], name=name, metadata_props=node.metadata_props)
+        model.graph.insert_before(node, made)
+        return result  # type: ignore[no-any-return]
+
+    for node in list(model.graph):
+        (chosen, *_) = node.outputs
+        if node.op_type != "Where" or chosen.dtype != ir.DataType.BOOL:
+            continue
+        condition, first, second = node.inputs
+        other = make(node, "other", "Not", condition)
+        parts = make(node, "if", "And", condition, first), make(node, "else", "And", other, second)
+        result = make(node, "chosen", "Or", *parts)
+        result.shape = chosen.shape
+        chosen.replace_all_uses_with(result, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
 
 
 def _without_einsum(exported: ExportedProgram) -> ExportedProgram:

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lazy_compile.backends.onnx_metadata import first_line
-from lazy_compile.errors import BackendError
+from lazy_compile.errors import BackendError, CaptureError
 from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.module import LazyGraph, LazyModule
 from lazy_compile.operators import size_hint, value_of
@@ -21,10 +19,23 @@ from lazy_compile.program import Program, Role
 def example_call(
     lazy: LazyModule, inputs: Mapping[str, Any] | Sequence[Any] | None
 ) -> tuple[LazyGraph, Sequence[Tensor]]:
-    if isinstance(inputs, Mapping):
-        return lazy._graph_for((), dict(inputs))
+    """The graph for a call, and its tensors; zeros of the captured sizes if no call is given.
+
+    Raises:
+        BackendError: a size depends on what is in a tensor, and no call says what that is, or weights decide it.
+    """
+    name = type(lazy.original).__name__
     if inputs is not None:
-        return lazy._graph_for(tuple(inputs), {})
+        call = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        try:
+            return lazy._store.find_with_known_sizes(*call, lazy.lazy_config)
+        except CaptureError as error:
+            raise BackendError(f"{name} cannot be converted to ONNX: {error}") from error
+    if lazy.graph.captured.has_open_sizes:
+        raise BackendError(
+            f"{name} cannot be converted to ONNX without an example call: sizes in it depend on the values of tensors; "
+            "give example_inputs, with the values that the file will serve"
+        )
     program = lazy.graph.captured.program
     fakes = [
         value_of(node)
@@ -51,16 +62,10 @@ def all_inputs(
     lazy: LazyModule, graph: LazyGraph, program: Program, tensors: Sequence[Tensor]
 ) -> list[tuple[str, Tensor]]:
     """Name and example of every input that is not a parameter; nothing is computed to find the sizes."""
-    observed, mode = _Observe(), FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # masks may choose rows
+    observed, mode = _Observe(), FakeTensorMode(static_shapes=True)
     state = [mode.from_tensor(tensor) for tensor in graph.state()]
-    try:
-        with mode, torch.no_grad():
-            graph.program.graph_module(*state, *(mode.from_tensor(tensor) for tensor in tensors), observed)
-    except Exception as error:
-        raise BackendError(
-            f"{type(lazy.original).__name__} cannot be converted to ONNX: sizes in it depend on the values of tensors "
-            f"({first_line(error)}); run it in PyTorch, or give it those sizes as Python numbers"
-        ) from error
+    with mode, torch.no_grad():
+        graph.program.graph_module(*state, *(mode.from_tensor(tensor) for tensor in tensors), observed)
     remaining, example = iter(tensors), []
     for item, fake in zip(program.inputs, program.fake_inputs(), strict=True):
         if item.role is Role.USER:

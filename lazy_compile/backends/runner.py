@@ -216,7 +216,7 @@ class Runner:
                     f"input {name!r} is {seen}; the model was exported for {wanted}: "
                     "export it again with an example call of the sizes that you need"
                 )
-        return {name: tensor.to(self.device).contiguous() for name, tensor in tensors.items()}
+        return {name: _in_reals(tensor.to(self.device)).contiguous() for name, tensor in tensors.items()}
 
     def _decide(
         self, row: GateRow | None, force: Force | None, filled: bool
@@ -267,3 +267,8 @@ class Runner:
     def _widths(self) -> Tensor:
         """``int64[G]``: features of each gate."""
         return torch.tensor([self.layout.features[index] for index in self.layout.gates])
+
+
+def _in_reals(tensor: Tensor) -> Tensor:
+    """Complex numbers as an exported model takes them: a last axis of real and imaginary part."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -63,6 +63,8 @@ def complex_nodes(program: Program) -> list[str]:
         lambda z, table: torch.cat([z, z[:, 2:4]], dim=-2) * torch.stack([table[0], table[3]]).unsqueeze(-2),
         lambda z, table: torch.cat([part * table for part in (z * table).split([1, 2], dim=-1)[:1]], dim=1),
         lambda z, table: z * table[torch.tensor([5, 4, 3, 2, 1, 0])],
+        lambda z, table: z[:, :2] * table.gather(0, torch.tensor([[5, 0, 3], [4, 4, 1]])),
+        lambda z, table: torch.nn.utils.rnn.pad_sequence([table[:2], table], batch_first=True) * z,
         lambda z, table: z.to(torch.complex128) * z.real.to(torch.complex128),
         lambda z, table: torch.zeros(6, 3, dtype=torch.complex64).index_copy(0, torch.tensor([1]), table[:1]) + z,
         lambda z, table: z * table.new_zeros(6, 3).select_scatter(table[2], 0, 4).slice_scatter(table[:, :1], -1, 0, 1),

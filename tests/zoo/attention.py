@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 
 from lazy_compile.lazy_branch import lazy_calls
-from lazy_compile.operators import macs
-from lazy_compile.program import Program
+from lazy_compile.operators import macs, size_hint
+from lazy_compile.program import Program, Role
 
 aten = torch.ops.aten
 
-_FUSED = {"scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"}
+_FUSED = {"scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu", "flex_attention"}
 _PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm"}
 _SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 _BETWEEN = {
@@ -23,11 +25,32 @@ _BETWEEN = {
 
 
 def attentions(program: Program) -> Iterator[fx.Node]:
-    """Fused attention, and the second product of attention written out: product, softmax, product."""
+    """Fused attention, and the second product of attention written out: product, softmax, product, or, where attention
+    is linear, two products of tokens one after the other."""
+    live = _depend_on_inputs(program)
     for node in program.graph.nodes:
         name = _name(node)
-        if name in _FUSED or (name in _SOFTMAX and any(_name(origin) in _PRODUCTS for origin in _back(node))):
-            yield from [node] if name in _FUSED else [user for user in _forth(node) if _name(user) in _PRODUCTS]
+        if name in _FUSED:
+            yield node
+        elif name in _SOFTMAX and any(_name(origin) in _PRODUCTS for origin in _back(node)):
+            yield from (user for user in _forth(node) if _name(user) in _PRODUCTS)
+        elif _multiplies_tokens(node, live) and any(_multiplies_tokens(origin, live) for origin in _back(node)):
+            yield node
+
+
+def _multiplies_tokens(node: fx.Node, live: set[fx.Node]) -> bool:
+    """A product of two tensors that carry activations, neither of them a matrix for each position."""
+    if _name(node) not in _PRODUCTS:
+        return False
+    return len(operands := node.all_input_nodes) == 2 and all(item in live for item in operands)
+
+
+def _depend_on_inputs(program: Program) -> set[fx.Node]:
+    found = {node for node, item in zip(program.placeholders, program.inputs, strict=True) if item.role is Role.USER}
+    for node in program.graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def names_inside(program: Program) -> set[str]:
@@ -46,10 +69,11 @@ def token_macs(program: Program, batch: int) -> dict[str, int]:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if cost := macs(node):
+            value = value[0] if isinstance(value, tuple) else value
             assert isinstance(value, Tensor)
-            positions = [int(size) for size in value.shape]
+            positions = [size_hint(size) for size in value.shape]
             channels = 1 if "conv" in _name(node) else -1
-            if value.numel() // positions[channels] > batch:
+            if prod(positions) // positions[channels] > batch:
                 found[node.name] = cost
     return found
 
@@ -75,5 +99,9 @@ def _forth(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _name(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None) if node.op == "call_function" else None
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, HigherOrderOperator):
+        return node.target.__name__
+    packet = getattr(node.target, "overloadpacket", None)
     return str(packet.__name__) if packet is not None else ""

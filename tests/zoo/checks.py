@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lazy_compile.backends.onnx import export_onnx
 from lazy_compile.backends.onnx_structure import check_structure
 from lazy_compile.backends.onnxruntime import OnnxRunner
 from lazy_compile.call_layout import CallLayout
+from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.runtime import CacheState
 from lazy_compile.soft_step import SoftStep
 from models import TOLERANCE, counted_by_torch
@@ -25,7 +27,7 @@ from zoo.exceptions import OUTSIDE
 from zoo.gates import mixed_gates
 from zoo.golden import described, golden
 from zoo.graph_oracle import GraphOracle
-from zoo.subject import BATCH, Call, Subject, answer, quietly, row_of, run, tensors_of
+from zoo.subject import BATCH, Call, Subject, answer, plainly, row_of, run, tensors_of
 
 STEPS = 5
 ONNX_TOLERANCE = 1e-4
@@ -58,7 +60,7 @@ def share(subject: Subject) -> str:
 
     A model may compute what it does not use (what the last block makes of the text); a graph does not.
     """
-    with quietly():
+    with plainly():
         counted = counted_by_torch(subject.model, subject.calls(1)[0])
     total = subject.graph.total_macs
     assert 0.9 * counted <= total <= 1.01 * counted, f"{total} multiply-accumulates, torch counts {counted:.0f}"
@@ -76,7 +78,7 @@ def exact(subject: Subject) -> str:
     """While everything computes, every result is the original's bit for bit."""
     lazy, calls = subject.fresh(), subject.calls(3)
     for step, call in enumerate(calls):
-        with torch.no_grad(), quietly():
+        with torch.no_grad(), plainly():
             assert_identical(answer(lazy, call), answer(subject.model, call), step)
     assert lazy.stats.calls == len(calls)
     return "bitwise"
@@ -110,7 +112,7 @@ def gradients(subject: Subject) -> str:
         (torch.zeros(branch.gate_features, requires_grad=True), torch.zeros((), requires_grad=True))
         for branch in lazy.branches
     ]
-    with quietly():
+    with plainly():
         for step, call in enumerate(subject.calls(2)):
             result = lazy.evaluate(SoftStep(gates, lazy.lazy_config, caches, step), **call)
             for slot in caches.slots.values():  # conditions stay, and so does what depends on nothing else
@@ -131,10 +133,11 @@ def batch(subject: Subject, seed: int = 0, reuse: str = "linear", order: tuple[i
     """Under gates that decide differently for two rows, both give what each gives in a call of its own.
 
     The single calls of one step are parallel streams, as under classifier-free guidance; they are named where no
-    timestep tells them. A branch whose rows are mixed decides once per call, and says why.
+    timestep tells them. A branch whose rows are mixed decides once per call, and says why. Where the original itself
+    mixes rows, only the branches are held to what they say of themselves.
     """
     if mixes_rows(subject):
-        return "the original mixes its rows"
+        return f"{separate_rows(subject)} of {len(subject.lazy.branches)}; the original mixes rows"
     lazy, calls = subject.fresh(reuse=reuse), subject.calls(STEPS)
     separable = [branch.row_separable for branch in lazy.branches]
     assert all(branch.row_separable or branch.why_not_separable for branch in lazy.branches)
@@ -161,12 +164,38 @@ def mixes_rows(subject: Subject) -> bool:
     return any(difference(both[row], run(subject.model, [subject.row(call, row)])[0]) > 1e-4 for row in range(BATCH))
 
 
+def separate_rows(subject: Subject) -> int:
+    """How many branches decide for each row: what they give for a row alone is what they give for it in a batch."""
+    found = 0
+
+    class Separate:
+        """A step that computes every branch for all rows and for each alone."""
+
+        def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+            nonlocal found
+            outputs = branch.compute(inputs)
+            if branch.branch.row_separable:
+                found += 1
+                axes = [item.batch_axis or 0 for item in branch.branch.outputs]
+                for row in range(BATCH):
+                    alone = branch.compute_rows(inputs, torch.tensor([row]))
+                    both = [item.narrow(axis, row, 1) for item, axis in zip(outputs, axes, strict=True)]
+                    worst = difference(list(alone), both)
+                    name = branch.branch.name
+                    assert worst <= TOLERANCE["another batch"], f"a row of {name} alone differs by {worst:.2g}"
+            return outputs
+
+    with torch.no_grad(), plainly():
+        subject.lazy.evaluate(Separate(), **subject.arguments)
+    return found
+
+
 def onnx(subject: Subject) -> str:
     """Exported with ``If``, sound in structure, and in ONNX Runtime what PyTorch gives, with and without reuse."""
     lazy, calls = subject.fresh(), subject.calls(STEPS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        with quietly():
+        with plainly():
             export_onnx(lazy, path, subject.arguments)
         problems = check_structure(path).problems
         assert not problems, "; ".join(problems)
@@ -211,7 +240,7 @@ def assert_identical(seen: object, expected: object, step: int) -> None:
 
 def _rows(model: torch.nn.Module, call: Call) -> list[list[Tensor]]:
     """The result of one call, row by row."""
-    with torch.no_grad(), quietly():
+    with torch.no_grad(), plainly():
         result = answer(model, call)
     if not isinstance(result, tuple | dict):
         result = (result,)

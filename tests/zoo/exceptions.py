@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+POOLS = "pools the words into one vector, which is added to no stream"
+
 OUTSIDE: dict[str, dict[str, str]] = {
-    "HunyuanDiT2DModel": {"time_extra_emb.pooler": "pools the words into one vector, which is added to no stream"},
+    "HunyuanDiT2DModel": {"time_extra_emb.pooler": POOLS},
+    "MochiTransformer3DModel": {"time_embed.pooler": POOLS},
 }
 """Model -> module path of an attention that no branch holds -> why."""
 
@@ -11,8 +14,13 @@ FAILING: dict[str, dict[str, str]] = {
     "Cosmos3OmniTransformer": {
         "gradients": "the model computes an MLP over the words in its last block whose result it does not return",
     },
-    "HunyuanVideoFramepackTransformer3DModel": {
-        "onnx": "the words are cut to a length that is read from the mask (item()), so that sizes depend on values",
+    "NucleusMoEImageTransformer2DModel": {
+        "onnx": "each expert gets as many tokens as the router chose, so that sizes depend on values computed with the "
+        "weights, which no file with fixed sizes holds; use it in PyTorch, or compute every expert for all tokens",
+    },
+    "SanaWMTransformer3DModel": {
+        "onnx": "it computes its linear attention in bfloat16, for which ONNX Runtime has no Mul on a CPU; compute "
+        "it in float32 there",
     },
     "HiDreamImageTransformer2DModel": {
         "captures": "experts are counted in numpy: a decision in Python by values computed with the weights",
