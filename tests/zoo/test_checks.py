@@ -60,6 +60,39 @@ def test_rows_that_change_places_are_not_their_single_calls(small: Subject, monk
         checks.batch(small)
 
 
+class MixesRows(Small):
+    """Every row starts from the mean of all."""
+
+    def enter(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().enter(x + x.mean(dim=0, keepdim=True), t)
+
+
+def test_a_model_that_mixes_rows_has_branches_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = asked(MixesRows())
+    assert checks.batch(model) == "2 of 2; the original mixes rows"
+    sound = LazyBranch.compute
+
+    def mixed(self: LazyBranch, inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(item + item.mean(dim=0) for item in sound(self, inputs))
+
+    monkeypatch.setattr(LazyBranch, "compute", mixed)
+    with pytest.raises(AssertionError, match="a row of attn alone differs"):
+        checks.batch(model)
+
+
+class LinearAttention(Small):
+    """``q (kᵀ v)``, without a softmax, outside of any residual branch."""
+
+    def blocks(self, h: Tensor) -> Tensor:
+        h = norm(h) @ (norm(h).transpose(1, 2) @ h)
+        return h + self.mlp(norm(h))
+
+
+def test_linear_attention_is_attention() -> None:
+    with pytest.raises(AssertionError, match="outside of branches"):
+        checks.attention(asked(LinearAttention()))
+
+
 class Silent(Small):
     """Its MLP has no say in the result."""
 
