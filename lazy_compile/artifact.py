@@ -176,13 +176,12 @@ def _write_policy(policy: Policy, folder: Path) -> dict[str, Any]:
         return {"kind": "scheduled", "should_compute": written["should_compute"], "slopes": written["slopes"]}
     if type(policy) is Learned:
         table = policy.table
-        tensors = {"knots": table.knots, "weight": table.weight, "bias": table.bias}
         return {
             "kind": "learned",
             "shift": float(policy.shift),
             "delayed": policy.delayed,
             "interpolation": table.interpolation,
-            "gates": _write_gates(tensors, folder),
+            "gates": _write_gates(table.tensors, folder),
         }
     raise ConfigError(
         f"a policy of class {type(policy).__name__} cannot be saved; expected AlwaysCompute, Scheduled or Learned: "
@@ -241,7 +240,10 @@ def _read_table(values: dict[str, Any], manifest: Path, features: Sequence[int])
     missing = sorted({"knots", "weight", "bias"} - set(tensors))
     if missing:
         raise ArtifactError(f"{path} holds no tensor {missing[0]!r}; calibrate again, or restore it from a copy")
-    return GateTable(tuple(features), tensors["knots"], tensors["weight"], tensors["bias"], values["interpolation"])
+    return GateTable(
+        tuple(features), tensors["knots"], tensors["weight"], tensors["bias"], values["interpolation"],
+        tensors.get("slope"),
+    )  # fmt: skip
 
 
 def _read_config(values: dict[str, Any], manifest: Path) -> LazyConfig:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lazy_compile.effects import EffectTable, Sampler
+from lazy_compile.effects import Sampler
 from lazy_compile.errors import ConfigError
 from lazy_compile.gate import GateTable
 from lazy_compile.gate_trainer import CalibrationConfig as CalibrationConfig
@@ -17,6 +17,7 @@ from lazy_compile.gate_trainer import StepPair as StepPair
 from lazy_compile.module import LazyModule
 from lazy_compile.policy import Learned
 from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.schedule import CacheSchedule
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ def calibrate(
     *,
     sample: Sampler,
     data: Iterable[StepPair] | None = None,
-    effects: EffectTable | None = None,
+    plan: CacheSchedule | None = None,
     checkpoint: str | Path | None = None,
     on_progress: OnProgress = no_progress,
 ) -> CalibrationReport:
     """Plan, train the deviation from the plan, and set the ratio exactly; base weights stay as they are.
 
-    1. The effect of every reuse on the final sample is measured, and the best fixed schedule under the target planned.
-       Its decisions, with their margins, are the initial biases: the gates start as that schedule.
+    1. The best fixed schedule under the target is searched for, and how much every decision of it matters is measured.
+       These margins are the initial biases, and its slopes the slopes of the gates: they start as that schedule.
     2. The weights are trained on the soft mix ``y = c f(Z) + (1 - c) reuse`` with ``c = sigmoid(compute_logit)``; the
        lazy loss ``rho * sum(c)`` pays for computing. They learn how samples deviate from the plan.
     3. All biases are shifted alike until the measured ratio is the target. The planned and the trained table are run on
@@ -66,7 +67,7 @@ def calibrate(
         config: target and training options.
         sample: runs a trajectory.
         data: pairs for ``objective="paper"``.
-        effects: from :func:`~lazy_compile.effects.measure_effects`, to share between several targets.
+        plan: the schedule to start from, under the target; None searches one, see :func:`~lazy_compile.planning.plan`.
         checkpoint: a file to resume from and to write to. An interrupted run that is started again with it ends at the
             same gates as one that was not interrupted.
         on_progress: see :mod:`lazy_compile.progress`.
@@ -82,7 +83,7 @@ def calibrate(
         lazy,
         config,
         sample,
-        effects=effects,
+        plan=plan,
         checkpoint=Path(checkpoint) if checkpoint else None,
         on_progress=on_progress,
     )

@@ -222,11 +222,12 @@ def calibration_work(lazy: LazyModule, sample: SampleFunction, config: Any) -> d
     """How many evaluations of the model each stage of a calibration takes."""
     from lazy_compile.effects import count_steps
     from lazy_compile.gate_trainer import SHIFTS
+    from lazy_compile.schedule_search import SearchOptions
 
     steps, branches = count_steps(lazy, sample, config.seed), len(lazy.branches)
     tables = 2 if config.iterations else 1
     work = {
-        "measuring effects": steps + (steps - 1) + branches * steps * (steps - 1) // 2,
+        "searching a schedule (at most)": SearchOptions().trajectories * steps,
         "training gates": config.iterations * (2 * steps if config.objective == "rollout" else 3),
         "setting the ratio (at most)": tables * (SHIFTS + 1) * steps,
     }

@@ -69,8 +69,7 @@ def measure_effects(
     steps, branches = len(recording.timesteps), len(lazy.branches)
     if steps < 2:
         raise ConfigError(f"the sampler ran {steps} step(s) of the model; at least 2 are needed to reuse anything")
-    if not torch.isfinite(dense).all():
-        raise ConfigError("the dense samples are not finite; check the sampler before measuring reuse")
+    require_finite(dense)
     final = np.full((steps, branches), np.nan)
     output = np.full((steps, branches), np.nan)
     before: dict[int, CacheState] = {}
@@ -87,6 +86,11 @@ def measure_effects(
     graph = lazy.graph
     macs = np.array([branch.macs for branch in graph.program.branches], dtype=np.float64)
     return EffectTable(final, output, np.array(recording.timesteps), macs, graph.total_macs)
+
+
+def require_finite(dense: Tensor) -> None:
+    if not torch.isfinite(dense).all():
+        raise ConfigError("the dense samples are not finite; check the sampler before measuring reuse")
 
 
 def _sample(lazy: LazyModule, sample: Sampler, seed: int, driver: Callable[[ModelCall], Any]) -> Tensor:

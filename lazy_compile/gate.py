@@ -81,6 +81,7 @@ class GateTable:
         knots: ``float64[K]``, the model's time input at each row, in denoising order.
         weight: ``float32[K, sum(features)]``.
         bias: ``float32[K, G]``.
+        slope: ``float32[K, G]``, how far linear reuse follows its line; None: all the way.
         interpolation: ``"nearest"`` takes the row of the closest knot (one row per calibrated step, as in the paper);
             ``"linear"`` interpolates between knots, so that another number of steps finds its own values.
     """
@@ -90,6 +91,7 @@ class GateTable:
     weight: Tensor
     bias: Tensor
     interpolation: Interpolation = "nearest"
+    slope: Tensor | None = None
 
     def __post_init__(self) -> None:
         expected_weight, expected_bias = (len(self.knots), sum(self.features)), (len(self.knots), len(self.features))
@@ -98,6 +100,10 @@ class GateTable:
                 f"a gate table for {len(self.features)} branches and {len(self.knots)} knots has weight "
                 f"{list(expected_weight)} and bias {list(expected_bias)}; "
                 f"seen {list(self.weight.shape)} and {list(self.bias.shape)}"
+            )
+        if self.slope is not None and self.slope.shape != self.bias.shape:
+            raise ConfigError(
+                f"a gate table has one slope for each bias; seen {list(self.slope.shape)} for {list(self.bias.shape)}"
             )
         if not len(self.knots):
             raise ConfigError("a gate table needs at least one knot; give the timesteps that its rows belong to")
@@ -122,6 +128,19 @@ class GateTable:
             torch.lerp(self.weight[lower], self.weight[upper], fraction),
             torch.lerp(self.bias[lower], self.bias[upper], fraction),
         )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file of gates holds, by name."""
+        named = {"knots": self.knots, "weight": self.weight, "bias": self.bias, "slope": self.slope}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def slopes(self, timestep: float) -> list[float] | None:
+        """Of every branch at one value of the time input; None where the table has none."""
+        if self.slope is None:
+            return None
+        lower, upper, fraction = self.locate(timestep)
+        return torch.lerp(self.slope[lower], self.slope[upper], fraction).tolist()
 
     def locate(self, timestep: float) -> tuple[int, int, float]:
         """Rows ``lower`` and ``upper`` around a timestep, and how far it lies from the first to the second."""

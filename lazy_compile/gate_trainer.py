@@ -10,23 +10,29 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lazy_compile.effects import DenseStep, EffectTable, Sampler, measure_effects
+from lazy_compile.effects import DenseStep, Sampler, measure_effects
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.gate import GateTable
 from lazy_compile.module import LazyModule, ModelCall
-from lazy_compile.planning import Budget, PlannedReuse, plan_reuse
+from lazy_compile.planning import Budget, PlannedReuse, margins_of, plan_reuse, search_schedule
 from lazy_compile.policy import Learned, split_row
 from lazy_compile.progress import OnProgress
+from lazy_compile.response import NoGradientError, measure_response
 from lazy_compile.runtime import CacheState
+from lazy_compile.schedule import CacheSchedule
 from lazy_compile.schedule_search import UNSEEN
+from lazy_compile.search import harm_of_reuse
 from lazy_compile.soft_step import SoftStep
 from lazy_compile.storage import load_tensors, save_tensors
 
 Objective = Literal["rollout", "paper"]
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -110,22 +116,21 @@ class GateTrainer:
         config: CalibrationConfig,
         sample: Sampler,
         *,
-        effects: EffectTable | None,
+        plan: CacheSchedule | None,
         checkpoint: Path | None,
         on_progress: OnProgress,
     ) -> None:
         self.lazy, self.config, self.sample = lazy, config, sample
         self.checkpoint, self.on_progress = checkpoint, on_progress
         self.history: list[dict[str, float]] = []
+        self.cost = branch_cost(lazy, config.budget)
         self.iteration = 0
         saved = self._read_checkpoint()
-        if saved:
-            effects = _effects_of(saved)
-        self.effects = effects or measure_effects(lazy, sample, seed=config.seed, on_progress=on_progress)
-        planned = plan_reuse(self.effects, config.budget)
-        self.initial = initial_gates(lazy, self.effects, planned, config.knots)
-        self.rho = config.rho if config.rho is not None else planned.price
-        self.sensitivity = dict(zip(self.effects.timesteps.tolist(), self.effects.sensitivity.tolist(), strict=True))
+        start = _start_of(saved) if saved else gate_start(lazy, config.budget, sample, plan, config.seed, on_progress)
+        self.start = start
+        self.initial = initial_gates(lazy, start, config.knots)
+        self.rho = config.rho if config.rho is not None else start.planned.price
+        self.sensitivity = dict(zip(start.timesteps.tolist(), start.sensitivity.tolist(), strict=True))
         device = next(lazy.original.parameters()).device
         self.weight = self.initial.weight.to(device).requires_grad_()
         self.bias = self.initial.bias.to(device)
@@ -164,7 +169,7 @@ class GateTrainer:
         return torch.stack([seen[float(times[(times - knot).abs().argmin()])] for knot in self.initial.knots])
 
     def _soft_step(self, call: ModelCall, gates: Sequence[tuple[Tensor, Tensor]]) -> SoftStep:
-        return SoftStep(gates, self.lazy.lazy_config, call.caches, call.step)
+        return SoftStep(gates, self.lazy.lazy_config, call.caches, call.step, self.initial.slopes(call.timestep))
 
     def train(self, pairs: Iterator[StepPair] | None) -> GateTable:
         if pairs is not None:
@@ -256,7 +261,9 @@ class GateTrainer:
                 return call.run_flat(SoftStep(self._gates(call.timestep), self.lazy.lazy_config, caches, 0))
 
         def learn(call: ModelCall) -> tuple[SoftStep, list[Tensor], list[Tensor]]:
-            step = SoftStep(self._gates(call.timestep), self.lazy.lazy_config, caches, 1)
+            step = SoftStep(
+                self._gates(call.timestep), self.lazy.lazy_config, caches, 1, self.initial.slopes(call.timestep)
+            )
             with torch.no_grad():
                 dense = call.run_flat(DenseStep())
             return step, call.run_flat(step), dense
@@ -280,8 +287,7 @@ class GateTrainer:
 
     def _charge(self, step: SoftStep) -> Tensor:
         """The lazy loss without its price: what is expected to be computed, counted as the target counts it."""
-        cost = self.config.budget.cost_of(self.effects.branch_macs, self.effects.total_macs)
-        shares = [torch.sigmoid(logit).mean() * cost[index] for index, logit in step.logits.items()]
+        shares = [torch.sigmoid(logit).mean() * self.cost[index] for index, logit in step.logits.items()]
         return torch.stack(shares).sum()
 
     def _update(self, totals: Sequence[tuple[float, float]]) -> dict[str, float]:
@@ -306,9 +312,7 @@ class GateTrainer:
         }
         for key, value in self.optimizer.state.get(self.weight, {}).items():
             tensors[f"optimizer.{key}"] = torch.as_tensor(value)
-        for name in ("final", "output", "timesteps", "branch_macs"):
-            tensors[f"effects.{name}"] = torch.from_numpy(getattr(self.effects, name))
-        tensors["effects.total_macs"] = torch.tensor(self.effects.total_macs)
+        tensors |= {f"start.{name}": torch.from_numpy(value) for name, value in _start_arrays(self.start).items()}
         tensors["history"] = torch.tensor([list(record.values()) for record in self.history], dtype=torch.float64)
         save_tensors(self.checkpoint, tensors, self._identity())
 
@@ -348,27 +352,95 @@ SHIFTS = 12
 """Most trajectories that are run to set the ratio."""
 
 
-def initial_gates(lazy: LazyModule, effects: EffectTable, planned: PlannedReuse, knots: int | None) -> GateTable:
+@dataclass(frozen=True)
+class GateStart:
+    """What gates start from.
+
+    Attributes:
+        planned: the schedule that they repeat until they are trained, with its slopes.
+        timesteps: ``float64[T]``, the time input at each step.
+        sensitivity: ``float64[T]``, change of the final samples per change of the model's output at a step.
+    """
+
+    planned: PlannedReuse
+    timesteps: Floats
+    sensitivity: Floats
+
+
+def gate_start(
+    lazy: LazyModule,
+    budget: Budget,
+    sample: Sampler,
+    schedule: CacheSchedule | None,
+    seed: int,
+    on_progress: OnProgress,
+) -> GateStart:
+    """Search a schedule, unless one is given, and measure how sure each of its decisions is.
+
+    Where the samples carry no gradient, everything comes from the effects of single reuses.
+    """
+    try:
+        schedule = schedule or search_schedule(lazy, sample, budget, seed=seed, on_progress=on_progress)
+        response = measure_response(lazy, sample, schedule, seed=seed + UNSEEN // 2, directions=DIRECTIONS)
+    except NoGradientError:
+        effects = measure_effects(lazy, sample, seed=seed, on_progress=on_progress)
+        return GateStart(plan_reuse(effects, budget), effects.timesteps, effects.sensitivity)
+    assert response.timesteps is not None
+    assert response.sensitivity is not None
+    planned = margins_of(schedule, harm_of_reuse(response), branch_cost(lazy, budget))
+    return GateStart(planned, response.timesteps, response.sensitivity)
+
+
+DIRECTIONS = 4
+"""Of the measurement that says how sure a plan is of its decisions."""
+
+
+def branch_cost(lazy: LazyModule, budget: Budget) -> Floats:
+    """``float64[G]``: what computing each branch once counts for."""
+    return budget.cost_of(np.array([branch.macs for branch in lazy.branches], float), float(lazy.graph.total_macs))
+
+
+def initial_gates(lazy: LazyModule, start: GateStart, knots: int | None) -> GateTable:
     """Gates that repeat the planned schedule whatever they read: the bias is how sure the plan is of each decision."""
-    margin = np.clip(planned.margin, -SURE, SURE)
-    times = torch.from_numpy(effects.timesteps)
-    if knots is None:
-        table = GateTable.constant(lazy.branches, times)
-        return replace(table, bias=torch.from_numpy(margin).float())
-    places = np.linspace(0, len(times) - 1, knots)
-    at_knots = np.stack([np.interp(places, np.arange(len(times)), column) for column in margin.T], axis=1)
-    chosen = torch.from_numpy(np.interp(places, np.arange(len(times)), effects.timesteps))
-    table = GateTable.constant(lazy.branches, chosen)
-    return replace(table, bias=torch.from_numpy(at_knots).float(), interpolation="linear")
+    margin, slopes = np.clip(start.planned.margin, -SURE, SURE), start.planned.schedule.slopes
+    steps = np.arange(len(start.timesteps))
+    places = steps if knots is None else np.linspace(0, steps[-1], knots)
+
+    def at_places(columns: Floats) -> Tensor:
+        return torch.from_numpy(np.stack([np.interp(places, steps, column) for column in columns.T], axis=1)).float()
+
+    table = GateTable.constant(lazy.branches, torch.from_numpy(np.interp(places, steps, start.timesteps)))
+    return replace(
+        table,
+        bias=at_places(margin),
+        slope=None if slopes is None else at_places(slopes),
+        interpolation="nearest" if knots is None else "linear",
+    )
 
 
 SURE = 4.0
 """Bias of a decision that the plan is sure of: sigmoid(4) = 0.98."""
 
 
-def _effects_of(saved: dict[str, Tensor]) -> EffectTable:
-    values = {name: saved[f"effects.{name}"].numpy() for name in ("final", "output", "timesteps", "branch_macs")}
-    return EffectTable(**values, total_macs=int(saved["effects.total_macs"]))
+def _start_arrays(start: GateStart) -> dict[str, npt.NDArray[Any]]:
+    schedule = start.planned.schedule
+    arrays = {
+        "should_compute": schedule.should_compute,
+        "margin": start.planned.margin,
+        "price": np.array(start.planned.price),
+        "timesteps": start.timesteps,
+        "sensitivity": start.sensitivity,
+    }
+    return {name: np.array(array) for name, array in arrays.items()} | (
+        {} if schedule.slopes is None else {"slopes": np.array(schedule.slopes)}
+    )
+
+
+def _start_of(saved: dict[str, Tensor]) -> GateStart:
+    arrays = {name.partition(".")[2]: tensor.numpy() for name, tensor in saved.items() if name.startswith("start.")}
+    schedule = CacheSchedule(arrays["should_compute"], arrays.get("slopes"))
+    planned = PlannedReuse(schedule, arrays["margin"], float(arrays["price"]))
+    return GateStart(planned, arrays["timesteps"], arrays["sensitivity"])
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -114,6 +114,33 @@ def plan(
     Raises:
         ConfigError: the budget cannot be met, since the first step computes everything.
     """
+    try:
+        return search_schedule(
+            lazy, sample, budget, timings=timings, start=start, options=options, seed=seed, on_progress=on_progress
+        )
+    except NoGradientError as error:
+        if budget.latency_ratio is not None:
+            raise
+        logger.warning("planning from single reuses, which is slower and finds less: %s", error)
+        return plan_reuse(measure_effects(lazy, sample, seed=seed, on_progress=on_progress), budget).schedule
+
+
+def search_schedule(
+    lazy: LazyModule,
+    sample: Sampler,
+    budget: Budget,
+    *,
+    timings: BranchTimings | None = None,
+    start: CacheSchedule | None = None,
+    options: SearchOptions | None = None,
+    seed: int = 0,
+    on_progress: OnProgress = no_progress,
+) -> CacheSchedule:
+    """:func:`plan` for samplers that let gradients through.
+
+    Raises:
+        NoGradientError: this one does not.
+    """
     steps = count_steps(lazy, sample, seed)
     if budget.latency_ratio is not None and timings is None:
         timings = measure_timings(lazy, sample, seed=seed)
@@ -122,14 +149,8 @@ def plan(
         each, total = timings.branches, timings.total
     cost = budget.cost_of(each, total)
     search = ScheduleSearch(lazy, sample, cost, budget.spend(steps, cost), options or SearchOptions())
-    try:
-        starts = [start] if start else [*search.starts(steps, seed), *_by_single_reuses(search, budget, steps, seed)]
-        return search.run(starts, seed, on_progress)
-    except NoGradientError as error:
-        if budget.latency_ratio is not None:
-            raise
-        logger.warning("planning from single reuses, which is slower and finds less: %s", error)
-        return plan_reuse(measure_effects(lazy, sample, seed=seed, on_progress=on_progress), budget).schedule
+    starts = [start] if start else [*search.starts(steps, seed), *_by_single_reuses(search, budget, steps, seed)]
+    return search.run(starts, seed, on_progress)
 
 
 def _by_single_reuses(search: ScheduleSearch, budget: Budget, steps: int, seed: int) -> list[CacheSchedule]:
@@ -141,6 +162,27 @@ def _by_single_reuses(search: ScheduleSearch, budget: Budget, steps: int, seed: 
     effects = EffectTable(final, final, np.zeros(steps), np.maximum(search.cost, 1e-9), 1)
     planned = plan_reuse(effects, budget).schedule
     return [planned if search.linear else CacheSchedule(planned.should_compute, np.zeros(final.shape))]
+
+
+def margins_of(schedule: CacheSchedule, harm: Floats, cost: Floats) -> PlannedReuse:
+    """How sure a schedule that was searched for is of its decisions, from the harm of reuse around it.
+
+    Args:
+        schedule: the decisions; a margin never contradicts one.
+        harm: from :func:`~lazy_compile.search.harm_of_reuse`.
+        cost: ``float64[G]`` of computing each branch.
+    """
+    worth = harm[1:] / np.maximum(cost, 1e-9)
+    computed = schedule.should_compute[1:]
+    price = max(float(np.quantile(worth, 1 - computed.mean())), float(np.finfo(np.float64).tiny))
+    margin = np.full(harm.shape, np.inf)
+    relative = worth / price - 1
+    margin[1:] = np.where(computed, np.maximum(relative, UNSURE), np.minimum(relative, -UNSURE))
+    return PlannedReuse(schedule, margin, price)
+
+
+UNSURE = 0.25
+"""Margin of a decision that the measurement would take the other way."""
 
 
 def plan_reuse(effects: EffectTable, budget: Budget) -> PlannedReuse:

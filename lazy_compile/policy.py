@@ -116,6 +116,9 @@ class Learned(Policy):
         weight, bias = self._gates(query.timestep, query.entries[0].device)[query.branch.index]
         return compute_logit(query.branch, query.entries, weight, bias) + self.shift
 
+    def slopes(self, step: int, timestep: float) -> Sequence[float] | None:
+        return self.table.slopes(timestep)
+
     def check(self, branches: Sequence[ResidualBranch]) -> None:
         features = tuple(branch.gate_features for branch in branches)
         if self.table.features != features:

@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from lazy_compile.effects import DenseStep, Sampler
+from lazy_compile.effects import DenseStep, Sampler, require_finite
 from lazy_compile.errors import ConfigError
 from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.module import LazyModule, ModelCall
@@ -49,6 +50,8 @@ class Response:
             branch g computed ``age`` steps before step t, were it returned at step t.
         error: ``float64[N]``: along each direction, samples under the schedule less dense samples.
         size: numbers in one sample; the mean of ``error ** 2`` over it is the mean squared error.
+        timesteps: ``float64[T]``, the time input at each step.
+        sensitivity: ``float64[T]``, squared change of the samples per squared change of the model's output at a step.
         weight: ``float64[N]``, how much each direction counts, see :func:`trust`; None: all alike.
     """
 
@@ -57,6 +60,8 @@ class Response:
     error: Floats
     size: int
     weight: Floats | None = None
+    timesteps: Floats | None = None
+    sensitivity: Floats | None = None
 
     def of_single_reuses(self, linear: bool) -> Floats:
         """``float64[T, G]``: mean squared change of the final samples if one branch reuses at one step.
@@ -86,7 +91,9 @@ class Response:
 
 def dense_samples(lazy: LazyModule, sample: Sampler, seed: int) -> Tensor:
     with torch.no_grad(), lazy.driven_by(lambda call: call.run(DenseStep())):
-        return sample(lazy, seed)
+        samples = sample(lazy, seed)
+    require_finite(samples)
+    return samples
 
 
 def trust(error: Floats) -> Floats:
@@ -130,8 +137,15 @@ def measure_response(
     trace.release()
     size = error[0].numel() if by_sample else error.numel()
     squared = error.square().flatten(1).mean(1) if by_sample else error.square().mean().reshape(1)
-    weight = np.tile(trust(squared.double().cpu().numpy()), directions)
-    return Response(schedule, torch.cat(answers).cpu().numpy(), torch.cat(errors).double().cpu().numpy(), size, weight)
+    return Response(
+        schedule,
+        torch.cat(answers).cpu().numpy(),
+        torch.cat(errors).double().cpu().numpy(),
+        size,
+        weight=np.tile(trust(squared.double().cpu().numpy()), directions),
+        timesteps=np.array([trace.timesteps[step] for step in sorted(trace.timesteps)]),
+        sensitivity=trace.sensitivity / (directions * error.numel()),
+    )
 
 
 @dataclass
@@ -160,13 +174,26 @@ class _Trace:
     first: list[Tensor] = field(default_factory=list)
     felt: Callable[[_Stream, int, int, int, Tensor], None] | None = None
     hooks: list[RemovableHandle] = field(default_factory=list)
+    timesteps: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sensitivity: Floats = np.zeros(self.schedule.steps)
 
     def drive(self, call: ModelCall) -> Any:
         torch.set_grad_enabled(True)  # until the sampler's own torch.no_grad ends
         stream = self.streams.setdefault(id(call.caches), _Stream(call.caches))
         step = _TracedStep(self, stream, call.step, dict(stream.known))
         detached = replace(call, state=[value.detach() for value in call.state])
-        return checkpoint(detached.run, step, use_reentrant=False, preserve_rng_state=False)
+        self.timesteps[call.step] = call.timestep
+        result = checkpoint(detached.run, step, use_reentrant=False, preserve_rng_state=False)
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self.hooks.append(leaf.register_hook(partial(self._feel_output, call.step)))
+        return result
+
+    def _feel_output(self, step: int, gradient: Tensor) -> None:
+        if self.felt is not None:
+            self.sensitivity[step] += float(gradient.double().square().sum())
 
     def release(self) -> None:
         """Let go of the graph, which holds the hooks, which hold this trace."""

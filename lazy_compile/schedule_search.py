@@ -41,6 +41,12 @@ class SearchOptions:
     swaps: int = 40
     remembered: int = 4
 
+    @property
+    def trajectories(self) -> int:
+        """How many dense trajectories a search takes the time of, at most."""
+        measuring = 2 + 3 * self.directions
+        return 4 + measuring + (self.step_rounds + self.rounds) * (measuring + 1 + 4)
+
 
 class ScheduleSearch:
     """A search among schedules whose branches decide as the model's groups have them."""

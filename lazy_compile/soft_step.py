@@ -27,6 +27,7 @@ class SoftStep:
         gates: ``(weight, bias)`` of every branch at this step.
         caches: slots of the stream; filled here.
         step: index in the trajectory; before ``config.warmup_steps`` every branch computes.
+        slopes: how far each branch follows its line; None: all the way.
         logits: of the branches that could choose, by branch index.
         pooled: what each gate read, averaged over the rows, by branch index.
     """
@@ -35,6 +36,7 @@ class SoftStep:
     config: LazyConfig
     caches: CacheState
     step: int
+    slopes: Sequence[float] | None = None
     logits: dict[int, Tensor] = field(default_factory=dict)
     pooled: dict[int, Tensor] = field(default_factory=dict)
     reused: float = 0.0
@@ -71,7 +73,8 @@ class SoftStep:
         if slot.previous is None:
             return slot.values
         distance = np.where(slot.computed_before < 0, np.inf, slot.computed_at - slot.computed_before)
-        factors = (self.step - slot.computed_at) / distance
+        slope = 1.0 if self.slopes is None else self.slopes[branch.branch.index]
+        factors = slope * (self.step - slot.computed_at) / distance
         return tuple(
             extrapolate(value, previous, factors, output.batch_axis)
             for value, previous, output in zip(slot.values, slot.previous, branch.branch.outputs, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ def text(program: Program) -> list[str]:
 def random_gates(lazy: LazyModule, knots: Tensor, seed: int = 0, scale: float = 20.0) -> GateTable:
     """Gates whose decisions vary from step to step and from sample to sample."""
     table = GateTable.constant(lazy.branches, knots)
-    table.weight.copy_(scale * torch.randn(table.weight.shape, generator=torch.Generator().manual_seed(seed)))
-    return table
+    generator = torch.Generator().manual_seed(seed)
+    table.weight.copy_(scale * torch.randn(table.weight.shape, generator=generator))
+    return replace(table, slope=2 * torch.rand(table.bias.shape, generator=generator) - 0.5)
 
 
 def knots(steps: int = STEPS) -> Tensor:

@@ -38,6 +38,7 @@ def gates(lazy: LazyModule, seed: int = 0) -> GateTable:
         torch.randn(table.weight.shape, generator=generator),
         torch.randn(table.bias.shape, generator=generator),
         "linear",
+        torch.rand(table.bias.shape, generator=generator),
     )
 
 
@@ -101,6 +102,7 @@ def test_gates_come_back_bit_for_bit(saved: Path, lazy: LazyModule) -> None:
     expected = gates(lazy)
     assert torch.equal(policy.table.weight, expected.weight)
     assert torch.equal(policy.table.bias, expected.bias)
+    assert torch.equal(policy.table.slope, expected.slope)
     assert policy.table.knots.dtype == torch.float64
     assert (policy.shift, policy.table.interpolation) == (0.25, "linear")
 

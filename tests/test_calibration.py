@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from lazy_compile import Learned, Scheduled
+from lazy_compile import CacheSchedule, Learned, Scheduled
 from lazy_compile.calibration import CalibrationConfig, CalibrationReport, calibrate
-from lazy_compile.effects import measure_effects
 from lazy_compile.errors import ArtifactError, ConfigError
-from lazy_compile.gate_trainer import initial_gates
-from lazy_compile.planning import Budget, plan_reuse
+from lazy_compile.gate_trainer import gate_start, initial_gates
+from lazy_compile.planning import Budget
+from lazy_compile.progress import no_progress
+from lazy_compile.response import measure_response
 from sampling import STEPS, lazy_tiny_dit, sample, step_pairs
 
 
@@ -53,7 +54,7 @@ def test_training_moves_the_weights_of_every_gate_that_can_choose() -> None:
     from lazy_compile.gate_trainer import GateTrainer
 
     trainer = GateTrainer(
-        lazy_tiny_dit(), options(), sample, effects=None, checkpoint=None, on_progress=lambda *unused: None
+        lazy_tiny_dit(), options(), sample, plan=None, checkpoint=None, on_progress=lambda *unused: None
     )
     table = trainer.train(None)
     assert table.weight[0].eq(0).all(), "the first step has no choice"
@@ -63,12 +64,26 @@ def test_training_moves_the_weights_of_every_gate_that_can_choose() -> None:
 
 def test_untrained_gates_repeat_the_plan() -> None:
     lazy = lazy_tiny_dit()
-    effects = measure_effects(lazy, sample)
-    planned = plan_reuse(effects, Budget(lazy_ratio=0.4))
-    lazy.policy = Scheduled(planned.schedule)
+    slopes = np.random.default_rng(0).uniform(0.5, 1.0, (STEPS, 4))
+    schedule = CacheSchedule(CacheSchedule.random(0.4, STEPS, 4, seed=3).should_compute, slopes)
+    lazy.policy = Scheduled(schedule)
     by_schedule = sample(lazy, 5)
-    lazy.policy = Learned(initial_gates(lazy, effects, planned, None))
-    assert torch.equal(sample(lazy, 5), by_schedule)
+    start = gate_start(lazy, Budget(lazy_ratio=0.4), sample, schedule, 0, no_progress)
+    assert start.planned.schedule is schedule
+    assert np.array_equal(start.planned.margin > 0, schedule.should_compute)
+    lazy.policy = Learned(initial_gates(lazy, start, None))
+    torch.testing.assert_close(sample(lazy, 5), by_schedule)
+    assert lazy.stats.lazy_ratio == pytest.approx(schedule.lazy_ratio)
+
+
+def test_what_an_output_is_worth_is_felt_by_the_samples() -> None:
+    lazy = lazy_tiny_dit()
+    response = measure_response(lazy, sample, CacheSchedule.always_compute(STEPS, 4), seed=0, directions=16)
+    assert response.sensitivity is not None
+    # The last step moves the samples by 0.1 times its output, earlier ones also by what follows from them.
+    assert response.sensitivity[-1] == pytest.approx(0.01, rel=0.1)
+    assert response.timesteps is not None
+    assert len(response.timesteps) == len(response.sensitivity) == STEPS
 
 
 def test_the_better_of_planned_and_trained_gates_is_kept() -> None:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from factories import tiny_inputs, tiny_model
 from lazy_compile import errors
 from lazy_compile.cli import app, exit_codes
+from lazy_compile.schedule_search import SearchOptions
 
 EULER = ["--sampler", "factories:euler", "--steps", "4"]
 
@@ -129,7 +130,7 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path: Path) -> N
     arguments = ["calibrate", "factories:tiny_dit", *EULER, "--target-lazy-ratio", 0.4, "--iterations", 2]
     values = answer(*arguments, "--output", tmp_path / "gates", "--dry-run")
     assert (values["branches"], values["steps"]) == (4, 4)
-    assert values["measuring effects"] == 4 + 3 + 4 * (3 + 2 + 1)
+    assert values["searching a schedule (at most)"] == SearchOptions().trajectories * 4
     assert values["training gates"] == 2 * 2 * 4
     assert list(tmp_path.iterdir()) == []
 

@@ -15,9 +15,18 @@ from lazy_compile.artifact import read
 from lazy_compile.demo import digits
 from lazy_compile.demo.contest import FIRST_EVALUATION_SEED, DemoSettings
 from lazy_compile.demo.run import default_checkpoints, run_demo
+from lazy_compile.schedule_search import SearchOptions
 
 SMALL = DemoSettings(
-    steps=5, targets=(0.4,), seeds=2, samples=20, reference_steps=8, effects_batch=2, calibration_batch=2, iterations=1
+    steps=5,
+    targets=(0.4,),
+    seeds=2,
+    samples=20,
+    reference_steps=8,
+    plan_batch=2,
+    calibration_batch=2,
+    iterations=1,
+    search=SearchOptions(step_rounds=1, rounds=1),
 )
 METHODS = ["dense", "fora2", "fora2_last", "lazy", "random", "planned", "ddim"]
 

@@ -102,7 +102,7 @@ def embed_policy(model: Model, metadata: OnnxMetadata, policy: Policy) -> None:
     """Put the rule that decides into the graph, in place; needs :data:`START`.
 
     1. ``Learned(table)`` with ``gating="predicate"``: the rows become constants; the timestep input says which one is
-       taken, as :meth:`~lazy_compile.gate.GateTable.row` says.
+       taken, as :meth:`~lazy_compile.gate.GateTable.row` says, and its slopes.
     2. ``Scheduled`` and ``AlwaysCompute`` with ``gating="input"``: the table and its slopes become constants, read by a
        slot :data:`STEP` that counts the steps; steps beyond its end compute.
 
@@ -163,14 +163,19 @@ def _embed_table(edit: _Editor, metadata: OnnxMetadata, policy: Learned) -> None
     timestep = given.get(metadata.timestep_input or "")
     if timestep is None:
         raise ConfigError("this model has no timestep input, by which a row of the gate table could be found")
-    weight, bias = _rows(policy, GateLayout.of(metadata.branches, metadata.leaders))
+    layout = GateLayout.of(metadata.branches, metadata.leaders)
+    weight, bias = _rows(policy, layout)
+    rows_of = {GATE_WEIGHT: weight, GATE_BIAS: bias}
+    if SLOPE in given:
+        slope = policy.table.slope
+        rows_of[SLOPE] = np.ones_like(bias) if slope is None else slope[:, list(layout.gates)].float().numpy()
     sizes = list(timestep.shape.numpy()) if timestep.shape is not None else []
     now = edit.add("Cast", [timestep], "timestep.float", "FLOAT", sizes, to=1)
     if sizes:
         axes = edit.constant(np.arange(len(sizes), dtype=np.int64), "timestep.axes")
         now = edit.add("ReduceMax", [now, axes], "timestep.now", "FLOAT", [], keepdims=0)
     lower, upper, fraction = _locate(edit, now, policy.table)
-    for name, rows in ((GATE_WEIGHT, weight), (GATE_BIAS, bias)):
+    for name, rows in rows_of.items():
         table = edit.constant(rows, f"{name}.table")
         size = [int(rows.shape[1])]
         first = edit.add("Gather", [table, lower], f"{name}.lower", "FLOAT", size)
@@ -178,8 +183,6 @@ def _embed_table(edit: _Editor, metadata: OnnxMetadata, policy: Learned) -> None
         apart = edit.add("Sub", [second, first], f"{name}.apart", "FLOAT", size)
         part = edit.add("Mul", [apart, fraction], f"{name}.part", "FLOAT", size)
         _replace_input(edit, given[name], edit.add("Add", [first, part], f"{name}.now", "FLOAT", size))
-    if SLOPE in given:  # gates have none of their own
-        _replace_input(edit, given[SLOPE], edit.constant(np.ones(bias.shape[1], np.float32), f"{SLOPE}.now"))
     edit.finish()
 
 

@@ -141,8 +141,7 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
         return {"kind": "scheduled", **policy.schedule.to_json()}
     if type(policy) is Learned:
         table = policy.table
-        tensors = {"knots": table.knots, "weight": table.weight, "bias": table.bias}
-        packed = write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        packed = write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in table.tensors.items()})
         return {
             "kind": "learned",
             "shift": policy.shift,

@@ -16,6 +16,7 @@ from lazy_compile.demo.training import Classifier
 from lazy_compile.module import LazyModule
 from lazy_compile.policy import Policy
 from lazy_compile.progress import OnProgress
+from lazy_compile.schedule_search import SearchOptions
 
 FIRST_EVALUATION_SEED = 9_100_001
 """Far from the seeds that calibration draws its noise from."""
@@ -31,7 +32,8 @@ class DemoSettings:
         seeds: how many sets of noise every method starts from.
         samples: images per set.
         reference_steps: of the dense trajectory that stands for the exact solution.
-        effects_batch: images per trajectory while the effect of every reuse is measured.
+        plan_batch: images per trajectory while schedules are searched for.
+        search: how long that takes.
         calibration_batch: images per trajectory while gates are trained.
         iterations: training iterations of the gates; None takes the library's default.
     """
@@ -41,7 +43,8 @@ class DemoSettings:
     seeds: int = 3
     samples: int = 128
     reference_steps: int = 100
-    effects_batch: int = 16
+    plan_batch: int = 24
+    search: SearchOptions = field(default_factory=lambda: SearchOptions(step_rounds=1, rounds=4))
     calibration_batch: int = 16
     iterations: int | None = None
 

@@ -20,9 +20,8 @@ from lazy_compile.calibration import CalibrationConfig, calibrate
 from lazy_compile.cli_tables import branch_table, inspection, inspection_summary
 from lazy_compile.demo import digits
 from lazy_compile.demo.contest import FIRST_EVALUATION_SEED, Contest, DemoSettings
-from lazy_compile.effects import EffectTable, measure_effects
 from lazy_compile.module import LazyModule
-from lazy_compile.planning import Budget, plan_reuse
+from lazy_compile.planning import Budget, plan
 from lazy_compile.policy import Policy, Scheduled
 from lazy_compile.progress import OnProgress, progress_bars
 from lazy_compile.report import SAMPLES, SUMMARY, write_report
@@ -62,11 +61,10 @@ def _run(output: Path, settings: DemoSettings, checkpoints: Path | None, progres
     seen = inspection("digits DiT", lazy)
     console.print(branch_table(seen), inspection_summary(seen), sep="\n")
     with progress_bars(progress) as on_progress:
-        sampler = settings.sampler(settings.effects_batch)
-        effects = measure_effects(lazy, sampler, on_progress=on_progress)
-        gates = calibrate_targets(lazy, settings, effects, output, on_progress)
+        plans = plan_targets(lazy, settings, on_progress)
+        gates = calibrate_targets(lazy, settings, plans, output, on_progress)
         contest = Contest(settings, model, lazy, classifier, on_progress)
-        compete(contest, gates, effects)
+        compete(contest, gates, plans)
         onnx = follow_in_onnx_runtime(lazy, gates[max(settings.targets)], settings, output / ONNX, on_progress)
     summary = {
         "model": f"digits DiT ({type(model).__name__}, {len(lazy.branches)} branches, "
@@ -82,8 +80,21 @@ def _run(output: Path, settings: DemoSettings, checkpoints: Path | None, progres
     return summary
 
 
+def plan_targets(lazy: LazyModule, settings: DemoSettings, on_progress: OnProgress) -> dict[float, CacheSchedule]:
+    """A schedule for each target."""
+    sampler = settings.sampler(settings.plan_batch)
+    return {
+        target: plan(lazy, sampler, Budget(lazy_ratio=target), options=settings.search, on_progress=on_progress)
+        for target in settings.targets
+    }
+
+
 def calibrate_targets(
-    lazy: LazyModule, settings: DemoSettings, effects: EffectTable, output: Path, on_progress: OnProgress
+    lazy: LazyModule,
+    settings: DemoSettings,
+    plans: Mapping[float, CacheSchedule],
+    output: Path,
+    on_progress: OnProgress,
 ) -> dict[float, Policy]:
     """Gates for each target, saved under ``gates-<target>``."""
     sampler = settings.sampler(settings.calibration_batch)
@@ -96,13 +107,13 @@ def calibrate_targets(
         def report(stage: str, done: int, total: int, note: str = "", target: float = target) -> None:
             on_progress(f"{stage}, target {target:.0%}", done, total, note)
 
-        calibrate(lazy, config, sample=sampler, effects=effects, on_progress=report)
+        calibrate(lazy, config, sample=sampler, plan=plans[target], on_progress=report)
         lazy.save(output / f"gates-{target}")
         policies[target] = lazy.policy
     return policies
 
 
-def compete(contest: Contest, gates: Mapping[float, Policy], effects: EffectTable) -> None:
+def compete(contest: Contest, gates: Mapping[float, Policy], plans: Mapping[float, CacheSchedule]) -> None:
     """Every method in turn. What is random or planned has the target of the gates; fewer steps get no less compute."""
     steps, branches = contest.settings.steps, len(contest.lazy.branches)
     sets = contest.settings.seeds
@@ -115,8 +126,7 @@ def compete(contest: Contest, gates: Mapping[float, Policy], effects: EffectTabl
         ours = contest.lazily([policy] * sets, "lazy", target)
         drawn = [CacheSchedule.random(ours.lazy_ratio, steps, branches, seed) for seed in range(sets)]
         contest.lazily([Scheduled(schedule) for schedule in drawn], "random", target)
-        planned = plan_reuse(effects, Budget(lazy_ratio=target)).schedule
-        contest.lazily([Scheduled(planned)] * sets, "planned", target)
+        contest.lazily([Scheduled(plans[target])] * sets, "planned", target)
         contest.dense(math.ceil(ours.compute_ratio * steps), "ddim", target)
 
 
