@@ -26,6 +26,7 @@ class CalibrationReport:
 
     Attributes:
         table: the gates; the model follows them now.
+        trained: the gates after training, whether kept or not.
         lazy_ratio: measured on a trajectory, like ``compute_ratio``.
         planned_error: change of the final samples (root mean square) under the gates as planned, before training.
         trained_error: the same after training; the better of the two tables is kept.
@@ -34,6 +35,7 @@ class CalibrationReport:
     """
 
     table: GateTable
+    trained: GateTable
     lazy_ratio: float
     compute_ratio: float
     planned_error: float
@@ -95,6 +97,7 @@ def calibrate(
     lazy.policy = Learned(best.table)
     return CalibrationReport(
         table=best.table,
+        trained=results["trained" if config.iterations else "planned"].table,
         lazy_ratio=best.lazy_ratio,
         compute_ratio=best.compute_ratio,
         planned_error=results["planned"].error,

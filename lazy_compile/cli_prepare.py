@@ -109,7 +109,7 @@ def calibrate(
             lazy, config, sample=sample, data=pairs, checkpoint=checkpoint, on_progress=on_progress
         )
     lazy.save(output)
-    values = {key: value for key, value in plain(report).items() if key not in ("table", "history")}
+    values = {key: value for key, value in plain(report).items() if key not in ("table", "trained", "history")}
     values["output"] = str(output)
     show(values, json, facts(values))
 

@@ -79,6 +79,11 @@ class Response:
     def weights(self) -> Floats:
         return np.ones(len(self.error)) if self.weight is None else self.weight
 
+    def of_sample(self, row: int, samples: int) -> Response:
+        """What it says of one sample alone, where rows could be told apart."""
+        weight = None if self.weight is None else self.weight[row::samples]
+        return replace(self, answer=self.answer[row::samples], error=self.error[row::samples], weight=weight)
+
     @classmethod
     def joined(cls, responses: Sequence[Response]) -> Response:
         """The directions of all, which were measured around one schedule."""

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from lazy_compile.bench.quality import rmse, ssim
-from lazy_compile.bench.quality_report import measure_all
+from lazy_compile.bench.quality_report import best_rule, comparisons, measure_all
 from lazy_compile.errors import ConfigError
 from lazy_compile.schedule_search import SearchOptions
 
 TINY = {
     "steps": 4, "ratios": (0.6,), "sampling_seeds": 1, "calibration_seeds": 1, "samples": 4, "calibration_batch": 2,
-    "reference_steps": 5, "search": SearchOptions(step_rounds=1, rounds=1, directions=1, swaps=2),
+    "reference_steps": 5, "gate_batch": 2, "oracle_samples": 2,
+    "search": SearchOptions(step_rounds=1, rounds=1, directions=1, swaps=2),
 }  # fmt: skip
 
 
@@ -30,12 +31,25 @@ def test_every_method_is_scored_and_written(tmp_path: Path) -> None:
     names = {row["method"] for row in rows}
     assert {"fewer steps", "FORA n=2", "random", "SmoothCache", "TeaCache", "First-Block-Cache"} <= names
     assert {"FORA n=2, TaylorSeer", "evenly spread, TaylorSeer", "plan without slopes"} <= names
-    assert {row["family"] for row in rows} == {"dense", "baseline", "planned"}
+    assert {"DPM-Solver++ 2M", "gates", "gates, frozen majority", "oracle for each sample"} <= names
+    assert {row["family"] for row in rows} == {"dense", "baseline", "planned", "learned", "oracle"}
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     assert all(row["rmse_dense"] > 0 for row in others)
     evenly = next(row for row in rows if (row["method"], row["reuse_arm"]) == ("evenly spread", "linear"))
     planned = next(row for row in rows if row["method"] == "plan")
     assert planned["compute_ratio"] <= 0.6 <= evenly["compute_ratio"]
+    oracle = next(row for row in rows if row["method"] == "oracle for each sample")
+    assert oracle["compute_ratio"] <= 0.6
+    assert [line[:3] for line in comparisons(rows)] == [
+        ["digits DiT", "60%", "**plan**"],
+        ["digits DiT", "60%", "gates"],
+    ]
+
+
+def test_the_best_rule_is_one_that_can_be_afforded() -> None:
+    rules = [{"compute_ratio": ratio, "rmse_dense": error} for ratio, error in ((0.7, 1.0), (0.5, 2.0), (0.4, 3.0))]
+    assert best_rule(rules, 0.55) is rules[1]
+    assert best_rule(rules, 0.3) is None
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -13,22 +13,30 @@ from torch import Tensor
 
 from lazy_compile import baselines
 from lazy_compile.bench.subjects import Subject
+from lazy_compile.calibration import CalibrationConfig, calibrate
 from lazy_compile.compiler import transform
 from lazy_compile.config import ReuseArm
 from lazy_compile.demo.digits import frechet_distance
+from lazy_compile.effects import Sampler
 from lazy_compile.module import LazyModule
 from lazy_compile.planning import Budget, plan
-from lazy_compile.policy import Policy, Scheduled
+from lazy_compile.policy import GateQuery, Learned, Policy, Scheduled
 from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.response import measure_response
 from lazy_compile.schedule import CacheSchedule
+from lazy_compile.schedule_io import freeze
 from lazy_compile.schedule_search import SearchOptions
+from lazy_compile.search import swap
 
 Family = Literal["dense", "baseline", "planned", "learned", "oracle"]
 Run = Callable[[int], tuple[Tensor, float]]
 """``seed -> (samples, compute_ratio)``."""
 
-METHODS = 46
-"""Rows of a subject at three ratios."""
+METHODS = 65
+"""Rows of a subject at three ratios, about."""
+
+ORACLE_DIRECTIONS = 8
+"""What the oracle knows of each sample."""
 
 FIRST_SAMPLING_SEED = 9_100_001
 """Far from the seeds that calibration draws its noise from."""
@@ -44,17 +52,21 @@ class QualitySettings:
         sampling_seeds: sets of noise that every method starts from.
         calibration_seeds: times that what is calibrated is calibrated, each on other noise.
         samples: images per set of noise.
-        calibration_batch: images per trajectory of a calibration.
+        calibration_batch: images per trajectory while a schedule is searched for.
+        gate_batch: images per trajectory while gates are trained.
+        oracle_samples: images for which the oracle is asked.
         reference_steps: of the dense trajectory that stands for the exact solution.
         search: of planning.
     """
 
     steps: int = 20
     ratios: tuple[float, ...] = (0.7, 0.5, 0.35)
-    sampling_seeds: int = 5
+    sampling_seeds: int = 3
     calibration_seeds: int = 2
-    samples: int = 128
-    calibration_batch: int = 128
+    samples: int = 96
+    calibration_batch: int = 64
+    gate_batch: int = 12
+    oracle_samples: int = 12
     reference_steps: int = 100
     search: SearchOptions = field(default_factory=SearchOptions)
 
@@ -68,6 +80,7 @@ class Method:
     reuse_arm: str
     runs: Sequence[Run]
     steps: int
+    budget: float | None = None
 
 
 def measure(subject: Subject, settings: QualitySettings, on_progress: OnProgress = no_progress) -> list[dict[str, Any]]:
@@ -79,24 +92,56 @@ def measure(subject: Subject, settings: QualitySettings, on_progress: OnProgress
     return rows
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Sets of noise, and what the original makes of them: what every method is held against."""
+
+    seeds: Sequence[int]
+    dense: Sequence[Tensor]
+    reference: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, subject: Subject, settings: QualitySettings, seeds: Sequence[int], samples: int) -> Noise:
+        def images(steps: int) -> list[Tensor]:
+            sampler = subject.sampler(steps, samples)
+            return [sampler(subject.model, seed) for seed in seeds]  # type: ignore[arg-type]
+
+        return cls(seeds, images(settings.steps), images(settings.reference_steps))
+
+
+@dataclass(frozen=True)
+class PerSample(Policy):
+    """A schedule for each sample; rows of one sample are as many apart as there are samples."""
+
+    schedules: Sequence[CacheSchedule]
+
+    def should_compute(self, query: GateQuery) -> Tensor:
+        decided = [bool(schedule.should_compute[query.step, query.branch.index]) for schedule in self.schedules]
+        return torch.tensor(decided).repeat(query.entries[0].shape[0] // len(decided))
+
+    def slopes(self, step: int, timestep: float) -> Sequence[float] | None:
+        return Scheduled(self.schedules[0]).slopes(step, timestep)
+
+
 class Quality:
     """One subject, and what every method is held against."""
 
     def __init__(self, subject: Subject, settings: QualitySettings, on_progress: OnProgress) -> None:
         self.subject, self.settings, self.on_progress = subject, settings, on_progress
-        self.seeds = [FIRST_SAMPLING_SEED + position for position in range(settings.sampling_seeds)]
+        seeds = [FIRST_SAMPLING_SEED + position for position in range(settings.sampling_seeds)]
         self.lazy = transform(subject.model, subject.example)
         self.branches = len(self.lazy.branches)
         self.macs = [branch.macs for branch in self.lazy.branches]
-        self.dense = [self._original(settings.steps)(seed)[0] for seed in self.seeds]
-        self.reference = [self._original(settings.reference_steps)(seed)[0] for seed in self.seeds]
-        self.reference_features = [subject.features(images).detach() for images in self.reference]
+        self.noise = Noise.of(subject, settings, seeds, settings.samples)
+        self.little_noise = Noise.of(subject, settings, seeds[:1], settings.oracle_samples)
 
     def methods(self) -> Iterator[Method]:
         steps = self.settings.steps
         yield Method("dense", "dense", "", [self._original(steps)], steps)
         for fewer in sorted({math.ceil(ratio * steps) for ratio in self.settings.ratios}, reverse=True):
             yield Method("fewer steps", "baseline", "", [self._original(fewer)], fewer)
+            second_order = self.subject.second_order(fewer, self.settings.samples)
+            yield Method("DPM-Solver++ 2M", "baseline", "", [self._original(fewer, second_order)], fewer)
         for n in (2, 3, 4):
             yield from self._fixed(f"FORA n={n}", CacheSchedule.every(n, steps, self.branches))
         changes = baselines.measure_changes(self.lazy, self.calibration_sampler, seed=0)
@@ -122,9 +167,42 @@ class Quality:
             )
             for seed in range(settings.calibration_seeds)
         ]  # fmt: skip
-        yield self._lazily("plan", "planned", "fitted", [Scheduled(schedule) for schedule in plans])
+        scheduled = [Scheduled(schedule) for schedule in plans]
+        yield replace(self._lazily("plan", "planned", "fitted", scheduled), budget=ratio)
         unsloped = [Scheduled(CacheSchedule(schedule.should_compute)) for schedule in plans]
         yield self._lazily("plan without slopes", "planned", "linear", unsloped)
+        trained, frozen = self._gates(ratio, plans)
+        yield replace(self._lazily("gates", "learned", "fitted", trained), budget=ratio)
+        yield self._lazily("gates, frozen majority", "learned", "fitted", frozen)
+        yield from self._oracle(ratio, plans[0])
+
+    def _gates(self, ratio: float, plans: Sequence[CacheSchedule]) -> tuple[list[Policy], list[Policy]]:
+        """Trained gates, whether or not they are better than their plans, and what they decide for most samples."""
+        sampler = self.subject.sampler(self.settings.steps, self.settings.gate_batch)
+        trained: list[Policy] = []
+        frozen: list[Policy] = []
+        for seed, schedule in enumerate(plans):
+            config = CalibrationConfig(target_compute_ratio=ratio, seed=1000 * seed)
+            report = calibrate(self.lazy, config, sample=sampler, plan=schedule, on_progress=self.on_progress)
+            trained.append(Learned(report.trained))
+            self.lazy.policy = trained[-1]
+            self.calibration_sampler(self.lazy, FIRST_SAMPLING_SEED - 1)
+            frozen.append(Scheduled(CacheSchedule(freeze(self.lazy.stats).should_compute, schedule.slopes)))
+        return trained, frozen
+
+    def _oracle(self, ratio: float, schedule: CacheSchedule) -> Iterator[Method]:
+        """The first-order answer of every sample is known, and a schedule searched for each of them alone."""
+        samples, steps = self.settings.oracle_samples, self.settings.steps
+        sampler = self.subject.sampler(steps, samples)
+        (seed,) = self.little_noise.seeds
+        response = measure_response(self.lazy, sampler, schedule, seed=seed, directions=ORACLE_DIRECTIONS)
+        budget = Budget(compute_ratio=ratio)
+        cost = budget.cost_of(np.array(self.macs, dtype=np.float64), float(self.lazy.graph.total_macs))
+        spend = budget.spend(steps, cost) + 1e-9
+        each = [swap(response.of_sample(row, samples), schedule, cost, spend, 60) for row in range(samples)]
+        for name, policy in (("oracle for each sample", PerSample(each)), ("plan, where the oracle was asked", None)):
+            run = self._lazy_run(policy or Scheduled(schedule), "linear", sampler)
+            yield Method(name, "oracle", "fitted", [run], steps, ratio)
 
     def _fixed(self, name: str, schedule: CacheSchedule) -> Iterator[Method]:
         yield from self._both_arms(name, Scheduled(schedule))
@@ -153,13 +231,13 @@ class Quality:
     def calibration_sampler(self) -> Callable[[LazyModule, int], Tensor]:
         return self.subject.sampler(self.settings.steps, self.settings.calibration_batch)
 
-    def _original(self, steps: int) -> Run:
-        sampler = self.subject.sampler(steps, self.settings.samples)
+    def _original(self, steps: int, sampler: Sampler | None = None) -> Run:
+        sampler = sampler or self.subject.sampler(steps, self.settings.samples)
         ratio = steps / self.settings.steps
         return lambda seed: (sampler(self.subject.model, seed), ratio)  # type: ignore[arg-type]
 
-    def _lazy_run(self, policy: Policy, reuse: ReuseArm) -> Run:
-        return lambda seed: self._under(policy, reuse, self.sampler, seed)
+    def _lazy_run(self, policy: Policy, reuse: ReuseArm, sampler: Sampler | None = None) -> Run:
+        return lambda seed: self._under(policy, reuse, sampler or self.sampler, seed)
 
     def _under(
         self, policy: Policy, reuse: ReuseArm, sampler: Callable[[LazyModule, int], Tensor], seed: int
@@ -183,7 +261,10 @@ class Quality:
 
     @torch.no_grad()
     def row(self, method: Method) -> dict[str, Any]:
-        scores = [self._scores(place, *run(seed)) for run in method.runs for place, seed in enumerate(self.seeds)]
+        noise = self.little_noise if method.family == "oracle" else self.noise
+        scores = [
+            self._scores(noise, place, *run(seed)) for run in method.runs for place, seed in enumerate(noise.seeds)
+        ]
         means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
         return {
             "model": self.subject.name,
@@ -192,13 +273,14 @@ class Quality:
             "method": method.name,
             "family": method.family,
             "reuse_arm": method.reuse_arm,
+            "budget": method.budget,
             **means,
             "spread": float(np.std([score["rmse_dense"] for score in scores])),
             "seeds": len(scores),
         }
 
-    def _scores(self, place: int, images: Tensor, compute_ratio: float) -> dict[str, float]:
-        dense, reference = self.dense[place], self.reference[place]
+    def _scores(self, noise: Noise, place: int, images: Tensor, compute_ratio: float) -> dict[str, float]:
+        dense, reference = noise.dense[place], noise.reference[place]
         to_dense = rmse(images, dense)
         return {
             "compute_ratio": compute_ratio,
@@ -207,7 +289,7 @@ class Quality:
             "psnr": 20 * math.log10(2 / max(to_dense, 1e-9)),
             "ssim": ssim(images, dense),
             "rmse_reference": rmse(images, reference),
-            "frechet": frechet_distance(self.subject.features(images), self.reference_features[place]),
+            "frechet": frechet_distance(self.subject.features(images), self.subject.features(reference)),
             "accuracy": self.subject.accuracy(images),
         }
 

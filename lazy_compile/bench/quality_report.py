@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ COLUMNS = {
 
 SETTINGS = {
     "digits": QualitySettings(),
-    "scenes": QualitySettings(sampling_seeds=3, samples=48, calibration_batch=32, search=SearchOptions(rounds=3)),
+    "scenes": QualitySettings(
+        samples=32, calibration_batch=24, gate_batch=4, oracle_samples=8, search=SearchOptions(rounds=4)
+    ),
 }
 """What is measured of each subject unless told otherwise: the larger model gets fewer images."""
 
@@ -75,16 +77,74 @@ def quality_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each model, cheapest last."""
-    parts = []
+    """Plans and gates against the best simple rule, then all rows of each model, cheapest last."""
+    parts = [ABOUT, _line(AGAINST), _line("---" for _ in AGAINST), *map(_line, comparisons(rows)), "", BELOW]
     for model in dict.fromkeys(row["model"] for row in rows):
-        parts += [f"## {model}", "", _line(COLUMNS.values()), _line("---" for _ in COLUMNS)]
-        mine = sorted((row for row in rows if row["model"] == model), key=lambda row: -row["compute_ratio"])
+        mine = [row for row in rows if row["model"] == model]
+        seeds = sorted({row["seeds"] for row in mine if row["family"] != "oracle"})
+        about = f"{mine[0]['sampler']}; {' or '.join(map(str, seeds))} sets of noise and calibrations a row."
+        parts += [f"## {model}", "", about, "", _line(COLUMNS.values()), _line("---" for _ in COLUMNS)]
+        mine = sorted(mine, key=lambda row: -row["compute_ratio"])
         for row in mine:
             name, *others = cells(row)
             parts.append(_line([f"**{name}**" if row["family"] == "planned" else name, *others]))
         parts.append("")
     return "\n".join(parts)
+
+
+def comparisons(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """One line for each model, budget and method of ours, in the order of :data:`AGAINST`."""
+    for ours in rows:
+        if ours["family"] not in ("planned", "learned") or ours["budget"] is None:
+            continue
+        rules = [row for row in rows if row["model"] == ours["model"] and row["family"] == "baseline"]
+        affordable = [best_rule(rules, ours["budget"] + more) for more in (0.01, 0.05)]
+        fewer = [
+            row for row in rules if row["method"] == "fewer steps" and row["compute_ratio"] >= ours["budget"] - 0.01
+        ]
+        dense = min(fewer, key=lambda row: row["compute_ratio"])
+        ours_text = f"{ours['rmse_dense']:.4f} ± {ours['spread']:.4f} at {ours['compute_ratio']:.1%}"
+        texts = [_rule(ours, rule) for rule in affordable]
+        name = f"**{ours['method']}**" if ours["family"] == "planned" else ours["method"]
+        frechet = f"{ours['frechet']:.2f}, {dense['frechet']:.2f}"
+        yield [ours["model"], f"{ours['budget']:.0%}", name, ours_text, *texts, frechet]
+
+
+def best_rule(rules: Sequence[Mapping[str, Any]], budget: float) -> Mapping[str, Any] | None:
+    affordable = [row for row in rules if row["compute_ratio"] <= budget]
+    return min(affordable, key=lambda row: row["rmse_dense"], default=None)
+
+
+def _rule(ours: Mapping[str, Any], rule: Mapping[str, Any] | None) -> str:
+    if rule is None:
+        return ""
+    ratio = ours["rmse_dense"] / rule["rmse_dense"]
+    name = f"{rule['method']} {rule['reuse_arm']}".strip()
+    return f"{ratio:.2f} of {rule['rmse_dense']:.4f} ± {rule['spread']:.4f} ({name}, {rule['compute_ratio']:.1%})"
+
+
+ABOUT = """# What reuse costs in quality
+
+Written by `make results`; what was learned from it stands in [findings](findings.md), more questions in
+[questions](questions.md), the rows in [quality.json](quality.json).
+
+Every method starts from the same noise and is held against the dense samples of the same model. MACs count
+everything, the parts that always run included. RMSE is over the numbers of all images, in a range of 2, and the mean
+over sets of noise; ± is its spread over sets of noise and calibrations. A few images that turn into other pictures
+decide it, so the median image stands beside it. The Fréchet distance is taken in the features of a small classifier,
+to 100-step samples from the same noise. Rules that decide in whole steps get the next larger amount of compute, never
+less.
+
+## Against the best simple rule
+
+"Equal compute" allows a rule one point more than the budget, "one step more" five points: a whole step is 5 % of 20.
+The last column holds our Fréchet distance and that of as many dense steps as the budget pays for.
+"""
+
+BELOW = """The oracle's rows are of few images, and to be compared with each other only.
+"""
+
+AGAINST = ("model", "MACs", "method", "RMSE to dense", "best rule at equal compute", "with one step more", "Fréchet")
 
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
