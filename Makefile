@@ -45,8 +45,11 @@ coverage-page: $(INSTALLED) ## ask the zoo every question; answers in docs/cover
 bench: $(INSTALLED) ## measure speed; results in build/bench
 	$(BIN)/lazy-compile bench speed --output build/bench
 
-results: $(INSTALLED) ## measure quality; results in docs/results
+results: export OMP_NUM_THREADS := 1
+results: export MKL_NUM_THREADS := 1
+results: $(INSTALLED) ## measure quality, answer questions; results in docs/results
 	$(BIN)/lazy-compile bench quality --output docs/results
+	$(BIN)/lazy-compile bench questions --output docs/results
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from lazy_compile.cli_bench import full_size, overhead
 from lazy_compile.cli_build import build, export_triton
 from lazy_compile.cli_prepare import calibrate, export, inspect, plan
-from lazy_compile.cli_use import demo, quality, report, run, speed, verify
+from lazy_compile.cli_use import demo, quality, questions, report, run, speed, verify
 from lazy_compile.errors import LazyCompileError
 
 INTERRUPTED = 130
@@ -67,6 +67,7 @@ for group, verb, example in (
     (app, report, "report gates --output gates.html"),
     (bench, speed, "bench speed --output build/bench"),
     (bench, quality, "bench quality digits --output build/quality"),
+    (bench, questions, "bench questions --output build/quality"),
     (bench, full_size, "bench full-size --model DiT-XL/2 --output build/bench"),
     (bench, overhead, "bench overhead --model Wan --output build/bench"),
     (app, demo, "demo --output build/demo"),

@@ -158,6 +158,17 @@ def quality(
     show({"rows": rows, "output": str(output)}, json, quality_table(rows), f"written to {output}")
 
 
+def questions(output: given.Folder = Path("build/quality"), json: given.Json = False) -> None:
+    """Ask the digits model what a table of methods does not say, and write questions.md with its pictures."""
+    from lazy_compile.bench.questions_report import ask_all
+    from lazy_compile.cli_tables import show
+    from lazy_compile.progress import progress_bars
+
+    with progress_bars(not json) as on_progress:
+        answers = ask_all(output, on_progress=on_progress)
+    show({"answers": answers, "output": str(output)}, json, f"written to {output}")
+
+
 def demo(output: given.Folder = Path("build/demo"), json: given.Json = False) -> None:
     """The whole story on scanned digits: inspect, calibrate, compare with fewer steps, export, run. Takes minutes."""
     from lazy_compile.cli_tables import facts, result_table, show

@@ -28,11 +28,17 @@ def around_another(response: Response, schedule: CacheSchedule) -> Response:
     return replace(response, schedule=moved.schedule, error=moved.error)
 
 
+def flips_of(response: Response) -> Floats:
+    """``float64[T, G, N]``: what turning one decision over adds to the error along each direction, by its weight."""
+    model = _LinearModel.around(response)
+    return np.stack([model._flips_of_one(branch) for branch in range(response.schedule.branches)], axis=1)
+
+
 def harm_of_reuse(response: Response) -> Floats:
     """``float64[T, G]``: mean squared change of the final samples, more if this decision reuses than if it computes."""
-    model = _LinearModel.around(response)
-    flips = np.stack([model._flips_of_one(branch) for branch in range(response.schedule.branches)], axis=1)
-    change = (2 * flips * model.error + flips**2).mean(axis=2) / response.size
+    error = response.error * np.sqrt(response.weights)
+    flips = flips_of(response)
+    change = (2 * flips * error + flips**2).mean(axis=2) / response.size
     harm: Floats = np.where(response.schedule.should_compute, change, -change)
     return harm
 
