@@ -120,6 +120,9 @@ def plan(
     lazy_ratio: given.LazyRatio = None,
     compute_ratio: given.ComputeRatio = None,
     latency_ratio: Annotated[float | None, typer.Option(help="Time to spend over that of the dense model.")] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Root mean square change of the samples that may be caused.")
+    ] = None,
     timings: Annotated[
         Path | None,
         typer.Option(help="JSON with the seconds of each branch and of a step, for --latency-ratio."),
@@ -154,7 +157,7 @@ def plan(
     if schedule_file is not None and freeze is not None:
         raise ConfigError("--import and --freeze both give a schedule; give one of them")
     ready = schedule_file is not None or freeze is not None
-    budget = None if ready else planning.Budget(lazy_ratio, compute_ratio, latency_ratio)
+    budget = None if ready else planning.Budget(lazy_ratio, compute_ratio, latency_ratio, error)
     named = load_model(model, shape or (), device)
     lazy = load_lazy(named, freeze, options or ())
     sample = load_sampler(sampler, named, lazy, steps, scheduler)

@@ -15,7 +15,7 @@ from lazy_compile.module import LazyModule
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.response import NoGradientError
 from lazy_compile.schedule import CacheSchedule
-from lazy_compile.schedule_search import ScheduleSearch, SearchOptions
+from lazy_compile.schedule_search import UNSEEN, ScheduleSearch, SearchOptions, final_error
 from lazy_compile.timings import BranchTimings, measure_timings
 
 logger = logging.getLogger("lazy_compile")
@@ -28,24 +28,28 @@ AGE_EXPONENT = 2.5
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to save: exactly one of the three.
+    """How much to save, or to lose: exactly one of the four.
 
     Attributes:
         lazy_ratio: share of branch evaluations to reuse.
         compute_ratio: MACs to spend over dense MACs, always-on parts included.
         latency_ratio: time to spend over that of the dense model, by the timings of its branches.
+        error: root mean square change of the final samples that may be caused, as cheaply as can be; for :func:`plan`.
     """
 
     lazy_ratio: float | None = None
     compute_ratio: float | None = None
     latency_ratio: float | None = None
+    error: float | None = None
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.lazy_ratio, self.compute_ratio, self.latency_ratio) if value is not None]
-        if len(given) != 1:
-            raise ConfigError("a budget is a lazy_ratio, a compute_ratio or a latency_ratio; give exactly one")
-        if not 0.0 < given[0] < 1.0:
-            raise ConfigError(f"a budget lies between 0 and 1; seen {given[0]}")
+        ratios = [value for value in (self.lazy_ratio, self.compute_ratio, self.latency_ratio) if value is not None]
+        if len(ratios) + (self.error is not None) != 1:
+            raise ConfigError("a budget is a lazy_ratio, compute_ratio, latency_ratio or error; give exactly one")
+        if ratios and not 0.0 < ratios[0] < 1.0:
+            raise ConfigError(f"a budget lies between 0 and 1; seen {ratios[0]}")
+        if self.error is not None and not self.error > 0.0:
+            raise ConfigError(f"an error that may be caused is above 0; seen {self.error}")
 
     def cost_of(self, branches: Floats, total: float) -> Floats:
         """``float64[G]``: what computing each branch counts for, from the MACs or seconds of each and of a step."""
@@ -96,6 +100,8 @@ def plan(
 ) -> CacheSchedule:
     """The schedule, with its slopes, that changes the final samples least under the budget.
 
+    For a budget of error: the cheapest of several such schedules that causes no more.
+
     From whole steps, spread evenly or by how much the model changes, or from ``start``: measure how the final samples
     answer to every branch at every step, exchange decisions while that predicts less error, fit the slopes, keep what
     is truly best on noise that it was not made from, and measure again around it. Where the samples carry no gradient,
@@ -114,6 +120,8 @@ def plan(
     Raises:
         ConfigError: the budget cannot be met, since the first step computes everything.
     """
+    if budget.error is not None:
+        return _cheapest(lazy, sample, budget.error, options, seed, on_progress)
     try:
         return search_schedule(
             lazy, sample, budget, timings=timings, start=start, options=options, seed=seed, on_progress=on_progress
@@ -123,6 +131,30 @@ def plan(
             raise
         logger.warning("planning from single reuses, which is slower and finds less: %s", error)
         return plan_reuse(measure_effects(lazy, sample, seed=seed, on_progress=on_progress), budget).schedule
+
+
+def _cheapest(
+    lazy: LazyModule, sample: Sampler, error: float, options: SearchOptions | None, seed: int, on_progress: OnProgress
+) -> CacheSchedule:
+    """The plan of least compute, by bisection, that causes no more error on noise that it was not made from."""
+    steps, branches = count_steps(lazy, sample, seed), len(lazy.branches)
+    best, high = CacheSchedule.always_compute(steps, branches), 1.0
+    low = 1.0 - sum(branch.macs for branch in lazy.branches) / lazy.graph.total_macs
+    low += (high - low) / steps  # the first step computes everything
+    for _ in range(BISECTIONS):
+        ratio = (low + high) / 2
+        schedule = plan(
+            lazy, sample, Budget(compute_ratio=ratio), options=options, seed=seed, on_progress=on_progress
+        )  # fmt: skip
+        if final_error(lazy, sample, schedule, seed + 2 * UNSEEN) <= error:
+            best, high = schedule, ratio
+        else:
+            low = ratio
+    return best
+
+
+BISECTIONS = 4
+"""Plans that are made for a budget of error: the last halves what is left to know of its compute to 6 points."""
 
 
 def search_schedule(

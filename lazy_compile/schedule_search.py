@@ -114,21 +114,28 @@ class ScheduleSearch:
         By the mean of ``log(1 + error / median)`` over samples, the loss to which their :func:`trust` belongs.
         """
         dense = dense_samples(self.lazy, self.sample, seed)
-        errors = np.stack([self._errors(item, seed, dense) for item in candidates])
+        errors = np.stack([_errors(self.lazy, self.sample, item, seed, dense) for item in candidates])
         typical = max(float(np.median(errors[0])), float(np.finfo(np.float64).tiny))
         best = int(np.log1p(errors / typical).mean(axis=1).argmin())
         return candidates[best], float(errors[best].mean() ** 0.5)
 
-    def _errors(self, schedule: CacheSchedule, seed: int, dense: Tensor) -> Floats:
-        """``float64[B]``: mean squared change of each final sample under a schedule."""
-        policy, self.lazy.policy = self.lazy.policy, Scheduled(schedule)
-        try:
-            with torch.no_grad():
-                samples = self.sample(self.lazy, seed)
-        finally:
-            self.lazy.policy = policy
-        errors: Floats = (samples - dense).double().square().flatten(1).mean(1).cpu().numpy()
-        return errors
+
+def final_error(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed: int) -> float:
+    """Root mean square change of the final samples under a schedule."""
+    errors = _errors(lazy, sample, schedule, seed, dense_samples(lazy, sample, seed))
+    return float(errors.mean() ** 0.5)
+
+
+def _errors(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed: int, dense: Tensor) -> Floats:
+    """``float64[B]``: mean squared change of each final sample under a schedule."""
+    policy, lazy.policy = lazy.policy, Scheduled(schedule)
+    try:
+        with torch.no_grad():
+            samples = sample(lazy, seed)
+    finally:
+        lazy.policy = policy
+    errors: Floats = (samples - dense).double().square().flatten(1).mean(1).cpu().numpy()
+    return errors
 
 
 RIDGES = (0.3, 2.0)

@@ -13,7 +13,7 @@ from lazy_compile import CacheSchedule, Scheduled, transform
 from lazy_compile.effects import EffectTable, measure_effects
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.planning import AGE_EXPONENT, Budget, plan, plan_reuse
-from lazy_compile.schedule_search import SearchOptions
+from lazy_compile.schedule_search import SearchOptions, final_error
 from lazy_compile.timings import BranchTimings, measure_timings
 from models import randomize
 from networks import TinyDiT
@@ -101,6 +101,7 @@ def test_a_plan_for_a_model_can_be_followed() -> None:
         ({"lazy_ratio": 0.5, "compute_ratio": 0.5}, "give exactly one"),
         ({}, "give exactly one"),
         ({"lazy_ratio": 1.5}, "between 0 and 1; seen 1.5"),
+        ({"error": 0.0}, "above 0; seen 0.0"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(budget: dict[str, float], message: str) -> None:
@@ -134,6 +135,15 @@ def test_a_latency_budget_counts_seconds() -> None:
     assert measured.branches.shape == (4,)
     assert measured.branches.min() > 0
     assert measured.branches.sum() < measured.total
+
+
+def test_a_budget_of_error_is_kept_and_used_up() -> None:
+    lazy, options = lazy_tiny_dit(), SearchOptions(step_rounds=0, rounds=1)
+    allowed = final_error(lazy, sample, CacheSchedule.every(2, STEPS, len(lazy.branches)), seed=5)
+    schedule = plan(lazy, sample, Budget(error=allowed), options=options)
+    assert final_error(lazy, sample, schedule, seed=5) <= 1.2 * allowed
+    assert schedule.lazy_ratio > 0.4
+    assert plan(lazy, sample, Budget(error=1e-12), options=options).lazy_ratio == 0.0
 
 
 def test_timings_come_from_a_file(tmp_path: Path) -> None:

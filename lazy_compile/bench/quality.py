@@ -63,9 +63,9 @@ class QualitySettings:
     ratios: tuple[float, ...] = (0.7, 0.5, 0.35)
     sampling_seeds: int = 3
     calibration_seeds: int = 2
-    samples: int = 96
-    calibration_batch: int = 64
-    gate_batch: int = 12
+    samples: int = 64
+    calibration_batch: int = 48
+    gate_batch: int = 8
     oracle_samples: int = 12
     reference_steps: int = 100
     search: SearchOptions = field(default_factory=SearchOptions)

@@ -28,7 +28,7 @@ COLUMNS = {
 SETTINGS = {
     "digits": QualitySettings(),
     "scenes": QualitySettings(
-        samples=32, calibration_batch=24, gate_batch=4, oracle_samples=8, search=SearchOptions(rounds=4)
+        samples=32, calibration_batch=20, gate_batch=3, oracle_samples=6, search=SearchOptions(rounds=4)
     ),
 }
 """What is measured of each subject unless told otherwise: the larger model gets fewer images."""

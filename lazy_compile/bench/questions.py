@@ -53,7 +53,7 @@ class QuestionSettings:
 
     steps: int = 20
     seeds: int = 2
-    samples: int = 64
+    samples: int = 48
     batch: int = 24
     numbers_of_steps: tuple[int, ...] = (50, 20, 10, 8, 4)
     lazy_ratios: tuple[float, ...] = (0.1, 0.3, 0.5)
