@@ -28,7 +28,7 @@ COLUMNS = {
 SETTINGS = {
     "digits": QualitySettings(),
     "scenes": QualitySettings(
-        samples=32, calibration_batch=20, gate_batch=3, oracle_samples=6, search=SearchOptions(rounds=4)
+        samples=24, calibration_batch=16, gate_batch=3, oracle_samples=6, search=SearchOptions(step_rounds=1, rounds=3)
     ),
 }
 """What is measured of each subject unless told otherwise: the larger model gets fewer images."""
