@@ -65,10 +65,10 @@ class QualitySettings:
     calibration_seeds: int = 2
     samples: int = 64
     calibration_batch: int = 48
-    gate_batch: int = 8
+    gate_batch: int = 6
     oracle_samples: int = 12
     reference_steps: int = 100
-    search: SearchOptions = field(default_factory=SearchOptions)
+    search: SearchOptions = field(default_factory=lambda: SearchOptions(step_rounds=1, rounds=4))
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Quality:
         yield replace(self._lazily("plan", "planned", "fitted", scheduled), budget=ratio)
         unsloped = [Scheduled(CacheSchedule(schedule.should_compute)) for schedule in plans]
         yield self._lazily("plan without slopes", "planned", "linear", unsloped)
-        trained, frozen = self._gates(ratio, plans)
+        trained, frozen = self._gates(ratio, plans[:1])
         yield replace(self._lazily("gates", "learned", "fitted", trained), budget=ratio)
         yield self._lazily("gates, frozen majority", "learned", "fitted", frozen)
         yield from self._oracle(ratio, plans[0])

@@ -28,7 +28,7 @@ COLUMNS = {
 SETTINGS = {
     "digits": QualitySettings(),
     "scenes": QualitySettings(
-        samples=24, calibration_batch=16, gate_batch=3, oracle_samples=6, search=SearchOptions(step_rounds=1, rounds=3)
+        samples=20, calibration_batch=16, gate_batch=3, oracle_samples=6, search=SearchOptions(step_rounds=1, rounds=2)
     ),
 }
 """What is measured of each subject unless told otherwise: the larger model gets fewer images."""
