@@ -36,12 +36,17 @@ diffusers lacks: small configurations with random weights, found by dataflow alo
 
 - **rung**: the way that captured it ([the ladder](pipeline.md)).
 - **branches**: how many of each kind; the expected ones stand in `tests/zoo/golden/`.
-- **attention**: how many of the model's attentions a branch holds.
-- **token MACs**: their share in branches. At two layers, embedders weigh more than they do at full size.
-- **exact**: with nothing reused, equal to the original bit for bit.
+- **attention**: how many of the model's attentions a branch holds. Softmax attention, fused or written out, and linear
+  attention are looked for without the package's own discovery.
+- **token MACs**: the share of the multiply-accumulates on tokens that branches hold. At two layers, embedders weigh
+  more than they do at full size. In all, a graph has those that `torch.utils.flop_counter` counts.
+- **exact**: with nothing reused, equal to the original bit for bit. In the original, the fused kernels that
+  `nn.MultiheadAttention` calls in eager mode only are off: a graph holds their parts.
 - **reuse**: under a random schedule, the largest difference to an oracle: the captured graph, run with values replaced.
 - **gates**: a gradient reaches every gate.
-- **rows**: branches that decide for each row. Under mixed decisions, a batch gives what its rows give alone.
+- **rows**: branches that decide for each row; the others decide once per call, and `inspect` says why. Under mixed
+  decisions, a batch gives what its rows give alone. Some originals mix the rows of a batch themselves; there every
+  branch that decides for each row is run for the batch and for each row, and must give the same.
 - **ONNX**: one `If` for each branch, and the largest difference between ONNX Runtime and PyTorch, with reuse.
 
 | model | rung | branches | attention | token MACs | exact | reuse | gates | rows | ONNX |
@@ -76,14 +81,23 @@ def page(answers: dict[str, dict[str, Any]]) -> str:
 
 
 def _summary(answers: dict[str, dict[str, Any]]) -> str:
-    captured = [found for found in answers.values() if found["captures"][0]]
-    pytorch = [found for found in captured if all(found[check][0] for check in PYTORCH)]
-    both = [found for found in pytorch if found["onnx"][0]]
-    share = statistics.median(found["token_share"] for found in captured)
-    return (
-        f"{len(answers)} of {len(zoo())} models were asked: {len(captured)} are captured, {len(pytorch)} pass every "
-        f"check in PyTorch, {len(both)} of these ONNX as well. "
-        f"The median share of token MACs in branches is {share:.1%}."
+    """How many models pass each check, and all of them; a model that is not captured passes none."""
+    passed = {check: sum(found.get(check, [False])[0] for found in answers.values()) for check in CHECKS}
+    for name, checks in (("**all in PyTorch**", PYTORCH), ("**and ONNX**", (*PYTORCH, "onnx"))):
+        passed[name] = sum(all(found.get(check, [False])[0] for check in checks) for found in answers.values())
+    shares = [found["token_share"] for found in answers.values() if "token_share" in found]
+    asked = f"{len(answers)} of {len(zoo())} models were asked"
+    rows = [f"| {name} | {count} of {len(answers)} | {count / len(answers):.1%} |" for name, count in passed.items()]
+    return "\n".join(
+        [
+            f"{asked}. The median share of token MACs in branches is {statistics.median(shares):.1%}.",
+            "",
+            "| check | passed by | |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "[At the end](#what-is-not-passed) stands what is not passed, with its cause. The table shows:",
+        ]
     )
 
 
@@ -98,13 +112,14 @@ def _row(name: str, found: dict[str, Any]) -> str:
 
 def _causes(answers: dict[str, dict[str, Any]]) -> str:
     """What the zoo does not pass, with its cause; a failure that nobody has explained shows what was seen."""
-    lines = []
+    failures, outside = [], []
     for name, found in sorted(answers.items()):
         known = FAILING.get(name, {})
-        lines += [f"- {name}, {path}: {why}" for path, why in OUTSIDE.get(name, {}).items()]
         failed = [check for check in CHECKS if check in found and not found[check][0]]
-        lines += [f"- {name}, {check}: {known.get(check) or found[check][1]}" for check in failed]
-    return "\n## What is not passed, and attention outside of branches\n\n" + "\n".join(lines) + "\n" if lines else ""
+        failures += [f"- {name}, {check}: {known.get(check) or found[check][1]}" for check in failed]
+        outside += [f"- {name}, {path}: {why}" for path, why in OUTSIDE.get(name, {}).items()]
+    sections = {"What is not passed": failures, "Attention outside of branches": outside}
+    return "".join(f"\n## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items() if lines)
 
 
 def main(names: list[str]) -> None:

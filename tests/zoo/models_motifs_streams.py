@@ -154,21 +154,19 @@ class Controlled(Denoiser):
     def __init__(self) -> None:
         super().__init__(Block(), Block(), Block())
         self.control, self.copy = nn.Linear(CHANNELS, WIDTH), Block()
-        self.enter = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.enter = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
     def forward(self, x: Tensor, control: Tensor, residuals: list[Tensor], timestep: Tensor) -> Tensor:
         h, c = self.embed(x), self.time(timestep).unsqueeze(1)
         steer = self.copy(h + self.control(control), c)
         for index, block in enumerate(self.blocks):
-            h = block(h, c)
-            if index < 2:
-                h = h + self.enter[index](steer) + residuals[index]
+            h = block(h, c) + self.enter[index](steer) + residuals[index]
         return self.final(norm(h))
 
 
 @zoo_model("motif-streams-controlled")
 def controlled() -> Family:
-    residuals = [latents(TOKENS, WIDTH), latents(TOKENS, WIDTH)]
+    residuals = [latents(TOKENS, WIDTH) for _ in range(3)]
     call = {"x": latents(TOKENS, CHANNELS), "control": latents(TOKENS, CHANNELS), "residuals": residuals}
     return Controlled(), {**call, "timestep": timestep()}
 
