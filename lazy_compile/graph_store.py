@@ -226,7 +226,9 @@ class GraphStore:
             )
 
     def _tell_once(self, message: str, names: Collection[str]) -> None:
-        text = message % (self._name, ", ".join(sorted(names)))
+        self.tell_once(message % (self._name, ", ".join(sorted(names))))
+
+    def tell_once(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
             logger.warning(text)

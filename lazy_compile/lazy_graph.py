@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lazy_compile.config import Group
 from lazy_compile.grouping import leaders_of
 from lazy_compile.lazy_branch import LazyStep, lazy_calls
 from lazy_compile.program import Program, Role, parts_of
+from lazy_compile.rows import batch_axis, batch_symbol
 from lazy_compile.runtime import CacheState
 
 Source = tuple[Mapping[str, Any], str]
@@ -54,6 +56,14 @@ class LazyGraph:
     def guarded_inputs(self) -> tuple[str, ...]:
         """Inputs whose values the model reads: a call that answers otherwise has another graph."""
         return tuple(self.layout.names[position] for position in self.captured.values.inputs)
+
+    @cached_property
+    def row_axes(self) -> dict[str, tuple[int, int]]:
+        """Position and row axis of each input that has a line for each row of the batch."""
+        symbol = batch_symbol(self.captured.program)
+        axes = [batch_axis(fake, symbol) for fake in self.captured.fake_tensors]
+        named = enumerate(zip(self.layout.names, axes, strict=True))
+        return {name: (index, axis) for index, (name, axis) in named if axis is not None}
 
     def serves(self, layout: CallLayout, tensors: Sequence[Tensor], types: tuple[Any, ...]) -> bool:
         return types == self.types and layout == self.layout and self.captured.accepts(tensors)
@@ -100,6 +110,12 @@ class ModelCall:
     caches: CacheState
     step: int
     timestep: float
+
+    @property
+    def row_inputs(self) -> dict[str, Tensor]:
+        """The inputs that have a line for each row of the batch, with the rows on axis 0."""
+        axes = self.graph.row_axes
+        return {name: self.tensors[index].detach().movedim(axis, 0) for name, (index, axis) in axes.items()}
 
     def run(self, step: LazyStep) -> Any:
         """The model's own return value, with every branch doing as ``step`` decides."""

@@ -74,6 +74,8 @@ class LazyModule(nn.Module):
     def _follow_policy(self, call: ModelCall) -> Any:
         stats = self._stats_of(call.graph)
         stats.calls += 1
+        if change := call.caches.follow_rows(call.row_inputs, call.graph.branches):
+            self._store.tell_once(f"the batch of {type(self.original).__name__} changed midway {change}")
         leaders = call.graph.leaders(self.lazy_config.group)
         return call.run(
             PolicyStep(

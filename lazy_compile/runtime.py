@@ -16,6 +16,7 @@ from lazy_compile.branch import ResidualBranch
 from lazy_compile.config import LazyConfig
 from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.policy import GateQuery, Policy
+from lazy_compile.row_matching import match_rows
 
 Rows = npt.NDArray[np.bool_]
 
@@ -41,6 +42,22 @@ class CacheSlot:
     computed_before: npt.NDArray[np.int64]
     signature: tuple[Any, ...]
 
+    def of_rows(self, rows: tuple[int, ...], branch: ResidualBranch) -> CacheSlot:
+        """What it holds for some rows, in their order."""
+        index = torch.tensor(rows, device=self.values[0].device)
+
+        def pick(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            axes = [output.batch_axis or 0 for output in branch.outputs]
+            return tuple(value.index_select(axis, index) for value, axis in zip(values, axes, strict=True))
+
+        return CacheSlot(
+            pick(self.values),
+            self.previous and pick(self.previous),
+            self.computed_at[list(rows)],
+            self.computed_before[list(rows)],
+            (*self.signature[:-1], len(rows)),
+        )
+
     @property
     def bytes(self) -> int:
         tensors = self.values + (self.previous or ())
@@ -49,10 +66,35 @@ class CacheSlot:
 
 @dataclass
 class CacheState:
-    """All slots of one stream: one trajectory of the conditional, the unconditional, or another request's batch."""
+    """All slots of one stream: one trajectory of the conditional, the unconditional, or another request's batch.
+
+    Attributes:
+        memory: what policies keep.
+        inputs: those of the last call that have a line for each row, with the rows on axis 0.
+    """
 
     slots: dict[int, CacheSlot] = field(default_factory=dict)
     memory: dict[str, object] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def follow_rows(self, inputs: dict[str, Tensor], branches: Sequence[ResidualBranch]) -> str:
+        """Let the rows of a batch of another size go on as those with the same conditions; what was done, in words."""
+        before, self.inputs = self.inputs, inputs
+        sizes = [len(next(iter(each.values()), ())) for each in (before, inputs)]
+        if 0 in sizes or sizes[0] == sizes[1]:
+            return ""
+        self.memory.clear()
+        rows = match_rows(before, inputs)
+        if rows is None:
+            self.slots.clear()
+            return f"from {sizes[0]} rows to {sizes[1]}: conditions do not say which go on, so every branch computes"
+        before_it = self.slots
+        self.slots = {
+            branch.index: slot.of_rows(rows, branch)
+            for branch in branches
+            if branch.row_separable and (slot := before_it.get(branch.index)) and slot.signature[0] == branch.name
+        }
+        return f"from {sizes[0]} rows to {sizes[1]}, which go on as the rows {', '.join(map(str, rows))} before"
 
     @property
     def bytes(self) -> int:
@@ -274,5 +316,11 @@ def _usable(tensor: Tensor) -> Tensor:
 
 
 def _signature(branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    entries = ((entry.shape, entry.dtype, entry.device) for entry in branch.entries(inputs))
-    return branch.branch.name, *entries, *(output.dtype for output in branch.branch.outputs)
+    """The number of rows comes last, and no size counts it before."""
+    entries = []
+    for position in branch.entry_positions:
+        entry = inputs[position]
+        axis = branch.row_axes[position] if branch.branch.row_separable else None
+        shape = [size for index, size in enumerate(entry.shape) if index != axis]
+        entries.append((*shape, entry.dtype, entry.device))
+    return branch.branch.name, *entries, *(output.dtype for output in branch.branch.outputs), branch.rows(inputs)

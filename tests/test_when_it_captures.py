@@ -132,6 +132,48 @@ def test_a_batch_that_changes_midway_computes_and_goes_on(shared: LazyModule) ->
         assert same(outputs[step : step + 1], run(shared.original, calls[step : step + 1]))
 
 
+class Conditioned(Wraps):
+    """Adds a condition of each row to its tokens."""
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return self.small(x + condition[:, None], t)
+
+
+def guided(step: int, rows: list[int]) -> dict[str, Tensor]:
+    """One latent, and some rows of three conditions: none, a text, another text."""
+    arguments = call(SMALL, 1, step=step)
+    condition = torch.tensor([0.0, 1.0, -1.0])[rows, None].expand(-1, WIDTH)
+    return {name: item.expand(len(rows), *item.shape[1:]) for name, item in arguments.items()} | {
+        "condition": condition
+    }
+
+
+@pytest.mark.parametrize("reuse", ["last", "linear"])
+def test_guidance_that_ends_midway_goes_on_with_the_rows_that_stay(
+    reuse: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    lazy = lazy_compile.transform(randomize(Conditioned()).eval(), guided(0, [0, 1]), reuse=reuse)
+    lazy.policy = Decides(lambda step, branch: step < 2)
+    outputs = run(lazy, [guided(step, [0, 1] if step < 3 else [1]) for step in range(5)])
+    assert [row[0] for row in reused(lazy)] == [0.0, 0.0, 1.0, 1.0, 1.0]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the batch of Conditioned changed midway from 2 rows to 1, which go on as the rows 1 before"
+    ]
+    lazy.reset()
+    alone = run(lazy, [guided(step, [1]) for step in range(5)])
+    for seen, expected in zip(outputs, alone, strict=True):
+        torch.testing.assert_close(seen[-1:], expected)
+
+
+@pytest.mark.parametrize("rows", [[2], [0, 1, 2], [1, 1, 1]])
+def test_rows_that_were_not_there_before_compute(rows: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    lazy = lazy_compile.transform(randomize(Conditioned()).eval(), guided(0, [0, 1]))
+    lazy.policy = NEVER
+    run(lazy, [guided(step, [0, 1] if step < 2 else rows) for step in range(3)])
+    assert [row[0] for row in reused(lazy)] == [0.0, 1.0, 0.0]
+    assert "conditions do not say which go on, so every branch computes" in caplog.text
+
+
 def test_another_resolution_runs_on_the_same_graph_where_the_model_allows_it(compiled: Compiled) -> None:
     lazy = compiled("dit")
     arguments = {**call(TOYS["dit"]), "x": torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(0))}

@@ -14,10 +14,6 @@ FAILING: dict[str, dict[str, str]] = {
     "Cosmos3OmniTransformer": {
         "gradients": "the model computes an MLP over the words in its last block whose result it does not return",
     },
-    "NucleusMoEImageTransformer2DModel": {
-        "onnx": "each expert gets as many tokens as the router chose, so that sizes depend on values computed with the "
-        "weights, which no file with fixed sizes holds; use it in PyTorch, or compute every expert for all tokens",
-    },
     "SanaWMTransformer3DModel": {
         "onnx": "it computes its linear attention in bfloat16, for which ONNX Runtime has no Mul on a CPU; compute "
         "it in float32 there",
