@@ -81,8 +81,8 @@ class Subject:
         if symbol is None:
             return row_of(call, row)
         layout, tensors = CallLayout.of((), call)
-        axes = [batch_axis(fake, symbol) for fake in graph.captured.fake_tensors]
-        return layout.rebuild([_cut(item, axis, row) for item, axis in zip(tensors, axes, strict=True)])[1]
+        fakes = graph.captured.fake_tensors
+        return layout.rebuild([_cut(item, fake, symbol, row) for item, fake in zip(tensors, fakes, strict=True)])[1]
 
 
 @lru_cache(maxsize=2)
@@ -112,10 +112,16 @@ def tensors_of(result: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
-def _cut(tensor: Tensor, axis: int | None, row: int) -> Tensor:
-    if axis is None:
-        return row_of(tensor, row) if tensor.dim() > 1 else tensor
-    return tensor.narrow(axis, row, 1)
+def _cut(tensor: Tensor, fake: Tensor, symbol: str, row: int) -> Tensor:
+    """One row: of the axis that has as many, or of one into which rows and something else are folded, rows first."""
+    axis = batch_axis(fake, symbol)
+    if axis is not None:
+        return tensor.narrow(axis, row, 1)
+    sizes = [str(size).replace("(", "").replace(")", "").split("*") for size in fake.shape]
+    folded = next((axis for axis, factors in enumerate(sizes) if symbol in factors), None)
+    if folded is not None:
+        return tensor.chunk(BATCH, folded)[row]
+    return row_of(tensor, row) if tensor.dim() > 1 else tensor
 
 
 def row_of(value: Any, row: int) -> Any:
