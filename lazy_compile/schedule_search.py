@@ -111,11 +111,11 @@ class ScheduleSearch:
     def _best(self, candidates: Sequence[CacheSchedule], seed: int) -> tuple[CacheSchedule, float]:
         """The schedule that changes the final samples least on noise of ``seed``, and their root mean square change.
 
-        By the mean of ``log(1 + error / median)`` over samples, the loss to which their :func:`trust` belongs.
+        By the mean of ``log(1 + error / least median)`` over samples, the loss to which their :func:`trust` belongs.
         """
         dense = dense_samples(self.lazy, self.sample, seed)
         errors = np.stack([_errors(self.lazy, self.sample, item, seed, dense) for item in candidates])
-        typical = max(float(np.median(errors[0])), float(np.finfo(np.float64).tiny))
+        typical = max(float(np.median(errors, axis=1).min()), float(np.finfo(np.float64).tiny))
         best = int(np.log1p(errors / typical).mean(axis=1).argmin())
         return candidates[best], float(errors[best].mean() ** 0.5)
 
