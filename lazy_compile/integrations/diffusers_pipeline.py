@@ -57,6 +57,11 @@ class LazyDenoiser(LazyModule):
                 stack.enter_context(inner(name, **options))
             yield
 
+    def _graph_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.is_captured:
+            require_resting_weights(self.original)
+        return super()._graph_for(args, kwargs)
+
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         self.reset()
         if inner := getattr(self.original, "_reset_stateful_cache", None):
@@ -87,7 +92,7 @@ def transform_pipeline(pipe: Any, config: LazyConfig, components: Sequence[str] 
         components: which ones, by name. None takes those that diffusers names ``transformer...`` and ``unet...``.
 
     Raises:
-        ConfigError: there is no such component, or it is lazy already.
+        ConfigError: there is no such component, it is lazy already, or its weights are offloaded by layers.
     """
     modules = {name: item for name, item in pipe.components.items() if isinstance(item, nn.Module)}
     chosen = components or [name for name in modules if name.startswith(_DENOISERS)]
@@ -99,9 +104,40 @@ def transform_pipeline(pipe: Any, config: LazyConfig, components: Sequence[str] 
             )
         if isinstance(modules[name], LazyModule):
             raise ConfigError(f"{name} of this {type(pipe).__name__} is lazy already; restore(pipe) gives it back")
-    for name in chosen:
-        setattr(pipe, name, LazyDenoiser(modules[name], config, gating_pipeline(config)))
+        require_resting_weights(modules[name])
+    with _models_exchanged(pipe):
+        for name in chosen:
+            setattr(pipe, name, LazyDenoiser(modules[name], config, gating_pipeline(config)))
     return pipe
+
+
+def require_resting_weights(model: nn.Module) -> None:
+    """
+    Raises:
+        ConfigError: offloading by layers moves the weights while the model runs, so that no graph can hold them.
+    """
+    inner = [module for module in model.modules() if module is not model]
+    if any(hasattr(module, "_hf_hook") for module in inner) or any(map(_is_group_offloaded, inner)):
+        raise ConfigError(
+            f"the weights of {type(model).__name__} come and go layer by layer (sequential or group offload), and "
+            "a lazy model needs them in place for a whole call; use enable_model_cpu_offload()"
+        )
+
+
+def _is_group_offloaded(module: nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("group_offloading") is not None
+
+
+@contextmanager
+def _models_exchanged(pipe: Any) -> Iterator[None]:
+    """Take the hooks of ``enable_model_cpu_offload`` off the old models, and put them on what is there then."""
+    offloaded = bool(getattr(pipe, "_all_hooks", None))
+    if offloaded:
+        pipe.remove_all_hooks()
+    yield
+    if offloaded:
+        pipe.enable_model_cpu_offload(device=pipe._offload_device)
 
 
 def restore_pipeline(pipe: Any) -> Any:
@@ -113,8 +149,9 @@ def restore_pipeline(pipe: Any) -> Any:
     lazy = lazy_denoisers(pipe)
     if not lazy:
         raise ConfigError(f"no model of this {type(pipe).__name__} is lazy; there is nothing to restore")
-    for name, denoiser in lazy.items():
-        setattr(pipe, name, denoiser.original)
+    with _models_exchanged(pipe):
+        for name, denoiser in lazy.items():
+            setattr(pipe, name, denoiser.original)
     return pipe
 
 
