@@ -67,6 +67,9 @@ def calibrate(
     target_compute_ratio: given.ComputeRatio = None,
     objective: Annotated[str, typer.Option(help="rollout needs only a sampler; paper needs --data.")] = "rollout",
     iterations: Annotated[int | None, typer.Option(min=0, help="Optimiser steps; 0 keeps the plan.")] = None,
+    trajectories: Annotated[
+        int | None, typer.Option(min=1, help="Of one optimiser step; processes that were launched together share them.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the gates.")] = None,
     knots: Annotated[
         int | None, typer.Option(help="Rows of the gate table, interpolated; by default one per step.")
@@ -85,29 +88,36 @@ def calibrate(
     device: given.Device = "cpu",
     json: given.Json = False,
 ) -> None:
-    """Learn when each branch may reuse, until a target share is saved. The model's weights stay as they are."""
+    """Learn when each branch may reuse, until a target share is saved. The model's weights stay as they are.
+
+    Several processes share the work: accelerate launch --multi_gpu --num_processes 2 -m lazy_compile calibrate ...
+    """
     from lazy_compile import calibration
     from lazy_compile.cli_models import find_function, load_lazy, load_model, load_sampler
     from lazy_compile.cli_tables import facts, plain, show
+    from lazy_compile.processes import launched_processes, local_device
     from lazy_compile.progress import progress_bars
 
     chosen: dict[str, Any] = {
         "target_lazy_ratio": target_lazy_ratio, "target_compute_ratio": target_compute_ratio, "objective": objective,
-        "iterations": iterations, "learning_rate": learning_rate, "knots": knots, "seed": seed,
+        "iterations": iterations, "trajectories": trajectories, "learning_rate": learning_rate, "knots": knots,
+        "seed": seed,
     }  # fmt: skip
     config = calibration.CalibrationConfig(**{name: value for name, value in chosen.items() if value is not None})
     pairs = None if data is None else find_function(data)()
-    named = load_model(model, shape or (), device)
+    named = load_model(model, shape or (), local_device(device))
     lazy = load_lazy(named, None, options or ())
     sample = load_sampler(sampler, named, lazy, steps, scheduler)
     if dry_run:
         work = calibration_work(lazy, sample, config)
         show(work, json, f"would calibrate {len(lazy.branches)} branches and write {output}", facts(work))
         return
-    with progress_bars(not json) as on_progress:
+    with launched_processes() as processes, progress_bars(processes.is_first and not json) as on_progress:
         report = calibration.calibrate(
             lazy, config, sample=sample, data=pairs, checkpoint=checkpoint, on_progress=on_progress
         )
+    if not processes.is_first:
+        return
     lazy.save(output)
     values = {key: value for key, value in plain(report).items() if key not in ("table", "trained", "history")}
     values["output"] = str(output)
@@ -231,7 +241,7 @@ def calibration_work(lazy: LazyModule, sample: SampleFunction, config: Any) -> d
     tables = 2 if config.iterations else 1
     work = {
         "searching a schedule (at most)": SearchOptions().trajectories * steps,
-        "training gates": config.iterations * (2 * steps if config.objective == "rollout" else 3),
+        "training gates": config.iterations * config.trajectories * (2 * steps if config.objective == "rollout" else 3),
         "setting the ratio (at most)": tables * (SHIFTS + 1) * steps,
     }
     return {"branches": branches, "steps": steps, **work, "evaluations (at most)": sum(work.values())}

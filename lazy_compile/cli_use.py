@@ -34,16 +34,20 @@ def run(
     device: given.Device = "cpu",
     json: given.Json = False,
 ) -> None:
-    """Sample one trajectory, in PyTorch, in ONNX Runtime (--onnx) or in TensorRT (--engine), and say what was saved."""
+    """Sample one trajectory, in PyTorch, in ONNX Runtime (--onnx) or in TensorRT (--engine), and say what was saved.
+
+    Of several processes that accelerate launch has started, each takes the next seed; the first writes all samples.
+    """
     import numpy as np
     import torch
 
     from lazy_compile.cli_models import load_lazy, load_model, load_sampler
     from lazy_compile.cli_tables import facts, reuse_picture, show, size
+    from lazy_compile.processes import launched_processes, local_device
     from lazy_compile.storage import atomic_path
 
     runner = _runner(onnx, engine)
-    named = load_model(model, shape or (), device)
+    named = load_model(model, shape or (), local_device(device))
     lazy = load_lazy(named, gates, options or ())
     sample = load_sampler(sampler, named, lazy, steps, scheduler)
     denoiser: Any = lazy
@@ -52,11 +56,16 @@ def run(
 
         denoiser = EngineDenoiser(runner, None if gates is None else lazy.policy, lazy.lazy_config)
     denoiser.reset_stats()
-    start = time.perf_counter()
-    with torch.no_grad():
-        samples = sample(denoiser, seed)
-    seconds = time.perf_counter() - start
-    stats = denoiser.stats
+    with launched_processes() as processes:
+        start = time.perf_counter()
+        with torch.no_grad():
+            samples = sample(denoiser, seed + processes.rank)
+        seconds = time.perf_counter() - start
+        stats = denoiser.stats
+        samples = processes.gather(samples)
+        stats.reused, stats.evaluated = processes.sum(torch.tensor(np.stack([stats.reused, stats.evaluated]))).numpy()
+    if not processes.is_first:
+        return
     values = {
         "runtime": "PyTorch" if runner is None else "ONNX Runtime" if engine is None else "TensorRT",
         "policy": type(denoiser.policy).__name__,

@@ -17,6 +17,7 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.module import LazyModule, ModelCall
 from lazy_compile.policy import AlwaysCompute, GateQuery, Policy
+from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime import CacheState, LazyStats, PolicyStep
 
@@ -59,7 +60,7 @@ def measure_effects(
     """Reuse every branch at every step, one at a time, and finish each trajectory.
 
     For T steps and G branches this takes about ``G * T**2 / 2`` evaluations of the model; the part of a trajectory
-    before the reuse is replayed from memory.
+    before the reuse is replayed from memory. Several processes share the branches.
 
     Raises:
         ConfigError: the sampler runs fewer than two steps, or its samples are not finite.
@@ -72,17 +73,21 @@ def measure_effects(
     require_finite(dense)
     final = np.full((steps, branches), np.nan)
     output = np.full((steps, branches), np.nan)
+    processes = Processes.here()
+    mine = processes.share(range(branches))
     before: dict[int, CacheState] = {}
     for step in range(steps):
         following: dict[int, CacheState] = {}
-        for branch in range(branches if step else 1):
+        for position, branch in enumerate(mine if step else mine[:1]):
             probe = _Probe(recording, lazy, step, branch, before, following)
             changed = _sample(lazy, sample, seed, probe)
             if step:
                 final[step, branch] = _mean_square(changed, dense)
                 output[step, branch] = probe.change
-                on_progress("measuring effects", (step - 1) * branches + branch + 1, (steps - 1) * branches)
+                on_progress("measuring effects", (step - 1) * len(mine) + position + 1, (steps - 1) * len(mine))
         before = following
+    if processes.count > 1:
+        final[1:], output[1:] = processes.sum(torch.from_numpy(np.nan_to_num([final[1:], output[1:]]))).numpy()
     graph = lazy.graph
     macs = np.array([branch.macs for branch in graph.program.branches], dtype=np.float64)
     return EffectTable(final, output, np.array(recording.timesteps), macs, graph.total_macs)

@@ -21,6 +21,7 @@ from lazy_compile.gate import GateTable
 from lazy_compile.module import LazyModule, ModelCall
 from lazy_compile.planning import Budget, PlannedReuse, margins_of, plan_reuse, search_schedule
 from lazy_compile.policy import Learned, split_row
+from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress
 from lazy_compile.response import NoGradientError, measure_response
 from lazy_compile.runtime import CacheState
@@ -44,12 +45,13 @@ class CalibrationConfig:
         target_compute_ratio: MACs to spend over the dense model's, always-on parts included.
         objective: ``"rollout"`` follows the student's own trajectory from noise and needs a sampler; ``"paper"`` takes
             pairs of consecutive steps from data, with the cache of a full pass (LazyDiT, arXiv 2412.12444).
-        iterations: optimiser steps. A rollout iteration is one trajectory, a paper iteration one pair; 0
-            keeps the plan.
+        iterations: optimiser steps; 0 keeps the plan.
+        trajectories: of one optimiser step, or pairs for the paper's objective; their gradients are averaged. Several
+            processes share them, so that the gates do not depend on how many processes there are.
         learning_rate: of AdamW.
         knots: rows of the gate table, interpolated over the time input between them; None keeps one row per step.
         rho: price of computing in the lazy loss; None takes it from the plan, where it balances the target.
-        seed: the first noise seed; every iteration uses the next.
+        seed: the first noise seed; every trajectory uses the next.
         checkpoint_every: iterations between two checkpoints.
     """
 
@@ -57,6 +59,7 @@ class CalibrationConfig:
     target_compute_ratio: float | None = None
     objective: Objective = "rollout"
     iterations: int = 12
+    trajectories: int = 1
     learning_rate: float = 5e-4
     knots: int | None = None
     rho: float | None = None
@@ -66,8 +69,8 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
             raise ConfigError(f"objective is {self.objective!r}; expected 'rollout' or 'paper'")
-        if self.iterations < 0 or self.checkpoint_every < 1:
-            raise ConfigError("iterations must be 0 or more, and checkpoint_every 1 or more")
+        if self.iterations < 0 or self.checkpoint_every < 1 or self.trajectories < 1:
+            raise ConfigError("iterations must be 0 or more, checkpoint_every and trajectories 1 or more")
         if self.knots is not None and self.knots < 2:
             raise ConfigError(f"knots is {self.knots}; use 2 or more, or None for one row per step")
         _ = self.budget
@@ -125,7 +128,14 @@ class GateTrainer:
         self.history: list[dict[str, float]] = []
         self.cost = branch_cost(lazy, config.budget)
         self.iteration = 0
+        self.processes = Processes.here()
+        if config.trajectories % self.processes.count:
+            raise ConfigError(
+                f"trajectories is {config.trajectories}, and {self.processes.count} processes share them; "
+                "give a multiple of the number of processes"
+            )
         saved = self._read_checkpoint()
+        self.processes.wait()  # the first one may write it soon
         start = _start_of(saved) if saved else gate_start(lazy, config.budget, sample, plan, config.seed, on_progress)
         self.start = start
         self.initial = initial_gates(lazy, start, config.knots)
@@ -173,9 +183,9 @@ class GateTrainer:
 
     def train(self, pairs: Iterator[StepPair] | None) -> GateTable:
         if pairs is not None:
-            pairs = islice(pairs, self.iteration, None)
+            pairs = islice(pairs, self.iteration * self.config.trajectories, None)
         while self.iteration < self.config.iterations:
-            record = self._rollout() if self.config.objective == "rollout" else self._pair(pairs)
+            record = self._rollout() if self.config.objective == "rollout" else self._pairs(pairs)
             self.history.append(record)
             self.iteration += 1
             if self.checkpoint and self.iteration % self.config.checkpoint_every == 0:
@@ -203,8 +213,11 @@ class GateTrainer:
 
     def _error(self, table: GateTable, seeds: range) -> float:
         """Root mean square change of the final samples under these gates."""
-        changes = [self._measure(table, seed)[0].double() - self._dense(seed).double() for seed in seeds]
-        return float(torch.stack([change.square().mean() for change in changes]).mean().sqrt())
+        total = torch.zeros((), dtype=torch.float64)
+        for seed in self.processes.share(seeds):
+            change = self._measure(table, seed)[0].double() - self._dense(seed).double()
+            total += change.square().mean().cpu()
+        return float((self.processes.sum(total) / len(seeds)).sqrt())
 
     def _saved_beyond_target(self, lazy_ratio: float, compute_ratio: float) -> float:
         if self.config.target_lazy_ratio is not None:
@@ -229,7 +242,7 @@ class GateTrainer:
     # One iteration ------------------------------------------------------------------------------------------------
 
     def _rollout(self) -> dict[str, float]:
-        """One trajectory of the student: at each step its output is pulled to the dense model's at the same input,
+        """Trajectories of the student: at each step its output is pulled to the dense model's at the same input,
         weighted by what an error at that step does to the final sample."""
         totals: list[tuple[float, float]] = []
 
@@ -245,15 +258,23 @@ class GateTrainer:
                 totals.append((float(error.detach()), step.reused_share))
             return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
 
-        with self.lazy.driven_by(drive):
-            self.sample(self.lazy, self.config.seed + 1 + self.iteration)
+        first = self.config.seed + 1 + self.iteration * self.config.trajectories
+        for seed in self.processes.share(range(first, first + self.config.trajectories)):
+            with self.lazy.driven_by(drive):
+                self.sample(self.lazy, seed)
         return self._update(totals)
 
-    def _pair(self, pairs: Iterator[StepPair] | None) -> dict[str, float]:
+    def _pairs(self, pairs: Iterator[StepPair] | None) -> dict[str, float]:
+        taken, every = self.iteration * self.config.trajectories, self.config.trajectories
+        chosen = list(islice(pairs or (), every))
+        if len(chosen) < every:
+            raise ConfigError(
+                f"the data ended after {taken + len(chosen)} pairs; {self.config.iterations * every} are needed"
+            )
+        return self._update([self._pair(pair) for pair in self.processes.share(chosen)])
+
+    def _pair(self, pair: StepPair) -> tuple[float, float]:
         """The paper's step: a full pass at the noisier step fills the caches, the next one is lazy."""
-        pair = next(pairs, None) if pairs is not None else None
-        if pair is None:
-            raise ConfigError(f"the data ended after {self.iteration} pairs; {self.config.iterations} are needed")
         caches = CacheState()
 
         def fill(call: ModelCall) -> list[Tensor]:
@@ -274,7 +295,7 @@ class GateTrainer:
             step, output, dense = self.lazy(**pair.current)
         error = _squared_error(output, dense if pair.target is None else [pair.target])
         self._learn(error, step)
-        return self._update([(float(error.detach()), step.reused_share)])
+        return float(error.detach()), step.reused_share
 
     def _gates(self, timestep: float) -> list[tuple[Tensor, Tensor]]:
         return split_row(self._table().row(timestep), self.initial.features, self.weight.device)
@@ -291,11 +312,13 @@ class GateTrainer:
         return torch.stack(shares).sum()
 
     def _update(self, totals: Sequence[tuple[float, float]]) -> dict[str, float]:
+        gradient = torch.zeros_like(self.weight) if self.weight.grad is None else self.weight.grad
+        self.weight.grad = self.processes.sum(gradient) / self.config.trajectories
         torch.nn.utils.clip_grad_norm_([self.weight], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        errors, shares = zip(*totals, strict=True)
-        return dict(zip(HISTORY, (float(np.mean(errors)), float(np.mean(shares))), strict=True))
+        mean = self.processes.sum(torch.tensor(totals, dtype=torch.float64).mean(0)) / self.processes.count
+        return dict(zip(HISTORY, mean.tolist(), strict=True))
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -305,6 +328,8 @@ class GateTrainer:
 
     def _write_checkpoint(self) -> None:
         assert self.checkpoint is not None
+        if not self.processes.is_first:
+            return
         tensors = {
             "weight": self.weight,
             "mean_features": self.mean_features,

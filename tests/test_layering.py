@@ -11,7 +11,7 @@ LAYERS = {  # lowest first
     "errors": ["errors"],
     "data": ["config", "branch", "schedule", "gate", "grouping", "policy", "program"],
     "infrastructure": [
-        *["pass_manager", "ops", "gate_ops", "slots", "progress", "storage", "threads"],
+        *["pass_manager", "ops", "gate_ops", "slots", "progress", "storage", "threads", "processes"],
         *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "folded_rows", "lazy_branch"],
         *["extrapolation", "fake_quantize"],
     ],
@@ -25,7 +25,10 @@ LAYERS = {  # lowest first
         *["calibration", "report", "report_figures", "artifact", "backends", "backends.*"],
     ],
     "compiler": ["compiler"],
-    "front doors": ["__init__", "front_door", "cli*", "integrations", "integrations.*", "demo", "demo.*", "bench*"],
+    "front doors": [
+        *["__init__", "__main__", "front_door", "cli*"],
+        *["integrations", "integrations.*", "demo", "demo.*", "bench*"],
+    ],
 }
 ORDER = list(LAYERS)
 

@@ -1,0 +1,80 @@
+"""Several processes that do one piece of work together, as ``accelerate launch`` or ``torchrun`` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of its group; alone where there is no group.
+
+    Every method but :meth:`share` is a collective: all processes call it, in the same order.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def here(cls) -> Processes:
+        """Of the default process group, which the caller's script (or accelerate) has set up."""
+        if distributed.is_available() and distributed.is_initialized():
+            return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes files and draws progress."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Those that this process works on; each belongs to exactly one."""
+        return items[self.rank :: self.count]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Of all processes."""
+        if self.count == 1:
+            return tensor
+        total = tensor.detach().clone()
+        distributed.all_reduce(total)
+        return total
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks; their shapes are equal."""
+        if self.count == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            distributed.barrier()
+
+
+@contextmanager
+def launched_processes() -> Iterator[Processes]:
+    """The group that a launcher's environment describes, while the block lasts; one that is there already stays."""
+    own = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
+    if own:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Processes.here()
+    finally:
+        if own:
+            distributed.destroy_process_group()
+
+
+def local_device(device: str) -> str:
+    """``"cuda"`` is the GPU of this process, where a launcher gave each its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
