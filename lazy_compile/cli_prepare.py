@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -201,6 +203,10 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The ONNX file to write; with --gating schedule a folder.")
     ],
+    target: Annotated[
+        Literal["onnx", "ort-mobile"],
+        typer.Option(help="ort-mobile writes the .ort format of ONNX Runtime's builds for phones."),
+    ] = "onnx",
     gates: given.Gates = None,
     gating: given.GatingOption = "predicate",
     group: given.Group = None,
@@ -215,18 +221,27 @@ def export(
 ) -> None:
     """Write an ONNX model in which every branch is an If node, with its caches as inputs and outputs."""
     from lazy_compile.backends.onnx import export_onnx
+    from lazy_compile.backends.ort_mobile import convert_to_ort
     from lazy_compile.cli_models import in_precision, load_lazy, load_model, parse_group, require_inputs
     from lazy_compile.cli_tables import facts, plain, show
     from lazy_compile.progress import progress_bars
 
+    mobile = target == "ort-mobile"
+    if mobile and (gating == "schedule" or output.suffix != ".ort"):
+        raise ConfigError(
+            f"--target ort-mobile writes one .ort file; seen --output {output} and --gating {gating}: "
+            "name it model.ort, with --gating predicate or input"
+        )
     grouped = parse_group(group)
     named = in_precision(load_model(model, shape or (), device), precision)
     lazy = load_lazy(named, gates, options or ())
-    with progress_bars(not json) as on_progress:
+    with progress_bars(not json) as on_progress, tempfile.TemporaryDirectory() as folder:
         report = export_onnx(
-            lazy, output, require_inputs(named), gating=gating, group=grouped, simplify=simplify,
-            on_progress=on_progress,
+            lazy, Path(folder) / "model.onnx" if mobile else output, require_inputs(named), gating=gating,
+            group=grouped, simplify=simplify, on_progress=on_progress,
         )  # fmt: skip
+        if mobile:
+            report = replace(report, bytes=convert_to_ort(report.path, output), path=output)
     values = plain(report)
     show(values, json, facts(values))
 

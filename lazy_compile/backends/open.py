@@ -9,14 +9,14 @@ from lazy_compile.backends.runner import Runner
 
 
 def open_runner(path: str | Path) -> Runner:
-    """An ``.onnx`` file in ONNX Runtime, any other file as a TensorRT engine; a folder by what it holds.
+    """An ``.onnx`` or ``.ort`` file in ONNX Runtime, any other file as a TensorRT engine; a folder by what it holds.
 
     Raises:
         ArtifactError: it is missing or damaged.
         BackendError: that runtime cannot run it here.
     """
     file = next(iter(MaskSet.load(path).files.values())) if Path(path).is_dir() else Path(path)
-    if file.suffix == ".onnx":
+    if file.suffix in (".onnx", ".ort"):
         from lazy_compile.backends.onnxruntime import OnnxRunner
 
         return OnnxRunner(path)

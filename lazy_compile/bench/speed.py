@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -141,7 +142,7 @@ def _eager(
 
 
 def _onnxruntime(
-    model: torch.nn.Module, lazy: LazyModule, inputs: dict[str, Any]
+    model: torch.nn.Module, lazy: LazyModule, inputs: dict[str, Any], *, mobile: bool = False
 ) -> tuple[Callable[[], None], Callable[[CacheSchedule], Iterator[None]]]:
     from lazy_compile.backends.denoiser import EngineDenoiser
     from lazy_compile.backends.onnx import export_onnx
@@ -150,14 +151,17 @@ def _onnxruntime(
     onnxruntime = import_optional("onnxruntime", "onnx")
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(lazy, Path(folder) / "gated.onnx", gating="input", predictors=False)
-        runner = OnnxRunner(Path(folder) / "gated.onnx", threads=1)
+        gated_file, dense_file = Path(folder) / "gated.onnx", Path(folder) / "dense.onnx"
+        export_onnx(lazy, gated_file, gating="input", predictors=False)
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            torch.onnx.export(model, kwargs=inputs, f=Path(folder) / "dense.onnx", dynamo=True, opset_version=20)
+            torch.onnx.export(model, kwargs=inputs, f=dense_file, dynamo=True, opset_version=20)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(Path(folder) / "dense.onnx", options, providers=["CPUExecutionProvider"])
+        if mobile:
+            gated_file, dense_file = (_as_ort(file) for file in (gated_file, dense_file))
+        runner = OnnxRunner(gated_file, threads=1)
+        session = onnxruntime.InferenceSession(dense_file, options, providers=["CPUExecutionProvider"])
     feed = {item.name: tensors[item.name].numpy() for item in session.get_inputs()}
 
     def dense() -> None:
@@ -172,7 +176,15 @@ def _onnxruntime(
     return dense, gated
 
 
+def _as_ort(onnx: Path) -> Path:
+    from lazy_compile.backends.ort_mobile import convert_to_ort
+
+    convert_to_ort(onnx, onnx.with_suffix(".ort"))
+    return onnx.with_suffix(".ort")
+
+
 _PAIRS: dict[str, Callable[..., tuple[Callable[[], None], Callable[[CacheSchedule], Iterator[None]]]]] = {
     "eager": _eager,
     "onnxruntime": _onnxruntime,
+    "ort-mobile": partial(_onnxruntime, mobile=True),
 }

@@ -1,0 +1,36 @@
+"""The format of ONNX Runtime's builds for phones: an exported model, optimized for no machine in particular."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lazy_compile.backends.onnx_metadata import first_line
+from lazy_compile.errors import BackendError, import_optional
+from lazy_compile.storage import atomic_path
+
+
+def convert_to_ort(onnx: str | Path, path: str | Path) -> int:
+    """Write an exported model as an ``.ort`` file; returns its size in bytes.
+
+    Its conditionals, names and description are those of the ONNX file, so that :class:`OnnxRunner` runs it too. What it
+    is optimized by holds on every CPU.
+
+    Raises:
+        BackendError: ONNX Runtime cannot convert it.
+        ArtifactError: the file cannot be written.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    ort = import_optional("onnxruntime", "onnx")
+    with atomic_path(path) as temporary:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(temporary)
+        options.add_session_config_entry("session.save_model_format", "ORT")
+        try:
+            ort.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BackendError(
+                f"ONNX Runtime cannot convert {onnx} ({first_line(error)}); export with --target onnx and run that"
+            ) from error
+    return Path(path).stat().st_size
