@@ -1,0 +1,117 @@
+"""A runner for ``polygraphy run``: a lazy model whose caches are handed from one iteration to the next.
+
+polygraphy run model.onnx --lazy --lazy-every 2 --iterations 6
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.datatype import DataType
+from polygraphy.logger import G_LOGGER
+from polygraphy.tools.args import ModelArgs
+from polygraphy.tools.args import util as args_util
+from polygraphy.tools.args.base import BaseRunnerArgs
+from polygraphy.tools.script import make_invocable
+
+from lazy_compile import artifact
+from lazy_compile.backends.open import open_runner
+from lazy_compile.backends.runner import Force
+from lazy_compile.errors import ConfigError
+from lazy_compile.gate import GateRow
+from lazy_compile.policy import AlwaysCompute, Learned, Policy, Scheduled
+
+
+class LazyRunner(BaseRunner):  # type: ignore[misc]
+    """What ``export_onnx`` or ``build_engine`` wrote; every inference is the next step of one trajectory.
+
+    Args:
+        path: an ``.onnx`` or ``.ort`` file, or an engine.
+        every: compute at every so-maniest iteration, reuse in between.
+        gates: a folder that ``plan`` or ``calibrate`` wrote, to decide instead.
+    """
+
+    def __init__(self, path: str, every: int | None = None, gates: str | None = None, name: str | None = None) -> None:
+        super().__init__(name=name, prefix="lazy-runner")
+        if every is not None and (gates is not None or every < 1):
+            raise ConfigError(f"--lazy-every is {every}, a number from 1 on, or --lazy-gates decides; give one of them")
+        self._path, self._every = path, every or 1
+        self._policy: Policy = AlwaysCompute() if gates is None else artifact.read(gates).policy
+
+    def activate_impl(self) -> None:
+        self.runner = open_runner(Path(self._path))
+        self._policy.check(self.runner.branches)
+        self.step = self.reused = 0
+
+    def get_input_metadata_impl(self) -> Any:
+        metadata = TensorMetadata()
+        for spec in self.runner.metadata.inputs:
+            metadata.add(spec.name, DataType.from_dtype(getattr(torch, spec.dtype)), spec.shape)
+        return metadata
+
+    def infer_impl(self, feed_dict: Any) -> Any:
+        time_input = self.runner.metadata.timestep_input
+        tensors = {name: torch.as_tensor(value) for name, value in feed_dict.items()}
+        timestep = float(self.step) if time_input is None else float(tensors[time_input].max())
+        row, force = self._decide(timestep)
+        slopes = self._policy.slopes(self.step, timestep)
+        start = time.perf_counter()
+        outputs = self.runner.run(tensors, row, force, slopes=slopes)
+        self.inference_time = time.perf_counter() - start
+        self.step += 1
+        self.reused += int((~self.runner.decisions).sum())
+        names = [name for name in self.runner.metadata.outputs if name is not None]
+        return OrderedDict((name, output.cpu().numpy()) for name, output in zip(names, outputs, strict=True))
+
+    def deactivate_impl(self) -> None:
+        asked = self.step * len(self.runner.branches)
+        G_LOGGER.info(f"{self.name} | lazy ratio {self.reused / max(asked, 1):.3f} of {asked} branch evaluations")
+        del self.runner
+
+    def _decide(self, timestep: float) -> tuple[GateRow | None, Force | None]:
+        policy = self._policy
+        if isinstance(policy, Learned):
+            row = policy.table.row(timestep)
+            return GateRow(row.weight, row.bias + policy.shift), None
+        if isinstance(policy, Scheduled):
+            table = policy.schedule.should_compute
+            return None, table[self.step].tolist() if self.step < len(table) else "compute"
+        return None, "reuse" if self.step % self._every else "compute"
+
+
+class LazyRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
+    """
+    Lazy Inference: running a lazy model, with its caches handed from one iteration to the next
+
+    Depends on:
+
+        - ModelArgs
+    """
+
+    def get_name_opt_impl(self) -> tuple[str, str]:
+        return "lazy_compile", "lazy"
+
+    def add_parser_args_impl(self) -> None:
+        self.group.add_argument("--lazy-every", type=int, help="Compute at every so-maniest iteration only.")
+        self.group.add_argument("--lazy-gates", help="Folder that lazy-compile plan or calibrate wrote, to decide.")
+
+    def parse_impl(self, args: Any) -> None:
+        self.every, self.gates = args_util.get(args, "lazy_every"), args_util.get(args, "lazy_gates")
+
+    def add_to_script_impl(self, script: Any) -> None:
+        script.add_import(imports=["LazyRunner"], frm="lazy_compile.integrations.polygraphy")
+        script.add_runner(
+            make_invocable("LazyRunner", self.arg_groups[ModelArgs].path, every=self.every, gates=self.gates)
+        )
+
+
+def arguments() -> Sequence[BaseRunnerArgs]:
+    """The entry point ``polygraphy.run.plugins``."""
+    return [LazyRunnerArgs()]
