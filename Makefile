@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-zoo zoo-golden coverage-page bench results lint clean
+.PHONY: help install demo test test-torchao test-zoo zoo-golden coverage-page bench results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -31,6 +31,11 @@ test: export MKL_NUM_THREADS := 1
 test: lint ## lint, check types, run the tests
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
+
+TORCHAO := build/torchao
+test-torchao: $(INSTALLED) ## integer weights of torchao, installed beside .venv (28 MB)
+	@test -d $(TORCHAO) || $(BIN)/python -m pip install -q --no-deps --target $(TORCHAO) -c constraints.txt torchao
+	PYTHONPATH=$(TORCHAO) $(BIN)/pytest -m torchao tests/integrations/test_torchao.py
 
 test-zoo zoo-golden coverage-page: export OMP_NUM_THREADS := 1
 test-zoo: $(INSTALLED) ## every model of the zoo: all diffusers transformers

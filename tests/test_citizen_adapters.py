@@ -1,21 +1,18 @@
-"""Models that other packages have changed: LoRA of peft, integer weights of torchao."""
+"""Models that adapters of peft have changed."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
+import peft
 import torch
 from torch import nn
 
 import lazy_compile
 from lazy_compile import LazyModule
-from models import call, randomize
-from small import SMALL, Small, fresh, run, same
-
-peft = pytest.importorskip("peft")
+from models import call
+from small import SMALL, fresh, run, same
 
 ARGUMENTS = [call(SMALL)]
 
@@ -81,25 +78,3 @@ def test_lora_is_added_through_the_lazy_model_and_trained_in_it() -> None:
             if "lora_" in name:
                 parameter.add_(0.1)
     assert same(run(lazy, ARGUMENTS), run(lazy.original, ARGUMENTS))
-
-
-def quantized(seed: int = 0) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torchao = pytest.importorskip("torchao.quantization")
-        model = randomize(Small(), seed).eval()
-        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    return model
-
-
-def test_integer_weights_of_torchao_stay_bitwise_equal() -> None:
-    model = quantized()
-    assert not same(run(model, ARGUMENTS), run(randomize(Small()).eval(), ARGUMENTS))
-    lazy = lazy_compile.transform(model, call(SMALL))
-    assert [branch.kind.value for branch in lazy.branches] == ["self_attention", "mlp"]
-    assert follows(lazy)
-    names = [item.name for item in lazy.graph.program.inputs]
-    assert "mlp.up.parametrizations.weight.original0" in names
-    model.mlp.up.weight = nn.Parameter(quantized(seed=5).mlp.up.weight.detach(), requires_grad=False)
-    assert follows(lazy)
-    assert lazy.stats.captures == 1
