@@ -42,7 +42,7 @@ class OnnxSession:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=list(providers))
+            self.session = _open(ort, path, options, list(providers))
         except Exception as error:
             if type(error).__name__ == "NotImplemented":
                 raise BackendError(f"ONNX Runtime has no kernel for {path}: {first_line(error)}") from error
@@ -55,6 +55,19 @@ class OnnxSession:
 
     def lane(self) -> OnnxLane:
         return OnnxLane(self.session)
+
+
+def _open(ort: Any, path: Path, options: Any, providers: list[str]) -> Any:
+    """ONNX Runtime 1.32 looks for the scale of integer weights inside the arm of an ``If`` alone, and fails."""
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
+        if "TransposeDQWeightsForMatMulNBits" not in str(error):
+            raise
+        return ort.InferenceSession(str(path), options, providers=providers, disabled_optimizers=[_FUSES_WEIGHTS])
+
+
+_FUSES_WEIGHTS = "QDQSelectorActionTransformer"
 
 
 class OnnxLane:

@@ -164,3 +164,15 @@ def test_engines_branch_around_quantised_products(family: str, config: str, tmp_
     structure = build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", BuildConfig(flavor="rtx")).structure
     assert structure.problems == ()
     assert len(structure.branches) == len(lazy.branches)
+
+
+def test_weights_alone_as_integers_run_in_onnx_runtime(tmp_path: Path) -> None:
+    case = Quantised("dit", mtq.INT8_WEIGHT_ONLY_CFG)
+    lazy = lazy_of(case)
+    lazy.capture(**case.inputs)
+    lazy_compile.export_onnx(lazy, tmp_path / "m.onnx", case.inputs, gating="input", predictors=False)
+    lazy.policy = every_second(lazy)
+    denoiser = EngineDenoiser(OnnxRunner(tmp_path / "m.onnx"), lazy.policy)
+    for step in range(STEPS):
+        assert torch.allclose(case.run(denoiser, step), case.run(lazy, step), atol=1e-4)
+    assert denoiser.stats.lazy_ratio > 0

@@ -1,4 +1,4 @@
-"""Integer weights of torchao, run by ``make test-torchao``: wherever it is installed, diffusers tells of load errors."""
+"""Integer weights of torchao, run by ``make test-torchao``: where it is installed, diffusers tells of load errors."""
 
 from __future__ import annotations
 
