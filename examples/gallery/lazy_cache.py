@@ -1,0 +1,14 @@
+"""In the manner of diffusers' enable_cache: the model stays the same object."""
+
+from lazy_compile import CacheSchedule, LazyConfig, Scheduled, apply_lazy_cache
+from small import STEPS, draw, pipeline, show
+
+pipe = pipeline()
+dense = draw(pipe)
+lazy = apply_lazy_cache(pipe.transformer, LazyConfig(reuse="last"))
+computed = draw(pipe)
+
+lazy.policy = Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))
+draw(pipe)
+show(dense, computed, lazy)
+pipe.transformer.disable_lazy_cache()
