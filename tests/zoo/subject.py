@@ -75,10 +75,11 @@ class Subject:
         return layout.rebuild(moved)[1]
 
     def row(self, call: Call, row: int) -> Call:
-        """The call of one row alone: the tensors that the capture gives the batch size are cut along it."""
+        """The call of one row alone: the tensors that the capture gives the batch size are cut along it, and a list of
+        one item for each row at that item."""
         graph = self.graph
         symbol = batch_symbol(graph.captured.program)
-        if symbol is None:
+        if symbol is None or any(isinstance(value, list) and len(value) == BATCH for value in call.values()):
             return row_of(call, row)
         layout, tensors = CallLayout.of((), call)
         fakes = graph.captured.fake_tensors
