@@ -135,11 +135,11 @@ def batch(subject: Subject, seed: int = 0, reuse: str = "linear", order: tuple[i
 
     The single calls of one step are parallel streams, as under classifier-free guidance; they are named where no
     timestep tells them. A branch whose rows are mixed decides once per call, and says why. Where the original itself
-    mixes rows, only the branches are held to what they say of themselves.
+    gives something else for a batch, only the branches are held to what they say of themselves.
     """
     apart = own_difference(subject)
     if apart > MIXED:
-        return f"{separate_rows(subject)} of {len(subject.lazy.branches)}; the original mixes rows"
+        return f"{separate_rows(subject)} of {len(subject.lazy.branches)}, branches alone"
     lazy, calls = subject.fresh(reuse=reuse), subject.calls(STEPS)
     separable = [branch.row_separable for branch in lazy.branches]
     assert all(branch.row_separable or branch.why_not_separable for branch in lazy.branches)

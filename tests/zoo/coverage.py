@@ -45,8 +45,8 @@ diffusers lacks: small configurations with random weights, found by dataflow alo
 - **reuse**: under a random schedule, the largest difference to an oracle: the captured graph, run with values replaced.
 - **gates**: a gradient reaches every gate.
 - **rows**: branches that decide for each row; the others decide once per call, and `inspect` says why. Under mixed
-  decisions, a batch gives what its rows give alone. Some originals mix the rows of a batch themselves; there every
-  branch that decides for each row is run for the batch and for each row, and must give the same.
+  decisions, a batch gives what its rows give alone. *Branches alone*: the original itself gives something else for a
+  row (OmniGen's images belong to places of the batch), so each branch is run for the batch and for each row instead.
 - **ONNX**: one `If` for each branch, and the largest difference between ONNX Runtime and PyTorch, with reuse.
 
 | model | rung | branches | attention | token MACs | exact | reuse | gates | rows | ONNX |

@@ -69,7 +69,7 @@ class MixesRows(Small):
 
 def test_a_model_that_mixes_rows_has_branches_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     model = asked(MixesRows())
-    assert checks.batch(model) == "2 of 2; the original mixes rows"
+    assert checks.batch(model) == "2 of 2, branches alone"
     sound = LazyBranch.compute
 
     def mixed(self: LazyBranch, inputs: Any) -> tuple[Tensor, ...]:
