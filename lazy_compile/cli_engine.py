@@ -107,7 +107,7 @@ _NAMES: Mapping[LayerRole, tuple[str, str]] = {
 def _verdict(structure: EngineStructure) -> str:
     found = structure.summary()
     heavy = f"{found['heavy_inside']} heavy kernels in branches, {found['heavy_always']} at every step"
-    line = f"{found['branches']} branches, {heavy}, {found['fused_attention']} fused attentions in branches"
+    line = f"{found['branches']} branches, {heavy}, {found['fused_attention']} fused attentions"
     copies = f"{found['host_copies']} host copies, {found['host_copies_before_first_branch']} before the first branch"
     return "\n".join([f"{line}, {copies}", *structure.problems])
 

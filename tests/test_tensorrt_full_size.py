@@ -25,7 +25,12 @@ inputs = {
     "hidden_states": torch.randn(2, 4, 32, 32).half(), "timestep": torch.tensor([500, 500]),
     "class_labels": torch.tensor([1, 2]),
 }
-export_onnx(lazy_compile.transform(model, inputs), sys.argv[1], gating=sys.argv[2])
+lazy = lazy_compile.transform(model, inputs)
+if sys.argv[2] == "schedule":
+    table = torch.ones(3, 56, dtype=torch.bool)
+    table[2] = torch.arange(56) % 4 < 2  # every second block
+    lazy.policy = lazy_compile.Scheduled(lazy_compile.CacheSchedule(table.numpy()))
+export_onnx(lazy, sys.argv[1], gating=sys.argv[2])
 """
 
 BUILD = """
@@ -34,6 +39,18 @@ from lazy_compile.backends.tensorrt import BuildConfig, build_engine
 report = build_engine(sys.argv[1], sys.argv[2], BuildConfig(flavor="rtx"))
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(json.dumps({"seconds": report.seconds, "gigabytes": used, "bytes": report.bytes, **report.structure.summary()}))
+"""
+
+
+BUILD_ALL = """
+import json, resource, sys
+from lazy_compile.backends.tensorrt import BuildConfig, build_engines
+reports = build_engines(sys.argv[1], sys.argv[2], BuildConfig(flavor="rtx"))
+used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+print(json.dumps({
+    "seconds": [report.seconds for report in reports], "bytes": [report.bytes for report in reports],
+    "gigabytes": used, "structures": [report.structure.summary() for report in reports],
+}))
 """
 
 
@@ -56,4 +73,19 @@ def test_dit_xl_2_is_built_in_three_minutes_and_eight_gigabytes(gating: str, tmp
     assert found["host_copies_before_first_branch"] == (1 if gating == "predicate" else 56)
     assert found["heavy_inside"] == 28 * 5  # query, key and value in one; attention; and three projections
     assert found["seconds"] < SECONDS
+    assert found["gigabytes"] < GIGABYTES
+
+
+@pytest.mark.slow
+def test_a_schedule_of_dit_xl_2_has_no_jump_and_half_the_kernels_where_half_is_reused(tmp_path: Path) -> None:
+    in_a_process_of_its_own(EXPORT, tmp_path / "onnx", "schedule")
+    answer = in_a_process_of_its_own(BUILD_ALL, tmp_path / "onnx", tmp_path / "engines")
+    found: dict[str, Any] = json.loads(answer.splitlines()[-1])
+    print(found)
+    dense, half = found["structures"]
+    for structure in (dense, half):
+        assert (structure["branches"], structure["host_copies"], structure["problems"]) == (0, 0, [])
+    assert (dense["fused_attention"], half["fused_attention"]) == (28, 14)
+    assert dense["heavy_always"] - half["heavy_always"] == 14 * 5
+    assert max(found["seconds"]) < SECONDS
     assert found["gigabytes"] < GIGABYTES

@@ -65,8 +65,8 @@ class EngineStructure:
 
     @property
     def fused_attention(self) -> int:
-        """Fused attention kernels inside branches."""
-        return sum(layer.is_fused_attention for branch in self.branches for layer in branch.compute)
+        """Fused attention kernels, in branches or not."""
+        return sum(layer.is_fused_attention for layer in self.layers)
 
     @property
     def host_copies(self) -> int:
