@@ -15,6 +15,7 @@ from lazy_compile.module import LazyModule
 from lazy_compile.pass_manager import PassManager
 from lazy_compile.passes.canonicalize import Canonicalize
 from lazy_compile.passes.discover_branches import DiscoverBranches
+from lazy_compile.passes.hoist_step_invariants import HoistStepInvariants
 from lazy_compile.passes.insert_gates import InsertGates
 from lazy_compile.passes.join_slices import JoinSlices
 from lazy_compile.passes.merge_repeats import MergeRepeats
@@ -30,6 +31,7 @@ def gating_pipeline(config: LazyConfig) -> PassManager:
             Canonicalize(),
             JoinSlices(),
             MergeRepeats(),
+            HoistStepInvariants(),
             DiscoverBranches(conv_branches=config.conv_branches),
             OutlineBranches(),
             InsertGates(),

@@ -29,6 +29,8 @@ class LazyConfig:
             transformer block. Caches stay one per branch.
         conv_branches: also gate residual branches made of dense convolutions (the ResNet blocks of a U-Net).
         timestep_input: the name of the forward argument that carries the timestep. None finds it in the graph.
+        hoist_step_invariants: compute what depends only on inputs that stay the same (keys and values of the text, say)
+            once per trajectory and keep it; in PyTorch, without gradients. Results are the same bit for bit.
         max_captures: how many graphs (one per set of shapes that cannot share one) are kept, least recently used first.
     """
 
@@ -39,6 +41,7 @@ class LazyConfig:
     group: Group = 1
     conv_branches: bool = False
     timestep_input: str | None = None
+    hoist_step_invariants: bool = True
     max_captures: int = 8
 
     def __post_init__(self) -> None:

@@ -6,13 +6,14 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lazy_compile.branch import ResidualBranch
 from lazy_compile.call_layout import CallLayout
 from lazy_compile.capture import Capture, capture, quiet_evaluation
 from lazy_compile.capture_lock import CAPTURE_LOCK
@@ -22,6 +23,7 @@ from lazy_compile.errors import CaptureError, ConfigError, NoBranchError
 from lazy_compile.lazy_graph import LazyGraph, sources_of, types_of
 from lazy_compile.operators import macs
 from lazy_compile.pass_manager import PassManager
+from lazy_compile.passes.hoist_step_invariants import HoistStepInvariants
 from lazy_compile.timestep import find_timestep_input, names_the_time
 
 logger = logging.getLogger("lazy_compile")
@@ -97,6 +99,28 @@ class GraphStore:
             with CAPTURE_LOCK.capturing():
                 graph = self._compile(_Call.of(args, kwargs, self._numbers), config, reads_values=True)
         return graph, tensors
+
+    def hoisted(self, graph: LazyGraph, inputs: frozenset[str]) -> LazyGraph:
+        """A graph that need not compute what only ``inputs`` and the weights decide; the same if nothing does.
+
+        It has the branches of ``graph``, so that caches, policies and accounts of one serve the other.
+        """
+        with self._mutex:
+            if inputs not in graph.hoisted:
+                graph.hoisted[inputs] = self._hoist(graph, inputs)
+            return graph.hoisted[inputs]
+
+    def _hoist(self, graph: LazyGraph, inputs: frozenset[str]) -> LazyGraph:
+        passes = [
+            HoistStepInvariants(inputs) if isinstance(item, HoistStepInvariants) else item
+            for item in self.pipeline.passes
+        ]
+        program = PassManager(passes).run(graph.captured.program)
+        if program.prologue is None or list(map(_identity, program.branches)) != list(map(_identity, graph.branches)):
+            return graph
+        result = replace(graph, program=replace(program, branches=graph.branches))
+        self._admit(result)
+        return result
 
     def drop_if_model_changed(self) -> bool:
         """Forget all graphs if modules, attributes, hooks or parameter types are others than at the capture."""
@@ -236,6 +260,10 @@ class GraphStore:
     @property
     def _name(self) -> str:
         return type(self.model).__name__
+
+
+def _identity(branch: ResidualBranch) -> tuple[Any, ...]:
+    return branch.name, branch.kind, branch.gate_features, len(branch.outputs), branch.row_separable
 
 
 def _serves(graph: LazyGraph, call: _Call) -> bool:

@@ -32,6 +32,8 @@ class LazyGraph:
         timestep_position: which of the tensor inputs is the time input; None if none is.
         types: dtypes and devices of the tensor inputs, and autocast.
         sources: where each parameter, buffer and constant is looked up at every call, in graph order.
+        hoisted: by names of inputs that stay the same, the graph that need not compute what follows from them; this
+            one if nothing does.
     """
 
     layout: CallLayout
@@ -41,6 +43,7 @@ class LazyGraph:
     types: tuple[Any, ...]
     total_macs: int
     sources: tuple[Source, ...]
+    hoisted: dict[frozenset[str], LazyGraph] = field(default_factory=dict, init=False)
     _leaders: dict[Group, tuple[int, ...]] = field(default_factory=dict, init=False)
 
     @property
@@ -89,8 +92,10 @@ class LazyGraph:
         """Current parameters, buffers and constants in graph order: a weight that was changed takes effect."""
         return [values[name] for values, name in self.sources]
 
-    def run(self, state: Sequence[Tensor], tensors: Sequence[Tensor], step: LazyStep) -> Any:
-        outputs = self.program.graph_module(*state, *tensors, step)
+    def run(
+        self, state: Sequence[Tensor], tensors: Sequence[Tensor], step: LazyStep, invariants: Sequence[Tensor] = ()
+    ) -> Any:
+        outputs = self.program.graph_module(*state, *tensors, *invariants, step)
         return pytree.tree_unflatten(list(outputs), self.captured.output_spec)
 
 
@@ -102,6 +107,7 @@ class ModelCall:
         caches: the slots of this call's stream.
         step: index of the sampler step in its trajectory.
         timestep: the time input, or the step index where the model has none.
+        invariants: what the graph takes beside its inputs, see :mod:`lazy_compile.step_invariants`.
     """
 
     graph: LazyGraph
@@ -110,6 +116,7 @@ class ModelCall:
     caches: CacheState
     step: int
     timestep: float
+    invariants: Sequence[Tensor] = ()
 
     @property
     def row_inputs(self) -> dict[str, Tensor]:
@@ -119,7 +126,7 @@ class ModelCall:
 
     def run(self, step: LazyStep) -> Any:
         """The model's own return value, with every branch doing as ``step`` decides."""
-        return self.graph.run(self.state, self.tensors, step)
+        return self.graph.run(self.state, self.tensors, step, self.invariants)
 
     def for_training(self) -> ModelCall:
         """The same call with tensors that autograd may keep, should a sampler run under inference mode."""

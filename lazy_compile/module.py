@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lazy_compile.lazy_graph import ModelCall as ModelCall
 from lazy_compile.pass_manager import PassManager
 from lazy_compile.policy import AlwaysCompute, Policy
 from lazy_compile.runtime import LazyStats, PolicyStep
+from lazy_compile.step_invariants import follow
 from lazy_compile.timestep import Trajectories, use_stream
 
 logger = logging.getLogger("lazy_compile")
@@ -68,8 +69,12 @@ class LazyModule(nn.Module):
         if started and self._store.drop_if_model_changed():
             graph, tensors = self._graph_for(args, kwargs)
         now = float(index) if timestep is None else timestep
+        weights: list[Any] = graph.state()
         with CAPTURE_LOCK.running():
-            return self._drive(ModelCall(graph, graph.state(), tensors, state, index, now))
+            invariants: Sequence[Tensor] = ()
+            if self.lazy_config.hoist_step_invariants:
+                graph, invariants = follow(graph, weights, tensors, state, self._store.hoisted)
+            return self._drive(ModelCall(graph, weights, tensors, state, index, now, invariants))
 
     def _follow_policy(self, call: ModelCall) -> Any:
         stats = self._stats_of(call.graph)
@@ -203,6 +208,9 @@ class LazyModule(nn.Module):
         def compile_branches(graph: LazyGraph) -> None:
             for _, branch in lazy_calls(graph.program):
                 branch.compile(*args, **kwargs)
+            for each in graph.hoisted.values():
+                if each is not graph:
+                    compile_branches(each)
 
         self._compile = compile_branches
         for graph in self._store.graphs:

@@ -68,6 +68,12 @@ def is_heavy(node: fx.Node) -> bool:
     return operator_name(node) in HEAVY
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether another call with the same arguments may give other values."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or operator_name(node) in ("dropout", "empty", "empty_like")
+
+
 def is_quantiser(node: fx.Node) -> bool:
     """Readies an operand of a product for 8 bits: no work by itself, and of no use away from that product."""
     return operator_name(node) == "fake_quantize"

@@ -31,6 +31,7 @@ class Role(Enum):
     BUFFER = "buffer"
     CONSTANT = "constant"
     USER = "user"
+    INVARIANT = "invariant"
     LAZY_STEP = "lazy_step"
     SLOT = "slot"
     GATE = "gate"
@@ -55,6 +56,7 @@ class Program:
         output_constants: position -> value of those outputs of the model that are not tensors.
         branches: what discovery found, empty before it.
         refusals: what discovery looked at and left.
+        prologue: computes the inputs of role INVARIANT from those before them; None if there are none.
         state_outputs: how many trailing outputs are cache slots and logits rather than the model's own.
     """
 
@@ -64,6 +66,7 @@ class Program:
     output_constants: dict[int, Any] = field(default_factory=dict)
     branches: tuple[ResidualBranch, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    prologue: fx.GraphModule | None = None
     state_outputs: int = 0
 
     @property
@@ -125,7 +128,7 @@ class Program:
         return cls(module, tuple(inputs), constants, output_constants)
 
     def bind(self, state: Mapping[str, Tensor], user: Sequence[Any]) -> list[Any]:
-        """All graph inputs up to the user's own, in order: parameters by name from ``state``, then ``user``."""
+        """All graph inputs up to the step, in order: parameters by name from ``state``, ``user``, step invariants."""
         values, remaining = [], iter(user)
         for item in self.inputs:
             if item.role in (Role.PARAMETER, Role.BUFFER):
@@ -134,7 +137,7 @@ class Program:
                 values.append(self.constants[item.name])
             elif item.role is Role.USER:
                 values.append(next(remaining))
-        return values
+        return [*values, *(self.prologue(*values) if self.prologue else ())]
 
     def name_users(self, names: Sequence[str]) -> None:
         """Name the user's inputs, in order: export knows them by position only."""

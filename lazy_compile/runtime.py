@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.lazy_branch import LazyBranch
 from lazy_compile.policy import GateQuery, Policy
 from lazy_compile.row_matching import match_rows
+
+if TYPE_CHECKING:
+    from lazy_compile.step_invariants import StepInvariants
 
 Rows = npt.NDArray[np.bool_]
 
@@ -71,11 +74,13 @@ class CacheState:
     Attributes:
         memory: what policies keep.
         inputs: those of the last call that have a line for each row, with the rows on axis 0.
+        invariants: what need not be computed again, see :mod:`lazy_compile.step_invariants`.
     """
 
     slots: dict[int, CacheSlot] = field(default_factory=dict)
     memory: dict[str, object] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    invariants: StepInvariants | None = None
 
     def follow_rows(self, inputs: dict[str, Tensor], branches: Sequence[ResidualBranch]) -> str:
         """Let the rows of a batch of another size go on as those with the same conditions; what was done, in words."""
@@ -98,7 +103,8 @@ class CacheState:
 
     @property
     def bytes(self) -> int:
-        return sum(slot.bytes for slot in self.slots.values())
+        kept = 0 if self.invariants is None else self.invariants.bytes
+        return kept + sum(slot.bytes for slot in self.slots.values())
 
 
 @dataclass

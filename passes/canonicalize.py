@@ -58,7 +58,7 @@ class Canonicalize(GraphPass):
                 node.replace_all_uses_with(value)
                 program.graph.erase_node(node)
                 modified = True
-        return _erase_dead(program.graph) or modified
+        return erase_dead(program.graph) or modified
 
 
 def _written_whole(node: fx.Node) -> fx.Node | None:
@@ -108,7 +108,8 @@ def _slices_everything(node: fx.Node) -> bool:
     return start in (None, 0) and end in (None, _END) and step in (None, 1)
 
 
-def _erase_dead(graph: fx.Graph) -> bool:
+def erase_dead(graph: fx.Graph) -> bool:
+    """Remove what nobody uses; whether there was any."""
     modified = False
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "call_module", "get_attr") and not node.users:

@@ -6,10 +6,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
-from lazy_compile.operators import operator_name, origins
+from lazy_compile.operators import is_random, origins
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program
 
@@ -41,7 +40,7 @@ class MergeRepeats(GraphPass):
         first: dict[Hashable, fx.Node] = {}
         modified = False
         for node in list(program.graph.nodes):
-            if node.op != "call_function" or node in returned or _is_random(node):
+            if node.op != "call_function" or node in returned or is_random(node):
                 continue
             call = (node.target, _key(node.args), _key(node.kwargs))
             earlier = first.setdefault(call, node)
@@ -50,11 +49,6 @@ class MergeRepeats(GraphPass):
                 program.graph.erase_node(node)
                 modified = True
         return modified
-
-
-def _is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or operator_name(node) in ("dropout", "empty", "empty_like")
 
 
 def _key(argument: Any) -> Hashable:

@@ -19,7 +19,7 @@ LAYERS = {  # lowest first
     "middle": [
         *["call_layout", "value_guards", "tensor_builders", "tracing", "capture", "capture_lock", "environment"],
         "python_state",
-        *["row_matching", "runtime", "timestep", "lazy_graph", "graph_store", "module"],
+        *["row_matching", "runtime", "timestep", "lazy_graph", "step_invariants", "graph_store", "module"],
         *["verify", "effects", "planning", "soft_step", "gate_trainer", "timings"],
         *["schedule_io", "baselines", "response", "search", "schedule_search"],
         *["calibration", "report", "report_figures", "artifact", "backends", "backends.*"],

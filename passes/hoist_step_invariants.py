@@ -1,0 +1,126 @@
+"""Take out of a graph what stays the same along a trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from lazy_compile.dataflow import Dataflow
+from lazy_compile.operators import VIEWS, is_heavy, is_random, operator_name, origins, value_of
+from lazy_compile.pass_manager import GraphPass
+from lazy_compile.passes.canonicalize import erase_dead
+from lazy_compile.program import Program, ProgramInput, Role
+
+
+@dataclass(frozen=True)
+class HoistStepInvariants(GraphPass):
+    """A second graph, the prologue, for what the values of ``inputs`` and the weights alone decide.
+
+    ::
+
+        %text, %sample, %w_k, %w_q = placeholder         |   %text, %sample, ..., %invariant_0 = placeholder
+        %k = aten.linear(%text, %w_k)                    |   %q = aten.linear(%sample, %w_q)
+        %q = aten.linear(%sample, %w_q)                  |   %a = sdpa(%q, view(%invariant_0), ...)
+        %a = sdpa(%q, view(%k), ...)                     |
+                                                         |   prologue: (%text, ..., %w_k) -> aten.linear(%text, %w_k)
+
+    1. The prologue takes the inputs that the program had before, in the same order; its results are new inputs of role
+       INVARIANT behind them. Both graphs may read how large any input is.
+    2. Results are handed over before they are laid out in another way: a view takes no memory.
+    3. What depends on weights alone stays: a copy of the weights in another type would be kept. So does what the caller
+       receives, what is random, and everything where no matrix product or convolution could be saved.
+
+    Numerics are preserved bit for bit.
+
+    Attributes:
+        inputs: names of the user's inputs whose values do not change from step to step.
+    """
+
+    inputs: frozenset[str] = frozenset()
+
+    def apply(self, program: Program) -> bool:
+        flow = Dataflow(program.graph)
+        varying, conditioned, weighted = self._informed(program, flow)
+        returned = {origin for node in program.graph.output_node().all_input_nodes for origin in origins(node)}
+
+        def is_invariant(node: fx.Node) -> bool:
+            bit = 1 << flow.position[node]
+            return (
+                node.op == "call_function"
+                and isinstance(value_of(node), Tensor)
+                and node not in returned
+                and not varying & bit
+                and bool(conditioned & bit or not weighted & bit)
+            )
+
+        def is_computable(node: fx.Node) -> bool:
+            """Without a value that changes: a size may be that of a varying tensor."""
+            needed = flow.ancestors(node) & varying
+            return all(member.op == "placeholder" for member in flow.members(needed))
+
+        border = {
+            source
+            for node in program.graph.nodes
+            if is_invariant(node) and not all(map(is_invariant, node.users))
+            for source in [_before_views(node)]
+            if is_invariant(source) and is_computable(source)
+        }
+        if not any(is_heavy(node) for source in border for node in flow.members(flow.ancestors(source))):
+            return False
+        ordered = sorted(border, key=flow.position.__getitem__)
+        program.prologue = _prologue(program, flow, ordered)
+        for index, node in enumerate(ordered):
+            with program.graph.inserting_after(program.placeholders[-1]):
+                given = program.graph.placeholder(f"invariant_{index}")
+            given.meta = dict(node.meta)
+            program.inputs += (ProgramInput(Role.INVARIANT, given.name),)
+            node.replace_all_uses_with(given)
+        erase_dead(program.graph)
+        return True
+
+    def _informed(self, program: Program, flow: Dataflow) -> tuple[int, int, int]:
+        """What the values of changing inputs, of ``inputs``, and of weights have an influence on."""
+        varying = conditioned = weighted = 0
+        for item, node in zip(program.inputs, program.placeholders, strict=True):
+            if item.role is Role.USER and item.name in self.inputs:
+                conditioned |= flow.informed(node)
+            elif item.role is Role.PARAMETER:
+                weighted |= flow.informed(node)
+            elif item.role not in (Role.BUFFER, Role.CONSTANT):
+                varying |= flow.informed(node)
+        for node in program.graph.nodes:
+            if is_random(node):
+                varying |= flow.informed(node)
+        return varying, conditioned, weighted
+
+
+_LAID_OUT = VIEWS | {"expand", "slice", "select", "alias", "detach"}
+
+
+def _before_views(node: fx.Node) -> fx.Node:
+    """What a node shows in another way, as far back as that is an operator's result."""
+    while operator_name(node) in _LAID_OUT and isinstance(source := node.args[0], fx.Node):
+        if source.op != "call_function" or not isinstance(value_of(source), Tensor):
+            break
+        node = source
+    return node
+
+
+def _prologue(program: Program, flow: Dataflow, results: list[fx.Node]) -> fx.GraphModule:
+    needed = 0
+    for node in results:
+        needed |= flow.ancestors(node)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in _in_order(program, flow, needed):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in results))
+    return fx.GraphModule({}, graph)
+
+
+def _in_order(program: Program, flow: Dataflow, needed: int) -> Iterator[fx.Node]:
+    """All placeholders, and the other nodes that are needed."""
+    yield from program.placeholders
+    yield from (node for node in flow.members(needed) if node.op != "placeholder")
