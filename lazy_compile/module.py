@@ -169,12 +169,12 @@ class LazyModule(nn.Module):
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that the caches of all threads hold now."""
+        """Memory that the caches of all threads hold now, results that stay the same along a trajectory included."""
         return self._trajectories.bytes
 
     @property
     def expected_cache_bytes(self) -> int:
-        """Memory that the caches of one stream will hold, at the captured sizes."""
+        """Memory that what branches may reuse will take in one stream, at the captured sizes."""
         tensors_kept = 2 if self.lazy_config.reuse == "linear" else 1
         return tensors_kept * sum(branch.output_bytes for branch in self.branches)
 

@@ -158,6 +158,16 @@ _ROLE_OF_KIND = {
 }
 
 
+def erase_dead(graph: fx.Graph) -> bool:
+    """Remove what nobody uses; whether there was any."""
+    modified = False
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "call_module", "get_attr") and not node.users:
+            graph.erase_node(node)
+            modified = True
+    return modified
+
+
 def _module_path(node: fx.Node) -> str:
     """``"model.blocks.0.attn"``; strict export spells a module as ``__dict__['_modules']['blocks']``."""
     stack = node.meta.get("nn_module_stack") or {}

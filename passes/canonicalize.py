@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from lazy_compile.operators import operator_name, origins, value_of
 from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program
+from lazy_compile.program import Program, erase_dead
 
 _END = 2**63 - 1
 
@@ -106,13 +106,3 @@ def _same_description(node: fx.Node, source: fx.Node) -> bool:
 def _slices_everything(node: fx.Node) -> bool:
     start, end, step = (*node.args[2:], None, None, None)[:3]
     return start in (None, 0) and end in (None, _END) and step in (None, 1)
-
-
-def erase_dead(graph: fx.Graph) -> bool:
-    """Remove what nobody uses; whether there was any."""
-    modified = False
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "call_module", "get_attr") and not node.users:
-            graph.erase_node(node)
-            modified = True
-    return modified

@@ -10,8 +10,7 @@ from torch import Tensor, fx
 from lazy_compile.dataflow import Dataflow
 from lazy_compile.operators import VIEWS, is_heavy, is_random, operator_name, origins, value_of
 from lazy_compile.pass_manager import GraphPass
-from lazy_compile.passes.canonicalize import erase_dead
-from lazy_compile.program import Program, ProgramInput, Role
+from lazy_compile.program import Program, ProgramInput, Role, erase_dead
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,11 @@ class HoistStepInvariants(GraphPass):
 
     1. The prologue takes the inputs that the program had before, in the same order; its results are new inputs of role
        INVARIANT behind them. Both graphs may read how large any input is.
-    2. Results are handed over before they are laid out in another way: a view takes no memory.
-    3. What depends on weights alone stays: a copy of the weights in another type would be kept. So does what the caller
-       receives, what is random, and everything where no matrix product or convolution could be saved.
+    2. Each result saves a matrix product or a convolution. What follows from another result without one stays, and so
+       do views: it is cheap, and a branch still reads its skip connection through its norm.
+    3. A size may be that of a tensor that changes if that is an input.
+    4. What depends on weights alone stays: a copy of the weights in another type would be kept. So does what the caller
+       receives, and what is random.
 
     Numerics are preserved bit for bit.
 
@@ -41,6 +42,8 @@ class HoistStepInvariants(GraphPass):
     inputs: frozenset[str] = frozenset()
 
     def apply(self, program: Program) -> bool:
+        if not self.inputs:
+            return False
         flow = Dataflow(program.graph)
         varying, conditioned, weighted = self._informed(program, flow)
         returned = {origin for node in program.graph.output_node().all_input_nodes for origin in origins(node)}
@@ -53,25 +56,16 @@ class HoistStepInvariants(GraphPass):
                 and node not in returned
                 and not varying & bit
                 and bool(conditioned & bit or not weighted & bit)
+                and all(member.op == "placeholder" for member in flow.members(flow.ancestors(node) & varying))
             )
 
-        def is_computable(node: fx.Node) -> bool:
-            """Without a value that changes: a size may be that of a varying tensor."""
-            needed = flow.ancestors(node) & varying
-            return all(member.op == "placeholder" for member in flow.members(needed))
-
-        border = {
-            source
-            for node in program.graph.nodes
-            if is_invariant(node) and not all(map(is_invariant, node.users))
-            for source in [_before_views(node)]
-            if is_invariant(source) and is_computable(source)
-        }
-        if not any(is_heavy(node) for source in border for node in flow.members(flow.ancestors(source))):
+        invariant = set(filter(is_invariant, program.graph.nodes))
+        border = {_before_views(node) for node in invariant if not invariant.issuperset(node.users)} & invariant
+        results = _worth_keeping(flow, sorted(border, key=flow.position.__getitem__))
+        if not results:
             return False
-        ordered = sorted(border, key=flow.position.__getitem__)
-        program.prologue = _prologue(program, flow, ordered)
-        for index, node in enumerate(ordered):
+        program.prologue = _prologue(program, flow, results)
+        for index, node in enumerate(results):
             with program.graph.inserting_after(program.placeholders[-1]):
                 given = program.graph.placeholder(f"invariant_{index}")
             given.meta = dict(node.meta)
@@ -94,6 +88,19 @@ class HoistStepInvariants(GraphPass):
             if is_random(node):
                 varying |= flow.informed(node)
         return varying, conditioned, weighted
+
+
+def _worth_keeping(flow: Dataflow, candidates: list[fx.Node]) -> list[fx.Node]:
+    """Those that need a heavy operator which no earlier one among their ancestors has done already."""
+    kept: list[fx.Node] = []
+    for node in candidates:
+        needed = flow.ancestors(node)
+        for earlier in kept:
+            if flow.depends(node, on=earlier):
+                needed &= ~flow.ancestors(earlier)
+        if any(map(is_heavy, flow.members(needed))):
+            kept.append(node)
+    return kept
 
 
 _LAID_OUT = VIEWS | {"expand", "slice", "select", "alias", "detach"}

@@ -21,6 +21,7 @@ from lazy_compile.pass_manager import GraphPass, PassManager
 from lazy_compile.passes.apply_schedule import ApplySchedule
 from lazy_compile.passes.canonicalize import Canonicalize
 from lazy_compile.passes.discover_branches import DiscoverBranches
+from lazy_compile.passes.hoist_step_invariants import HoistStepInvariants
 from lazy_compile.passes.insert_gates import InsertGates
 from lazy_compile.passes.join_slices import JoinSlices
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
@@ -34,7 +35,12 @@ from models import TOYS, call
 
 Captured = Callable[[str], Program]
 
-GATING = [Canonicalize(), JoinSlices(), MergeRepeats(), DiscoverBranches(), OutlineBranches(), InsertGates()]
+STAYS = frozenset({"text", "y", "guidance"})
+
+GATING = [
+    *[Canonicalize(), JoinSlices(), MergeRepeats(), HoistStepInvariants(STAYS)],
+    *[DiscoverBranches(), OutlineBranches(), InsertGates()],
+]
 
 
 class Compute:
@@ -55,7 +61,8 @@ def snapshot(program: Program) -> tuple[Any, ...]:
     tags = [(node.name, node.meta.get(TAG), str(node.meta.get("val"))) for node in program.graph.nodes]
     modules = [(name, id(module)) for name, module in program.graph_module.named_modules() if name]
     records = (program.inputs, program.branches, program.refusals, dict(program.output_constants))
-    return str(program.graph), tags, modules, records, list(program.constants), program.state_outputs
+    prologue = program.prologue and str(program.prologue.graph)
+    return str(program.graph), prologue, tags, modules, records, list(program.constants), program.state_outputs
 
 
 def run(program: Program, toy: str) -> list[Tensor]:
@@ -202,8 +209,8 @@ def test_an_unknown_pass_is_named_with_those_there_are() -> None:
     with pytest.raises(PassError) as caught:
         PassManager(GATING).run(program(SOURCE), until="gates")
     assert str(caught.value) == (
-        "there is no pass 'gates'; the passes are canonicalize, join_slices, merge_repeats, discover_branches, "
-        "outline_branches, insert_gates"
+        "there is no pass 'gates'; the passes are canonicalize, join_slices, merge_repeats, "
+        "hoist_step_invariants, discover_branches, outline_branches, insert_gates"
     )
 
 
