@@ -76,14 +76,20 @@ class Replay:
         self.logits = torch.empty(0)
 
     @torch.no_grad()
-    def __call__(self, program: Program, tensors: Sequence[Tensor], row: GateRow | None = None) -> list[Tensor]:
+    def __call__(
+        self,
+        program: Program,
+        tensors: Sequence[Tensor],
+        row: GateRow | None = None,
+        slopes: Sequence[float] | None = None,
+    ) -> list[Tensor]:
         """The model's own outputs. Slots that the program does not write keep their value."""
         values: list[Any] = program.bind(module_state(self.model), tensors)
         for item, fake in zip(program.inputs, program.fake_inputs(), strict=True):
             if item.role is Role.SLOT:
                 values.append(self.slots.setdefault(item.name, self._initial(item.name, fake)))
             elif item.role is Role.GATE:
-                given = {"slope": torch.ones(fake.shape)}
+                given = {"slope": torch.ones(fake.shape) if slopes is None else torch.tensor(slopes)}
                 if row is not None:
                     given |= {"gate_weight": row.weight, "gate_bias": row.bias}
                 values.append(given[item.name])

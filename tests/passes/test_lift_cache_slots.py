@@ -72,10 +72,12 @@ def test_branches_that_share_a_gate_share_its_decision_and_clock(compiled: Compi
     lazy.policy = Learned(gates)
     replay = Replay(lazy.original, void=7.0)
     for step, arguments in enumerate(trajectory(TOYS["dit"], steps=STEPS)):
-        row = layout.row(gates.row(float(knots()[step])))
+        time = float(knots()[step])
+        row = layout.row(gates.row(time))
+        slopes = [gates.slopes(time)[index] for index in layout.gates]
         with torch.no_grad():
             expected = lazy(**arguments)
-        outputs = replay(lifted, list(arguments.values()), row if step else forced(row))
+        outputs = replay(lifted, list(arguments.values()), row if step else forced(row), slopes)
         torch.testing.assert_close(outputs[0], expected, rtol=1e-5, atol=1e-5)
         assert replay.logits.shape == (2, 2)
         assert replay.slots["age"].shape == (2,)
@@ -113,8 +115,9 @@ def test_it_decides_and_computes_as_pytorch_does(compiled: Compiled, toy: str, r
     for step, arguments in enumerate(trajectory(TOYS[toy], steps=STEPS)):
         with torch.no_grad():
             expected = lazy(**arguments)
-        row = table.row(float(knots()[step]))
-        outputs = replay(lifted, list(arguments.values()), row if step else forced(row))
+        time = float(knots()[step])
+        row = table.row(time)
+        outputs = replay(lifted, list(arguments.values()), row if step else forced(row), table.slopes(time))
         decisions.append(decision(replay.logits, rule).numpy())
         tolerance = 0.0 if reuse == "last" else 1e-5
         torch.testing.assert_close(outputs[0], torch.as_tensor(expected), rtol=tolerance, atol=tolerance)
