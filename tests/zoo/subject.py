@@ -126,7 +126,7 @@ def _cut(tensor: Tensor, fake: Tensor, symbol: str, row: int) -> Tensor:
 
 
 def row_of(value: Any, row: int) -> Any:
-    """One row of a batch of two: of tensors with two rows, of lists with one item for each row."""
+    """One row of a batch of two: of tensors with two rows, of lists of such tensors or with one item for each row."""
     if isinstance(value, Tensor):
         return value[row : row + 1] if value.dim() and value.shape[0] == BATCH else value
     if isinstance(value, dict):
@@ -135,7 +135,8 @@ def row_of(value: Any, row: int) -> Any:
     if isinstance(value, tuple):
         return tuple(row_of(item, row) for item in value)
     if isinstance(value, list):
-        return [value[row]] if len(value) == BATCH else [row_of(item, row) for item in value]
+        have_rows = all(isinstance(item, Tensor) and item.dim() > 0 and item.shape[0] == BATCH for item in value)
+        return [row_of(item, row) for item in value] if have_rows or len(value) != BATCH else [value[row]]
     return value
 
 
