@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-torchao test-zoo zoo-golden coverage-page bench results lint clean
+.PHONY: help docs install demo test test-torchao test-zoo zoo-golden coverage-page bench results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -55,6 +55,11 @@ results: export MKL_NUM_THREADS := 1
 results: $(INSTALLED) ## measure quality, answer questions; results in docs/results
 	$(BIN)/lazy-compile bench quality --output docs/results
 	$(BIN)/lazy-compile bench questions --output docs/results
+
+docs: $(INSTALLED) ## the site, in build/site; its tools (110 MB) are installed when first needed
+	@$(BIN)/python -c 'import material, mkdocstrings' 2> /dev/null || \
+	  $(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check

@@ -1,8 +1,9 @@
 """A diffusers pipeline: one line, and the pipeline is called as before."""
 
+from components import STEPS, draw, pipeline, show
+
 import lazy_compile
 from lazy_compile import CacheSchedule, Scheduled
-from small import STEPS, draw, pipeline, show
 
 pipe = pipeline()
 dense = draw(pipe)

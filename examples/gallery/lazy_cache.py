@@ -1,7 +1,8 @@
 """In the manner of diffusers' enable_cache: the model stays the same object."""
 
+from components import STEPS, draw, pipeline, show
+
 from lazy_compile import CacheSchedule, LazyConfig, Scheduled, apply_lazy_cache
-from small import STEPS, draw, pipeline, show
 
 pipe = pipeline()
 dense = draw(pipe)

@@ -1,10 +1,10 @@
 """LoRA of peft, added to a model that is lazy already."""
 
+from components import STEPS, draw, pipeline, show
 from peft import LoraConfig, inject_adapter_in_model
 
 import lazy_compile
 from lazy_compile import AlwaysCompute, CacheSchedule, Scheduled
-from small import STEPS, draw, pipeline, show
 
 pipe = lazy_compile.transform(pipeline())
 draw(pipe)

@@ -2,10 +2,10 @@
 
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
+from components import STEPS, denoiser, inputs, outputs, show
 
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.integrations import modelopt  # noqa: F401  registers the mode
-from small import STEPS, denoiser, inputs, outputs, show
 
 model = mtq.quantize(denoiser(), mtq.INT8_DEFAULT_CFG, forward_loop=lambda model: model(**inputs()))
 dense = outputs(model)

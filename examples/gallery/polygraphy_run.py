@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from components import STEPS, denoiser, inputs, outputs
 from polygraphy.tools import main
 
 import lazy_compile
 from lazy_compile.integrations.polygraphy import LazyRunner
-from small import STEPS, denoiser, inputs, outputs
 
 lazy = lazy_compile.transform(denoiser(), inputs())
 dense = outputs(lazy)

@@ -1,10 +1,10 @@
 """torch.compile: a backend, for a model that cannot be replaced."""
 
 import torch
+from components import STEPS, denoiser, outputs, show
 
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.integrations.dynamo import lazy_modules
-from small import STEPS, denoiser, outputs, show
 
 model = denoiser()
 dense = outputs(model)

@@ -23,7 +23,7 @@ def random_weights(model: nn.Module) -> Any:
 def denoiser() -> Any:
     return random_weights(
         DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
             patch_size=2, num_embeds_ada_norm=1000,
         )
     )  # fmt: skip
