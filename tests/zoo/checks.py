@@ -141,6 +141,7 @@ def batch(subject: Subject, seed: int = 0, reuse: str = "linear", order: tuple[i
     if apart > MIXED:
         return f"{separate_rows(subject)} of {len(subject.lazy.branches)}, branches alone"
     lazy, calls = subject.fresh(reuse=reuse), subject.calls(STEPS)
+    lazy.capture(**subject.arguments)  # single rows may have had another graph
     separable = [branch.row_separable for branch in lazy.branches]
     assert all(branch.row_separable or branch.why_not_separable for branch in lazy.branches)
     lazy.policy = Learned(mixed_gates(lazy, calls, seed))
