@@ -156,9 +156,15 @@ def batch(subject: Subject, seed: int = 0, reuse: str = "linear", order: tuple[i
             with nullcontext() if lazy.graph.timestep_input else lazy.stream(f"row {row}"):
                 (single,) = run(lazy, [subject.row(call, row)])
             worst = max(worst, difference(both[row], single))
-    tolerance = 10 * max(TOLERANCE["another batch"], apart)
+    tolerance = 1e-3 if rounds_to_halves(subject) else 10 * max(TOLERANCE["another batch"], apart)
     assert worst <= tolerance, f"rows differ by {worst:.2g} from single calls"
     return f"{sum(separable)} of {len(separable)}"
+
+
+def rounds_to_halves(subject: Subject) -> bool:
+    """Whether the model casts to a half type on the way: the last bit of such a value is 1e-3 of it or more."""
+    values = [node.meta.get("val") for node in subject.graph.captured.program.graph.nodes]
+    return any(isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) for value in values)
 
 
 def own_difference(subject: Subject) -> float:
