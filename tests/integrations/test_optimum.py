@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-BRIDGE = TESTS.parent / "bridges" / "optimum"
+BRIDGE = TESTS.parent / "examples" / "optimum_cli"
 
 
 def optimum_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
