@@ -61,7 +61,8 @@ class _Tracer(fx.Interpreter):
         if lowering is None:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return lowering(n.target, *args, **kwargs)
+        with fx.traceback.set_current_meta(n):  # what it is lowered to belongs to the same branch
+            return lowering(n.target, *args, **kwargs)
 
 
 def _decomposed_weights(original: nn.Module, program: Program) -> dict[fx.Node, Any]:
