@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -134,8 +135,9 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
     4. A decision by a value that depends on weights ends the search: it could not be checked before the model has run.
 
     Raises:
-        CaptureError: every rung failed; the message names the decisive reason.
+        CaptureError: every rung failed; the message names the decisive reason. Or the weights are sharded.
     """
+    _require_whole_weights(model)
     attempts: list[str] = []
     doubled = _with_batch_of_two(tensors)
     for rung in [rung for rung in LADDER if rung.reads_values or not reads_values]:
@@ -154,7 +156,7 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
                 if flat.stuck_at:
                     raise CaptureError(
                         f"{type(model).__name__} could not be captured: it decides by a value that depends on its "
-                        f"weights, {flat.stuck_at}; move that decision out of forward(), or make it a tensor operation"
+                        f"weights, {flat.stuck_at}. {_advice(model, _DECIDES)}"
                     ) from error
                 continue
             output_spec = exported.call_spec.out_spec
@@ -172,9 +174,38 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
                 return found
             attempts.append(f"{label}: the graph of a batch of 2 serves no other")
     raise CaptureError(
-        f"{type(model).__name__} could not be captured; {attempts[0].rstrip('.')}. Check that the example inputs run "
-        "through the model, and that forward() does not branch on the values of tensors"
+        f"{type(model).__name__} could not be captured; {attempts[0].rstrip('.')}. {_advice(model, _CHECK)}"
     )
+
+
+def _require_whole_weights(model: nn.Module) -> None:
+    """A graph calls no module, so that the hooks that gather a shard would never run."""
+    for name, parameter in model.named_parameters():
+        if _is_shard(parameter):
+            raise CaptureError(
+                f"the weights of {type(model).__name__} are sharded ({name} is a {type(parameter).__name__}), and a "
+                "lazy model needs them whole; give each process a copy of its own instead of fully_shard"
+            )
+
+
+def _is_shard(parameter: nn.Parameter) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    return (module is not None and isinstance(parameter, module.DTensor)) or hasattr(parameter, "_is_flat_param")
+
+
+def _advice(model: nn.Module, usual: str) -> str:
+    if any(type(module).__module__.startswith("modelopt.") for module in model.modules()):
+        return (
+            "Its quantisers are ModelOpt's: import lazy_compile.integrations.modelopt and use "
+            'mto.apply_mode(model, [("lazy_compile", {})]) instead of transform(model)'
+        )
+    return usual
+
+
+_DECIDES = "Move that decision out of forward(), or make it a tensor operation"
+_CHECK = (
+    "Check that the example inputs run through the model, and that forward() does not branch on the values of tensors"
+)
 
 
 class _NoteSizes(fx.Interpreter):

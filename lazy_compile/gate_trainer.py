@@ -9,31 +9,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lazy_compile.effects import DenseStep, Sampler, measure_effects
+from lazy_compile.effects import DenseStep, Sampler
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.gate import GateTable
+from lazy_compile.gate_start import SURE, GateStart, branch_cost, gate_start, initial_gates
 from lazy_compile.module import LazyModule, ModelCall
-from lazy_compile.planning import Budget, PlannedReuse, margins_of, plan_reuse, search_schedule
+from lazy_compile.planning import Budget
 from lazy_compile.policy import Learned, split_row
 from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress
-from lazy_compile.response import NoGradientError, measure_response
 from lazy_compile.runtime import CacheState
 from lazy_compile.schedule import CacheSchedule
 from lazy_compile.schedule_search import UNSEEN
-from lazy_compile.search import harm_of_reuse
 from lazy_compile.soft_step import SoftStep
 from lazy_compile.storage import load_tensors, save_tensors
 
 Objective = Literal["rollout", "paper"]
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,11 @@ class GateTrainer:
             )
         saved = self._read_checkpoint()
         self.processes.wait()  # the first one may write it soon
-        start = _start_of(saved) if saved else gate_start(lazy, config.budget, sample, plan, config.seed, on_progress)
+        start = (
+            GateStart.of_arrays(_named("start", saved))
+            if saved
+            else gate_start(lazy, config.budget, sample, plan, config.seed, on_progress)
+        )
         self.start = start
         self.initial = initial_gates(lazy, start, config.knots)
         self.rho = config.rho if config.rho is not None else start.planned.price
@@ -337,7 +336,7 @@ class GateTrainer:
         }
         for key, value in self.optimizer.state.get(self.weight, {}).items():
             tensors[f"optimizer.{key}"] = torch.as_tensor(value)
-        tensors |= {f"start.{name}": torch.from_numpy(value) for name, value in _start_arrays(self.start).items()}
+        tensors |= {f"start.{name}": torch.from_numpy(value) for name, value in self.start.to_arrays().items()}
         tensors["history"] = torch.tensor([list(record.values()) for record in self.history], dtype=torch.float64)
         save_tensors(self.checkpoint, tensors, self._identity())
 
@@ -360,8 +359,7 @@ class GateTrainer:
         with torch.no_grad():
             self.weight.copy_(saved["weight"])
         self.mean_features = saved["mean_features"].to(self.weight.device)
-        state = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith("optimizer.")}
-        if state:
+        if state := _named("optimizer", saved):
             self.optimizer.state[self.weight] = state
         self.iteration = int(saved["iteration"])
         self.history = [dict(zip(HISTORY, row, strict=True)) for row in saved["history"].tolist()]
@@ -377,95 +375,8 @@ SHIFTS = 12
 """Most trajectories that are run to set the ratio."""
 
 
-@dataclass(frozen=True)
-class GateStart:
-    """What gates start from.
-
-    Attributes:
-        planned: the schedule that they repeat until they are trained, with its slopes.
-        timesteps: ``float64[T]``, the time input at each step.
-        sensitivity: ``float64[T]``, change of the final samples per change of the model's output at a step.
-    """
-
-    planned: PlannedReuse
-    timesteps: Floats
-    sensitivity: Floats
-
-
-def gate_start(
-    lazy: LazyModule,
-    budget: Budget,
-    sample: Sampler,
-    schedule: CacheSchedule | None,
-    seed: int,
-    on_progress: OnProgress,
-) -> GateStart:
-    """Search a schedule, unless one is given, and measure how sure each of its decisions is.
-
-    Where the samples carry no gradient, everything comes from the effects of single reuses.
-    """
-    try:
-        schedule = schedule or search_schedule(lazy, sample, budget, seed=seed, on_progress=on_progress)
-        response = measure_response(lazy, sample, schedule, seed=seed + UNSEEN // 2, directions=DIRECTIONS)
-    except NoGradientError:
-        effects = measure_effects(lazy, sample, seed=seed, on_progress=on_progress)
-        return GateStart(plan_reuse(effects, budget), effects.timesteps, effects.sensitivity)
-    assert response.timesteps is not None
-    assert response.sensitivity is not None
-    planned = margins_of(schedule, harm_of_reuse(response), branch_cost(lazy, budget))
-    return GateStart(planned, response.timesteps, response.sensitivity)
-
-
-DIRECTIONS = 4
-"""Of the measurement that says how sure a plan is of its decisions."""
-
-
-def branch_cost(lazy: LazyModule, budget: Budget) -> Floats:
-    """``float64[G]``: what computing each branch once counts for."""
-    return budget.cost_of(np.array([branch.macs for branch in lazy.branches], float), float(lazy.graph.total_macs))
-
-
-def initial_gates(lazy: LazyModule, start: GateStart, knots: int | None) -> GateTable:
-    """Gates that repeat the planned schedule whatever they read: the bias is how sure the plan is of each decision."""
-    margin, slopes = np.clip(start.planned.margin, -SURE, SURE), start.planned.schedule.slopes
-    steps = np.arange(len(start.timesteps))
-    places = steps if knots is None else np.linspace(0, steps[-1], knots)
-
-    def at_places(columns: Floats) -> Tensor:
-        return torch.from_numpy(np.stack([np.interp(places, steps, column) for column in columns.T], axis=1)).float()
-
-    table = GateTable.constant(lazy.branches, torch.from_numpy(np.interp(places, steps, start.timesteps)))
-    return replace(
-        table,
-        bias=at_places(margin),
-        slope=None if slopes is None else at_places(slopes),
-        interpolation="nearest" if knots is None else "linear",
-    )
-
-
-SURE = 4.0
-"""Bias of a decision that the plan is sure of: sigmoid(4) = 0.98."""
-
-
-def _start_arrays(start: GateStart) -> dict[str, npt.NDArray[Any]]:
-    schedule = start.planned.schedule
-    arrays = {
-        "should_compute": schedule.should_compute,
-        "margin": start.planned.margin,
-        "price": np.array(start.planned.price),
-        "timesteps": start.timesteps,
-        "sensitivity": start.sensitivity,
-    }
-    return {name: np.array(array) for name, array in arrays.items()} | (
-        {} if schedule.slopes is None else {"slopes": np.array(schedule.slopes)}
-    )
-
-
-def _start_of(saved: dict[str, Tensor]) -> GateStart:
-    arrays = {name.partition(".")[2]: tensor.numpy() for name, tensor in saved.items() if name.startswith("start.")}
-    schedule = CacheSchedule(arrays["should_compute"], arrays.get("slopes"))
-    planned = PlannedReuse(schedule, arrays["margin"], float(arrays["price"]))
-    return GateStart(planned, arrays["timesteps"], arrays["sensitivity"])
+def _named(prefix: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(f"{prefix}.")}
 
 
 def _tensors(result: Any) -> list[Tensor]:

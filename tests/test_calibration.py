@@ -12,7 +12,7 @@ import torch
 from lazy_compile import CacheSchedule, Learned, Scheduled
 from lazy_compile.calibration import CalibrationConfig, CalibrationReport, calibrate
 from lazy_compile.errors import ArtifactError, ConfigError
-from lazy_compile.gate_trainer import gate_start, initial_gates
+from lazy_compile.gate_start import gate_start, initial_gates
 from lazy_compile.planning import Budget
 from lazy_compile.progress import no_progress
 from lazy_compile.response import measure_response

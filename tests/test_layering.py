@@ -20,7 +20,7 @@ LAYERS = {  # lowest first
         *["call_layout", "value_guards", "tensor_builders", "tracing", "capture", "capture_lock", "environment"],
         "python_state",
         *["row_matching", "runtime", "timestep", "lazy_graph", "step_invariants", "graph_store", "module"],
-        *["verify", "effects", "planning", "soft_step", "gate_trainer", "timings"],
+        *["verify", "effects", "planning", "soft_step", "gate_start", "gate_trainer", "timings"],
         *["schedule_io", "baselines", "response", "search", "schedule_search"],
         *["calibration", "report", "report_figures", "artifact", "backends", "backends.*"],
     ],

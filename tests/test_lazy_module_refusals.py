@@ -116,7 +116,7 @@ def test_a_model_that_decides_by_its_weights_is_refused() -> None:
     text = message(CaptureError, lambda: lazy_compile.transform(toy.model(), call(toy)))
     assert re.fullmatch(
         r"TinyDataDependent could not be captured: it decides by a value that depends on its weights, bool\(\) in "
-        r"forward, networks\.py:\d+; move that decision out of forward\(\), or make it a tensor operation",
+        r"forward, networks\.py:\d+\. Move that decision out of forward\(\), or make it a tensor operation",
         text,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from small import SMALL, Small, Wraps, run
 HEADS = 4
 
 
-class Attends(Small):
+class Attends(Small, ABC):
     """Its attention is ``attend(q, k, v)`` with ``float[batch, heads, tokens, channels]``."""
 
     def __init__(self) -> None:
@@ -35,8 +36,9 @@ class Attends(Small):
         h = h + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return h + self.mlp(norm(h))
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError
+        """To be written out."""
 
 
 class OverThreeAxes(Attends):

@@ -42,7 +42,7 @@ class OnnxSession:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         try:
-            self.session = _open(ort, path, options, list(providers))
+            self.session = open_session(path, options, providers)
         except Exception as error:
             if type(error).__name__ == "NotImplemented":
                 raise BackendError(f"ONNX Runtime has no kernel for {path}: {first_line(error)}") from error
@@ -57,14 +57,18 @@ class OnnxSession:
         return OnnxLane(self.session)
 
 
-def _open(ort: Any, path: Path, options: Any, providers: list[str]) -> Any:
-    """ONNX Runtime 1.32 looks for the scale of integer weights inside the arm of an ``If`` alone, and fails."""
+def open_session(path: str | Path, options: Any, providers: Sequence[str]) -> Any:
+    """ONNX Runtime 1.32 looks for the scale of integer weights inside the arm of an ``If`` alone, and fails.
+
+    Where it does, the session does without the optimizer that looks there.
+    """
+    ort = import_optional("onnxruntime", "onnx")
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        return ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:
         if "TransposeDQWeightsForMatMulNBits" not in str(error):
             raise
-        return ort.InferenceSession(str(path), options, providers=providers, disabled_optimizers=[_FUSES_WEIGHTS])
+        return ort.InferenceSession(str(path), options, providers=list(providers), disabled_optimizers=[_FUSES_WEIGHTS])
 
 
 _FUSES_WEIGHTS = "QDQSelectorActionTransformer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lazy_compile.backends.onnx_metadata import first_line
+from lazy_compile.backends.onnxruntime import open_session
 from lazy_compile.errors import BackendError, import_optional
 from lazy_compile.storage import atomic_path
 
@@ -28,7 +29,7 @@ def convert_to_ort(onnx: str | Path, path: str | Path) -> int:
         options.optimized_model_filepath = str(temporary)
         options.add_session_config_entry("session.save_model_format", "ORT")
         try:
-            ort.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+            open_session(onnx, options, ["CPUExecutionProvider"])
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime cannot convert {onnx} ({first_line(error)}); export with --target onnx and run that"

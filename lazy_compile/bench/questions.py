@@ -20,7 +20,7 @@ from lazy_compile.calibration import CalibrationConfig, CalibrationReport, calib
 from lazy_compile.compiler import transform
 from lazy_compile.effects import Sampler
 from lazy_compile.gate import pool
-from lazy_compile.gate_trainer import gate_start, initial_gates
+from lazy_compile.gate_start import gate_start, initial_gates
 from lazy_compile.planning import Budget, plan
 from lazy_compile.policy import GateQuery, Learned, Policy, Scheduled
 from lazy_compile.progress import OnProgress, no_progress

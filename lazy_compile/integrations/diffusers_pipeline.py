@@ -135,9 +135,11 @@ def _models_exchanged(pipe: Any) -> Iterator[None]:
     offloaded = bool(getattr(pipe, "_all_hooks", None))
     if offloaded:
         pipe.remove_all_hooks()
-    yield
-    if offloaded:
-        pipe.enable_model_cpu_offload(device=pipe._offload_device)
+    try:
+        yield
+    finally:
+        if offloaded:
+            pipe.enable_model_cpu_offload(device=pipe._offload_device)
 
 
 def restore_pipeline(pipe: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,19 @@ from families import FAMILIES
 from lazy_compile import BranchKind, CacheSchedule, LazyModule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnxruntime import OnnxRunner
+from lazy_compile.backends.ort_mobile import convert_to_ort
 from lazy_compile.backends.tensorrt import BuildConfig, build_engine
+from lazy_compile.errors import CaptureError
 from lazy_compile.fake_quantize import fake_quantize
 from models import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # ModelOpt's own, about packages that it was not tested with
 
-mtq = pytest.importorskip("modelopt.torch.quantization")
-mto = pytest.importorskip("modelopt.torch.opt")
-integration = pytest.importorskip("lazy_compile.integrations.modelopt")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # ModelOpt scripts functions at import, which torch deprecates
+    mtq = importlib.import_module("modelopt.torch.quantization")
+    mto = importlib.import_module("modelopt.torch.opt")
+    importlib.import_module("lazy_compile.integrations.modelopt")  # registers the mode
 
 STEPS = 4
 MODE = [("lazy_compile", {"reuse": "last"})]
@@ -176,3 +182,14 @@ def test_weights_alone_as_integers_run_in_onnx_runtime(tmp_path: Path) -> None:
     for step in range(STEPS):
         assert torch.allclose(case.run(denoiser, step), case.run(lazy, step), atol=1e-4)
     assert denoiser.stats.lazy_ratio > 0
+    convert_to_ort(tmp_path / "m.onnx", tmp_path / "m.ort")
+    phone = EngineDenoiser(OnnxRunner(tmp_path / "m.ort"), lazy.policy)
+    lazy.reset()
+    for step in range(STEPS):
+        assert torch.allclose(case.run(phone, step), case.run(lazy, step), atol=1e-4)
+
+
+def test_without_the_mode_a_refusal_names_it() -> None:
+    case = Quantised("dit", mtq.INT8_DEFAULT_CFG)
+    with pytest.raises(CaptureError, match=r'mto\.apply_mode\(model, \[\("lazy_compile", {}\)\]\)'):
+        lazy_compile.transform(case.quantised, case.inputs)
