@@ -22,8 +22,13 @@ TINY = {
 
 
 def test_every_method_is_scored_and_written(tmp_path: Path) -> None:
-    rows = measure_all("digits", TINY, tmp_path)
-    assert json.loads((tmp_path / "quality.json").read_text())["rows"] == rows
+    numbers = ("compute_ratio", "rmse_dense", "spread", "median_dense", "rmse_reference", "frechet", "accuracy")
+    texts = {"model": "another", "sampler": "", "method": "dense", "family": "dense", "reuse_arm": ""}
+    another = {**texts, "steps": 4, "seeds": 1, "budget": None, **dict.fromkeys(numbers, 1.0)}
+    (tmp_path / "quality.json").write_text(json.dumps({"rows": [another, {**another, "model": "digits DiT"}]}))
+    kept, *rows = measure_all("digits", TINY, tmp_path)
+    assert kept == another
+    assert json.loads((tmp_path / "quality.json").read_text())["rows"] == [another, *rows]
     assert "| **plan** | fitted |" in (tmp_path / "quality.md").read_text()
     assert "<img src=" in (tmp_path / "quality.html").read_text()
     dense, *others = rows

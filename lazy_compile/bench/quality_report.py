@@ -16,7 +16,7 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.report_figures import Draw, Theme, _figure, _style, picture
 from lazy_compile.schedule_search import SearchOptions
-from lazy_compile.storage import atomic_path, save_json
+from lazy_compile.storage import atomic_path, load_json, save_json
 
 COLUMNS = {
     "method": "method", "reuse_arm": "reuse", "steps": "steps", "compute_ratio": "MACs", "rmse_dense": "RMSE to dense",
@@ -28,7 +28,7 @@ COLUMNS = {
 SETTINGS = {
     "digits": QualitySettings(),
     "scenes": QualitySettings(
-        samples=20, calibration_batch=16, gate_batch=3, oracle_samples=6, search=SearchOptions(step_rounds=1, rounds=2)
+        samples=32, calibration_batch=32, gate_batch=3, oracle_samples=6, search=SearchOptions(step_rounds=1, rounds=3)
     ),
 }
 """What is measured of each subject unless told otherwise: the larger model gets fewer images."""
@@ -38,6 +38,8 @@ def measure_all(
     wanted: str, changes: Mapping[str, Any], output: Path, on_progress: OnProgress = no_progress
 ) -> list[dict[str, Any]]:
     """Measure one subject or all of them, and write ``quality.json``, ``quality.md`` and ``quality.html``.
+
+    What these say of other subjects stays; they are written after each subject.
 
     Args:
         wanted: a subject, or ``"all"``.
@@ -50,14 +52,16 @@ def measure_all(
     """
     if wanted != "all" and wanted not in SUBJECTS:
         raise ConfigError(f"there is no model {wanted!r} to measure; expected all or one of {', '.join(SUBJECTS)}")
-    rows: list[dict[str, Any]] = []
+    path = output / "quality.json"
+    rows: list[dict[str, Any]] = load_json(path).get("rows", []) if path.exists() else []
     for name in SUBJECTS if wanted == "all" else [wanted]:
-        rows += measure(SUBJECTS[name](), replace(SETTINGS[name], **changes), on_progress)
-    save_json(output / "quality.json", {"rows": rows})
-    with atomic_path(output / "quality.md") as temporary:
-        temporary.write_text(markdown(rows), encoding="utf-8")
-    with atomic_path(output / "quality.html") as temporary:
-        temporary.write_text(page(rows), encoding="utf-8")
+        subject = SUBJECTS[name]()
+        fresh = measure(subject, replace(SETTINGS[name], **changes), on_progress)
+        rows = sorted([row for row in rows if row["model"] != subject.name] + fresh, key=lambda row: row["model"])
+        save_json(path, {"rows": rows})
+        for file, text in (("quality.md", markdown(rows)), ("quality.html", page(rows))):
+            with atomic_path(output / file) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     return rows
 
 
