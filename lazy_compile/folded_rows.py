@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.operators import value_of
+from lazy_compile.operators import size_text, value_of
 from lazy_compile.row_places import Place, RowPlaces, RowsMix, involves
 
 FOLDED = "rows_folded_at"
@@ -25,7 +25,9 @@ def follow_folded_rows(graph: fx.Graph, symbol: str | None) -> Mapping[fx.Node, 
     rows = RowPlaces(symbol, {})
     for node in graph.nodes:
         value = value_of(node)
-        axes = [a for a, size in enumerate(value.shape) if str(size) == symbol] if isinstance(value, Tensor) else []
+        axes = (
+            [a for a, size in enumerate(value.shape) if size_text(size) == symbol] if isinstance(value, Tensor) else []
+        )
         if len(axes) == 1:
             rows.put(node, Place(axes[0]))
         elif node.op == "call_function" and not axes:
@@ -42,7 +44,7 @@ def is_folded(node: fx.Node, place: Place | None, symbol: str) -> bool:
     if place is None or place.outer != 1 or not isinstance(value, Tensor):
         return False
     size = value.shape[place.axis]
-    return str(size) != symbol and involves([size], symbol)
+    return size_text(size) != symbol and involves([size], symbol)
 
 
 def unfolded(node: fx.Node, axis: int | None, rows: torch.SymInt | None) -> Tensor:
@@ -80,7 +82,7 @@ def _length(graph: fx.Graph, rows: torch.SymInt, sources: Sequence[fx.Node]) -> 
         for node in sources
         if isinstance(value_of(node), Tensor)
         for axis, size in enumerate(value_of(node).shape)
-        if str(size) == str(rows)
+        if size_text(size) == size_text(rows)
     )
     length = graph.call_function(torch.ops.aten.sym_size.int, next(places))
     length.meta = {"val": rows}

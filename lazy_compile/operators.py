@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,20 +96,47 @@ def note_example_sizes(sizes: Sequence[Any], lengths: Sequence[int]) -> None:
     """Let :func:`size_hint` tell what the sizes of a capture are in the caller's example."""
     for size, length in zip(sizes, lengths, strict=True):
         if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-            _example_sizes(size.node.shape_env)[size.node.expr] = length
+            examples = _examples(size.node.shape_env)
+            examples.of_symbols[size.node.expr] = length
+            examples.known.clear()
 
 
 def size_hint(size: Any) -> int:
     """The value that a possibly symbolic size had in the example call."""
     if isinstance(size, int):
         return size
-    example = size.node.expr.subs(_example_sizes(size.node.shape_env))
-    return int(example) if example.is_number else int(size.node.hint or 1)
+    expression, examples = size.node.expr, _examples(size.node.shape_env)
+    if expression not in examples.known:
+        example = expression.subs(examples.of_symbols)
+        examples.known[expression] = int(example) if example.is_number else int(size.node.hint or 1)
+    return examples.known[expression]
 
 
-def _example_sizes(shape_env: Any) -> dict[Any, int]:
-    sizes: dict[Any, int] = shape_env.__dict__.setdefault("_lazy_compile_example_sizes", {})
-    return sizes
+@dataclass
+class _Examples:
+    """Sizes in the caller's example: those of symbols, and what came of the expressions that were asked for."""
+
+    of_symbols: dict[Any, int] = field(default_factory=dict)
+    known: dict[Any, int] = field(default_factory=dict)
+
+
+def _examples(shape_env: Any) -> _Examples:
+    found: _Examples = shape_env.__dict__.setdefault("_lazy_compile_examples", _Examples())
+    return found
+
+
+def size_text(size: Any) -> str:
+    """``str(size)``: a number, a symbol, or how it is computed. To print an expression takes long, so it is kept."""
+    return _text(size.node.expr) if isinstance(size, torch.SymInt) else str(size)
+
+
+_text = lru_cache(maxsize=1 << 14)(str)
+
+
+@lru_cache(maxsize=1 << 14)
+def symbols_of(expression: Any) -> frozenset[str]:
+    """The names of the symbols that an expression is computed from."""
+    return frozenset(map(str, expression.free_symbols))
 
 
 def macs(node: fx.Node) -> int:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, fx
 
 from lazy_compile.dataflow import Dataflow
-from lazy_compile.operators import PASSTHROUGH, is_heavy, is_quantiser, is_spatial_convolution, operator_name, value_of
+from lazy_compile.operators import (
+    PASSTHROUGH,
+    is_heavy,
+    is_quantiser,
+    is_spatial_convolution,
+    operator_name,
+    size_text,
+    value_of,
+)
 from lazy_compile.rows import unfolding_views
 
 _ADDS = frozenset({"add", "add_", "sub", "addcmul", "lerp"})
@@ -145,7 +153,7 @@ def _is_token_stream(node: fx.Node, batch_size: str) -> bool:
     value = value_of(node)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
-    return value.dim() >= 3 or (value.dim() == 2 and str(value.shape[0]) != batch_size)
+    return value.dim() >= 3 or (value.dim() == 2 and size_text(value.shape[0]) != batch_size)
 
 
 def _same_shape(argument: fx.Node, add: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.operators import CONVOLUTIONS, SDPA, operator_name, value_of
+from lazy_compile.operators import CONVOLUTIONS, SDPA, operator_name, size_text, symbols_of, value_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class RowPlaces:
         self.symbol = symbol
         self._places = dict(places)
         self._primes: dict[str, int] = {}
+        self._lengths: dict[Any, int] = {}
 
     def place(self, node: fx.Node) -> Place | None:
         return self._places.get(node)
@@ -63,14 +64,14 @@ class RowPlaces:
             RowsMix: a size is divided by another that large numbers make zero.
         """
         try:
-            return [
-                size
-                if isinstance(size, int)
-                else int(size.node.expr.subs(map(self._stand_in, size.node.expr.free_symbols)))
-                for size in value_of(node).shape
-            ]
+            return [size if isinstance(size, int) else self._at_primes(size.node.expr) for size in value_of(node).shape]
         except ZeroDivisionError:
             raise RowsMix(f"a size of {node.name} is computed by division, so its rows cannot be told") from None
+
+    def _at_primes(self, expression: Any) -> int:
+        if expression not in self._lengths:
+            self._lengths[expression] = int(expression.subs(map(self._stand_in, expression.free_symbols)))
+        return self._lengths[expression]
 
     def _stand_in(self, symbol: Any) -> tuple[Any, int]:
         if str(symbol) == self.symbol:
@@ -91,7 +92,7 @@ class RowPlaces:
         if operator_name(node) in _FILLED and isinstance(value, Tensor):
             if involves((value_of(item) for item in node.args if isinstance(item, fx.Node)), self.symbol):
                 raise RowsMix(f"{operator_name(node)} ({node.name}) is filled with a number that counts the rows")
-            axes = [axis for axis, size in enumerate(value.shape) if str(size) == self.symbol]
+            axes = [axis for axis, size in enumerate(value.shape) if size_text(size) == self.symbol]
             if len(axes) == 1:
                 self._places[node] = Place(axes[0])
             return  # else one value everywhere: any rows are as good as others
@@ -105,7 +106,7 @@ class RowPlaces:
         self._places[node] = place
 
     def _uniform(self, node: fx.Node, value: Tensor) -> Place:
-        axes = [axis for axis, size in enumerate(value.shape) if str(size) == self.symbol]
+        axes = [axis for axis, size in enumerate(value.shape) if size_text(size) == self.symbol]
         if operator_name(node) not in _UNIFORM or len(axes) != 1:
             raise RowsMix(f"{operator_name(node)} ({node.name}) makes a value for each row of the batch")
         return Place(axes[0])
@@ -127,7 +128,7 @@ Rule = Callable[[RowPlaces, fx.Node, Sequence[fx.Node]], Place | None]
 
 def involves(sizes: Iterable[Any], symbol: str) -> bool:
     """Whether a size is, or is computed from, the symbolic size ``symbol``."""
-    return any(isinstance(size, torch.SymInt) and symbol in map(str, size.node.expr.free_symbols) for size in sizes)
+    return any(isinstance(size, torch.SymInt) and symbol in symbols_of(size.node.expr) for size in sizes)
 
 
 def _pointwise(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:

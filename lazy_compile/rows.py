@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from lazy_compile.dataflow import Dataflow
 from lazy_compile.folded_rows import is_folded
-from lazy_compile.operators import SDPA, SOFTMAX, VIEWS, operator_name, value_of
+from lazy_compile.operators import SDPA, SOFTMAX, VIEWS, operator_name, size_text, value_of
 from lazy_compile.program import Program, Role
 from lazy_compile.row_places import Place, RowPlaces, RowsMix, involves
 
@@ -40,7 +40,7 @@ def batch_size(program: Program) -> str:
     first = next((value for value in outputs if isinstance(value, Tensor) and value.dim() > 0), None)
     if first is None:
         return "1"
-    size = str(first.shape[0])
+    size = size_text(first.shape[0])
     packed = first.dim() == 2 and any(_attended(node) == size for node in program.graph.nodes)
     return "1" if packed else size
 
@@ -48,16 +48,16 @@ def batch_size(program: Program) -> str:
 def _attended(node: fx.Node) -> str:
     """The length that a softmax adds up to one over; empty for another operator."""
     if operator_name(node) in SDPA:
-        return str(value_of(node.args[1]).shape[-2])  # type: ignore[arg-type]
+        return size_text(value_of(node.args[1]).shape[-2])  # type: ignore[arg-type]
     if operator_name(node) in SOFTMAX and isinstance(axis := node.args[1], int):
-        return str(value_of(node).shape[axis])
+        return size_text(value_of(node).shape[axis])
     return ""
 
 
 def batch_symbol(program: Program) -> str | None:
     """The name of :func:`batch_rows`."""
     rows = batch_rows(program)
-    return None if rows is None else str(rows)
+    return None if rows is None else size_text(rows)
 
 
 def batch_axis(value: Tensor, symbol: str | None) -> int | None:
@@ -68,15 +68,15 @@ def batch_axis(value: Tensor, symbol: str | None) -> int | None:
 
 def axis_of_size(tensor: fx.Node, size: fx.Node) -> int | None:
     """The axis of ``tensor`` whose length is the symbolic ``size``; None if no axis has it."""
-    value, wanted = value_of(tensor), str(value_of(size))
+    value, wanted = value_of(tensor), size_text(value_of(size))
     if not isinstance(value, Tensor):
         return None
-    return next((axis for axis, length in enumerate(value.shape) if str(length) == wanted), None)
+    return next((axis for axis, length in enumerate(value.shape) if size_text(length) == wanted), None)
 
 
 def is_measurable(size: fx.Node, tensors: Sequence[fx.Node], symbol: str | None = None) -> bool:
     """Whether a size is the length of an axis of ``tensors``, or ``symbol``, or computed from such sizes."""
-    if str(value_of(size)) == symbol or any(axis_of_size(tensor, size) is not None for tensor in tensors):
+    if size_text(value_of(size)) == symbol or any(axis_of_size(tensor, size) is not None for tensor in tensors):
         return True
     operands = size.all_input_nodes
     return bool(operands) and all(
@@ -159,7 +159,7 @@ def _is_folded(value: object, batch_symbol: str | None) -> bool:
 
 
 def _symbol(size: Any) -> str | None:
-    return str(size) if isinstance(size, torch.SymInt) and str(size).isidentifier() else None
+    return text if isinstance(size, torch.SymInt) and (text := size_text(size)).isidentifier() else None
 
 
 def _describe(sizes: Iterable[Any]) -> str:

@@ -15,7 +15,7 @@ from lazy_compile.dataflow import Dataflow
 from lazy_compile.folded_rows import FOLDED, follow_folded_rows, unfolded
 from lazy_compile.kinds import classify
 from lazy_compile.lazy_branch import ADD, TAG
-from lazy_compile.operators import CONVOLUTIONS, is_heavy, macs, operator_name, size_hint, value_of
+from lazy_compile.operators import CONVOLUTIONS, is_heavy, macs, operator_name, size_hint, size_text, value_of
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program, Role
 from lazy_compile.residual import Candidate, common_path, find_candidates
@@ -122,7 +122,7 @@ def _border(node: fx.Node, rows: torch.SymInt | None, channel_axis: int, folded_
 
 
 def _name_of(rows: torch.SymInt | None) -> str | None:
-    return None if rows is None else str(rows)
+    return None if rows is None else size_text(rows)
 
 
 def _channel_axis(entry: fx.Node, inside: set[fx.Node]) -> int:
