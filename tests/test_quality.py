@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lazy_compile.bench.quality import rmse, ssim
-from lazy_compile.bench.quality_report import best_rule, comparisons, measure_all
+from lazy_compile.bench.quality_report import best_rule, comparisons, measure_all, rules_at
 from lazy_compile.errors import ConfigError
 from lazy_compile.schedule_search import SearchOptions
 
@@ -55,6 +55,16 @@ def test_the_best_rule_is_one_that_can_be_afforded() -> None:
     rules = [{"compute_ratio": ratio, "rmse_dense": error} for ratio, error in ((0.7, 1.0), (0.5, 2.0), (0.4, 3.0))]
     assert best_rule(rules, 0.55) is rules[1]
     assert best_rule(rules, 0.3) is None
+
+
+def test_between_two_rules_error_falls_as_a_power_of_compute() -> None:
+    rules = [
+        {"compute_ratio": ratio, "rmse_dense": error} for ratio, error in ((0.25, 0.04), (0.5, 0.02), (0.9, 0.019))
+    ]
+    assert rules_at(rules, 0.25) == pytest.approx(0.04)
+    assert rules_at(rules, 0.4) == pytest.approx(0.01 / 0.4)
+    assert rules_at(rules, 0.2) is None
+    assert rules_at(rules, 0.95) is None
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:

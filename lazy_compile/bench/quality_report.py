@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,9 @@ def comparisons(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
         ]
         dense = min(fewer, key=lambda row: row["compute_ratio"])
         ours_text = f"{ours['rmse_dense']:.4f} ± {ours['spread']:.4f} at {ours['compute_ratio']:.1%}"
-        texts = [_rule(ours, rule) for rule in affordable]
+        between = rules_at(rules, ours["compute_ratio"])
+        same = "" if between is None else f"{ours['rmse_dense'] / between:.2f} of {between:.4f}"
+        texts = [*(_rule(ours, rule) for rule in affordable), same]
         name = f"**{ours['method']}**" if ours["family"] == "planned" else ours["method"]
         frechet = f"{ours['frechet']:.2f}, {dense['frechet']:.2f}"
         yield [ours["model"], f"{ours['budget']:.0%}", name, ours_text, *texts, frechet]
@@ -117,6 +120,22 @@ def comparisons(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 def best_rule(rules: Sequence[Mapping[str, Any]], budget: float) -> Mapping[str, Any] | None:
     affordable = [row for row in rules if row["compute_ratio"] <= budget]
     return min(affordable, key=lambda row: row["rmse_dense"], default=None)
+
+
+def rules_at(rules: Sequence[Mapping[str, Any]], compute: float) -> float | None:
+    """What the rules would reach at exactly this compute: between the best that spends no more and the next better one.
+
+    RMSE is taken to fall as a power of compute between them. None outside what the rules spend.
+    """
+    less = best_rule(rules, compute)
+    if less is None:
+        return None
+    better = [row for row in rules if row["compute_ratio"] > compute and row["rmse_dense"] < less["rmse_dense"]]
+    if not better:
+        return None
+    more = min(better, key=lambda row: (row["compute_ratio"], row["rmse_dense"]))
+    power = math.log(more["rmse_dense"] / less["rmse_dense"]) / math.log(more["compute_ratio"] / less["compute_ratio"])
+    return float(less["rmse_dense"] * (compute / less["compute_ratio"]) ** power)
 
 
 def _rule(ours: Mapping[str, Any], rule: Mapping[str, Any] | None) -> str:
@@ -141,14 +160,19 @@ less.
 
 ## Against the best simple rule
 
-"Equal compute" allows a rule one point more than the budget, "one step more" five points: a whole step is 5 % of 20.
-The last column holds our Fréchet distance and that of as many dense steps as the budget pays for.
+"No more compute" allows a rule one point more than the budget, "one step more" five points: a whole step is 5 % of 20.
+"The same compute" lies between the best rule that spends no more than we did and the next better one that spends more,
+on a line in logarithms. The last column holds our Fréchet distance and that of as many dense steps as the budget pays
+for.
 """
 
 BELOW = """The oracle's rows are of few images, and to be compared with each other only.
 """
 
-AGAINST = ("model", "MACs", "method", "RMSE to dense", "best rule at equal compute", "with one step more", "Fréchet")
+AGAINST = (
+    "model", "MACs", "method", "RMSE to dense", "best rule at no more compute",
+    "with one step more", "at the same compute", "Fréchet",
+)  # fmt: skip
 
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
