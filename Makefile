@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help docs install demo test test-torchao test-zoo zoo-golden coverage-page bench results lint clean
+.PHONY: help docs install demo test test-torchao test-pruna test-zoo zoo-golden coverage-page bench results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -36,6 +36,11 @@ TORCHAO := build/torchao
 test-torchao: $(INSTALLED) ## integer weights of torchao, installed beside .venv (28 MB)
 	@test -d $(TORCHAO) || $(BIN)/python -m pip install -q --no-deps --target $(TORCHAO) -c constraints.txt torchao
 	PYTHONPATH=$(TORCHAO) $(BIN)/pytest -m torchao tests/integrations/test_torchao.py
+
+PRUNA := build/pruna
+test-pruna: $(INSTALLED) ## the cacher of examples/pruna, with Pruna installed beside .venv (300 MB)
+	@test -d $(PRUNA) || $(BIN)/python -m pip install -q --no-deps --target $(PRUNA) -r examples/pruna/requirements.txt
+	PYTHONPATH=$(PRUNA) $(BIN)/pytest -m pruna tests/integrations/test_pruna.py
 
 test-zoo zoo-golden coverage-page: export OMP_NUM_THREADS := 1
 test-zoo: $(INSTALLED) ## every model of the zoo: all diffusers transformers
