@@ -15,6 +15,7 @@ from lazy_compile.effects import Sampler
 from lazy_compile.errors import ConfigError
 from lazy_compile.module import LazyModule
 from lazy_compile.policy import Scheduled
+from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress
 from lazy_compile.response import Response, dense_samples, measure_response
 from lazy_compile.schedule import CacheSchedule
@@ -116,9 +117,13 @@ class ScheduleSearch:
         """The schedule that changes the final samples least on noise of ``seed``, and their root mean square change.
 
         By the mean of ``log(1 + error / least median)`` over samples, the loss to which their :func:`trust` belongs.
+        Several processes share the candidates.
         """
         dense = dense_samples(self.lazy, self.sample, seed)
-        errors = np.stack([_errors(self.lazy, self.sample, item, seed, dense) for item in candidates])
+        processes, errors = Processes.here(), np.zeros((len(candidates), len(dense)))
+        for place in processes.share(range(len(candidates))):
+            errors[place] = _errors(self.lazy, self.sample, candidates[place], seed, dense)
+        errors = processes.sum(torch.from_numpy(errors)).numpy()
         typical = max(float(np.median(errors, axis=1).min()), float(np.finfo(np.float64).tiny))
         best = int(np.log1p(errors / typical).mean(axis=1).argmin())
         return candidates[best], float(errors[best].mean() ** 0.5)

@@ -19,12 +19,13 @@ from typer.testing import CliRunner
 
 import lazy_compile
 from factories import TinyDiT
-from lazy_compile import Learned, artifact
+from lazy_compile import CacheSchedule, Learned, artifact
 from lazy_compile.calibration import CalibrationConfig, calibrate
 from lazy_compile.cli import app
 from lazy_compile.errors import CaptureError, ConfigError
 from lazy_compile.processes import Processes
-from sampling import lazy_tiny_dit, sample
+from lazy_compile.schedule_search import ScheduleSearch, SearchOptions
+from sampling import STEPS, lazy_tiny_dit, sample
 
 TESTS = Path(__file__).resolve().parents[1]
 EULER = ["factories:tiny_dit", "--sampler", "factories:euler", "--steps", "4", "--json"]
@@ -63,6 +64,9 @@ def test_two_processes_find_the_gates_of_one(tmp_path: Path) -> None:
     assert isinstance(first, Learned)
     assert isinstance(second, Learned)
     assert first.table.weight.any()
+    assert first.table.slope is not None
+    assert second.table.slope is not None
+    assert torch.allclose(first.table.slope, second.table.slope, atol=1e-6)  # of the schedule that was searched for
     assert torch.allclose(first.table.weight, second.table.weight, atol=1e-5)
     assert torch.allclose(first.table.bias, second.table.bias, atol=1e-3)
     for name in ("lazy_ratio", "planned_error", "trained_error"):
@@ -76,6 +80,25 @@ def test_two_processes_sample_what_one_would_in_two_turns(tmp_path: Path) -> Non
     turns = np.concatenate([np.load(tmp_path / "5.npy"), np.load(tmp_path / "6.npy")])
     assert np.array_equal(np.load(tmp_path / "both.npy"), turns)
     assert values["samples"] == "x".join(map(str, turns.shape))
+
+
+def test_the_candidates_of_a_search_are_shared_and_judged_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = lazy_tiny_dit()
+    search = ScheduleSearch(lazy, sample, np.ones(len(lazy.branches)), 1e9, SearchOptions())
+    candidates = [CacheSchedule.every(every, STEPS, len(lazy.branches)) for every in (3, 2, 4)]
+    alone, parts = search._best(candidates, 7), []
+
+    def add_to_what_others_know(processes: Processes, tensor: torch.Tensor) -> torch.Tensor:
+        parts.append(tensor)
+        return torch.stack(parts).sum(0)
+
+    monkeypatch.setattr(Processes, "sum", add_to_what_others_know)
+    for rank in (0, 1):
+        monkeypatch.setattr(Processes, "here", classmethod(lambda kind, rank=rank: kind(rank, 2)))
+        found = search._best(candidates, 7)
+    assert [part.any(1).tolist() for part in parts] == [[True, False, True], [False, True, False]]
+    assert found[0] is alone[0] is candidates[0]  # which the other one ran
+    assert found[1] == alone[1]
 
 
 def test_work_that_cannot_be_shared_evenly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
