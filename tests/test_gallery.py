@@ -12,10 +12,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 GALLERY = ROOT / "examples" / "gallery"
 EXAMPLES = sorted(file.name for file in GALLERY.glob("*.py") if file.name != "components.py")
+MARKS = {"torchao_int8.py": [pytest.mark.torchao]}
 
 
 @pytest.mark.filterwarnings("ignore")  # of the hosts
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", [pytest.param(name, marks=MARKS.get(name, [])) for name in EXAMPLES])
 def test_an_example_is_exact_and_then_lazy(
     example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
