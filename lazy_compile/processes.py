@@ -44,17 +44,18 @@ class Processes:
         """Of all processes."""
         if self.count == 1:
             return tensor
-        total = tensor.detach().clone()
+        total = tensor.detach().to(_reached_by_group(tensor), copy=True)
         distributed.all_reduce(total)
-        return total
+        return total.to(tensor.device)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The rows of all processes, in the order of their ranks; their shapes are equal."""
         if self.count == 1:
             return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.count)]
-        distributed.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        mine = tensor.to(_reached_by_group(tensor)).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.count)]
+        distributed.all_gather(parts, mine)
+        return torch.cat(parts).to(tensor.device)
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -78,3 +79,9 @@ def launched_processes() -> Iterator[Processes]:
 def local_device(device: str) -> str:
     """``"cuda"`` is the GPU of this process, where a launcher gave each its own."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def _reached_by_group(tensor: Tensor) -> torch.device:
+    """Where processes can exchange a tensor: NCCL sees GPUs only."""
+    hidden = tensor.device.type == "cpu" and distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if hidden else tensor.device
