@@ -64,7 +64,7 @@ class QualitySettings:
     sampling_seeds: int = 3
     calibration_seeds: int = 2
     samples: int = 64
-    calibration_batch: int = 48
+    calibration_batch: int = 128
     gate_batch: int = 6
     oracle_samples: int = 12
     reference_steps: int = 100
