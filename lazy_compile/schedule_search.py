@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress
 from lazy_compile.response import Response, dense_samples, measure_response
 from lazy_compile.schedule import CacheSchedule
-from lazy_compile.search import around_another, fit_slopes, swap
+from lazy_compile.search import around_another, fit_slopes, swap, trim
 
 Floats = npt.NDArray[np.float64]
 
@@ -46,7 +47,7 @@ class SearchOptions:
     def trajectories(self) -> int:
         """How many dense trajectories a search takes the time of, at most."""
         measuring = 2 + 3 * self.directions
-        return 9 + measuring + (self.step_rounds + self.rounds) * (measuring + 1 + 4)
+        return 21 + 2 * measuring + (self.step_rounds + self.rounds) * (measuring + 1 + 4)
 
 
 class ScheduleSearch:
@@ -59,19 +60,41 @@ class ScheduleSearch:
         self.linear = lazy.lazy_config.reuse == "linear"
 
     def starts(self, steps: int, seed: int) -> list[CacheSchedule]:
-        """As many whole steps as the budget allows, spread evenly, and by how much the model changes."""
+        """Whole steps, spread evenly or by how much the model changes: the best that the budget allows, and the best of
+        a step more, less those decisions that the final samples miss least."""
         change = measure_changes(self.lazy, self.sample, seed=seed, max_age=1)[1:, 0].mean(axis=1)
         passed = np.append(0.0, np.cumsum(change)) / change.sum()
-        return [self._fitting(np.arange(steps) / steps), self._fitting(passed * (steps - 1) / steps)]
+        rules = []
+        for places in (np.arange(steps) / steps, passed * (steps - 1) / steps):
+            rules += [places + TINY, np.append(places[1:], 1.0) - TINY]  # each computation late, or early
+        counts = [self._affordable(places) for places in rules]
+        allowed, beyond = (
+            self._best(
+                [
+                    self._whole_steps(places, min(count + more, steps))
+                    for places, count in zip(rules, counts, strict=True)
+                ],
+                seed + UNSEEN - 2,
+            )[0]
+            for more in (0, 1)
+        )
+        return [allowed, trim(self.measure(beyond, seed), self.cost, self.spend, **self._rules)]
 
-    def _fitting(self, places: Floats) -> CacheSchedule:
-        """Computations at equal distances of ``places: float64[T]``, which rise from 0 to below 1."""
+    @property
+    def _rules(self) -> dict[str, Any]:
+        return {"leaders": self.leaders, "warmup_steps": self.lazy.lazy_config.warmup_steps}
+
+    def _whole_steps(self, places: Floats, count: int) -> CacheSchedule:
+        """Computations at equal distances of ``places: float64[T]``, which rise within 0 and 1."""
+        computes = np.diff(np.floor(places * count), prepend=-1) > 0
+        computes[: self.lazy.lazy_config.warmup_steps] = True
+        table = np.repeat(computes[:, None], len(self.leaders), axis=1)
+        return CacheSchedule(table, None if self.linear else np.zeros(table.shape))
+
+    def _affordable(self, places: Floats) -> int:
         for count in range(len(places), 0, -1):
-            computes = np.diff(np.floor(places * count + 1e-9), prepend=-1) > 0
-            computes[: self.lazy.lazy_config.warmup_steps] = True
-            if computes.sum() * self.cost.sum() <= self.spend:
-                table = np.repeat(computes[:, None], len(self.leaders), axis=1)
-                return CacheSchedule(table, None if self.linear else np.zeros(table.shape))
+            if self._whole_steps(places, count).should_compute[:, 0].sum() * self.cost.sum() <= self.spend:
+                return count
         raise ConfigError(
             "this budget cannot be met, since the first step computes everything; ask for less reuse, or more steps"
         )
@@ -101,8 +124,8 @@ class ScheduleSearch:
 
     def _proposals(self, response: Response, leaders: Sequence[int], swaps: int) -> Iterator[CacheSchedule]:
         """Other decisions with other slopes, and the same decisions with other slopes."""
-        warmup = self.lazy.lazy_config.warmup_steps
-        found = swap(response, response.schedule, self.cost, self.spend, swaps, leaders=leaders, warmup_steps=warmup)
+        rules = {**self._rules, "leaders": leaders}
+        found = swap(response, response.schedule, self.cost, self.spend, swaps, **rules)
         if not self.linear:
             yield found
             return
@@ -149,6 +172,9 @@ def _errors(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed: in
 
 RIDGES = (0.3, 2.0)
 """Proposals for the slopes: a small ridge is right near the schedule that was measured, a large one far from it."""
+
+TINY = 1e-9
+"""Decides what falls on a border."""
 
 UNSEEN = 1_000_003
 """Distance from the seeds that tables are made from to those that they are judged on."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from lazy_compile.errors import ConfigError
 from lazy_compile.response import MAX_AGE, Response
 from lazy_compile.schedule import BoolTable, CacheSchedule
 
@@ -94,10 +95,7 @@ def swap(
         leaders: for each branch the one that decides for it; empty if each decides for itself.
         warmup_steps: the first steps, which compute whatever happens.
     """
-    groups = [
-        np.flatnonzero(np.equal(leaders or range(start.branches), leader))
-        for leader in sorted(set(leaders or range(start.branches)))
-    ]
+    groups = _groups(leaders or range(start.branches))
     model = _LinearModel.around(response).moved_to(start)
     for _ in range(swaps):
         better = model.best_exchange(groups, cost, spend, warmup_steps)
@@ -105,6 +103,29 @@ def swap(
             break
         model = better
     return model.schedule
+
+
+def trim(
+    response: Response, cost: Floats, spend: float, *, leaders: Sequence[int] = (), warmup_steps: int = 1
+) -> CacheSchedule:
+    """Reuse more around the schedule that was measured until it keeps to a budget: what harms least for what it saves.
+
+    For the other arguments see :func:`swap`.
+
+    Raises:
+        ConfigError: the first steps alone cost more.
+    """
+    groups = _groups(leaders or range(response.schedule.branches))
+    model = _LinearModel.around(response)
+    if float(cost.sum()) * warmup_steps > spend:
+        raise ConfigError("this budget cannot be met, since the first steps compute everything; ask for less reuse")
+    while float((model.table * cost).sum()) > spend:
+        model = model.least_harmful_reuse(groups, cost, warmup_steps)
+    return model.schedule
+
+
+def _groups(leaders: Sequence[int]) -> Groups:
+    return [np.flatnonzero(np.equal(leaders, leader)) for leader in sorted(set(leaders))]
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,7 @@ class _LinearModel:
 
     def best_exchange(self, groups: Groups, cost: Floats, spend: float, first: int) -> _LinearModel | None:
         """The best of all pairs (computes no more, computes now) that keep to the budget; or one that computes now."""
-        flips = self.flips if self.flips is not None else np.stack([self._flips_of(group) for group in groups], axis=1)
+        flips = self._flips_of_all(groups)
         effects = flips[first:].reshape(-1, flips.shape[2])
         gram = effects @ effects.T
         change = 2 * effects @ self.error + np.diag(gram)
@@ -167,6 +188,21 @@ class _LinearModel:
             chosen = [off[int(alone.argmin())]]
         moved = self._turned([divmod(place + first * len(groups), len(groups)) for place in chosen], groups, flips)
         return moved if (moved.error**2).sum() < (self.error**2).sum() * (1 - 1e-6) else None
+
+    def least_harmful_reuse(self, groups: Groups, cost: Floats, first: int) -> _LinearModel:
+        """One decision less to compute: the one that adds least error for its cost."""
+        flips = self._flips_of_all(groups)
+        effects = flips[first:].reshape(-1, flips.shape[2])
+        change = 2 * effects @ self.error + np.square(effects).sum(axis=1)
+        price = np.tile([cost[group].sum() for group in groups], len(self.table) - first)
+        computes = self.table[first:, [group[0] for group in groups]].ravel() & (price > 0)
+        worth = np.where(computes, change / np.maximum(price, np.finfo(np.float64).tiny), np.inf)
+        step, group = divmod(int(worth.argmin()) + first * len(groups), len(groups))
+        return self._turned([(step, group)], groups, flips)
+
+    def _flips_of_all(self, groups: Groups) -> Floats:
+        """``float64[T, groups, N]``, see :attr:`flips`."""
+        return self.flips if self.flips is not None else np.stack([self._flips_of(group) for group in groups], axis=1)
 
     def _turned(self, chosen: list[tuple[int, int]], groups: Groups, flips: Floats) -> _LinearModel:
         table = self.table.copy()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.effects import measure_effects
+from lazy_compile.errors import ConfigError
 from lazy_compile.response import NoGradientError, Response, dense_samples, measure_response, trust
-from lazy_compile.search import around_another, fit_slopes, predicted_error, swap
+from lazy_compile.search import around_another, fit_slopes, harm_of_reuse, predicted_error, swap, trim
 from sampling import STEPS, inputs, lazy_tiny_dit, sample, start, timesteps
 
 BRANCHES = 4
@@ -102,6 +103,38 @@ def test_swaps_keep_the_budget_and_help_on_other_noise(lazy: LazyModule) -> None
     assert swap(response, drawn, cost, spend, swaps=0) == CacheSchedule(
         drawn.should_compute, np.ones((STEPS, BRANCHES))
     )
+
+
+def test_what_is_dropped_for_a_budget_is_missed_least_for_its_cost(lazy: LazyModule, around_fora: Response) -> None:
+    before, cost = around_fora.schedule.should_compute, np.array([1.0, 3.0, 1.0, 3.0])
+    spend = float((before * cost).sum()) - 3.0
+    trimmed = trim(around_fora, cost, spend)
+    assert spend - 3.0 < (trimmed.should_compute * cost).sum() <= spend
+    assert not (trimmed.should_compute & ~before).any()
+    harm = harm_of_reuse(around_fora) / cost
+    harm[~before] = np.inf
+    harm[0] = np.inf
+    step, branch = np.unravel_index(int(harm.argmin()), harm.shape)
+    assert not trimmed.should_compute[step, branch]
+    dropped = [turned_over(around_fora.schedule, (step, branch)) for step, branch in np.argwhere(before) if step]
+    worst = max(true_error(lazy, schedule, range(5, 7)) for schedule in dropped)
+    assert true_error(lazy, CacheSchedule(trimmed.should_compute), range(5, 7)) < worst
+
+
+def test_what_is_dropped_is_dropped_by_all_that_decide_together(around_fora: Response) -> None:
+    cost = np.ones(BRANCHES)
+    trimmed = trim(around_fora, cost, float(around_fora.schedule.should_compute.sum()) - 1, leaders=[0, 0, 2, 2])
+    table = trimmed.should_compute
+    assert np.array_equal(table[:, 0], table[:, 1])
+    assert np.array_equal(table[:, 2], table[:, 3])
+    assert table.sum() == around_fora.schedule.should_compute.sum() - 2
+
+
+def test_steps_that_must_be_computed_are_not_dropped(around_fora: Response) -> None:
+    only_first = trim(around_fora, np.ones(BRANCHES), float(BRANCHES))
+    assert only_first.should_compute.sum() == BRANCHES
+    with pytest.raises(ConfigError, match="this budget cannot be met, since the first steps compute everything"):
+        trim(around_fora, np.ones(BRANCHES), float(BRANCHES), warmup_steps=2)
 
 
 def test_branches_that_decide_together_are_exchanged_together(lazy: LazyModule) -> None:
