@@ -196,8 +196,9 @@ class _LinearModel:
         change = 2 * effects @ self.error + np.square(effects).sum(axis=1)
         price = np.tile([cost[group].sum() for group in groups], len(self.table) - first)
         computes = self.table[first:, [group[0] for group in groups]].ravel() & (price > 0)
-        worth = np.where(computes, change / np.maximum(price, np.finfo(np.float64).tiny), np.inf)
-        step, group = divmod(int(worth.argmin()) + first * len(groups), len(groups))
+        droppable = np.flatnonzero(computes)
+        least = droppable[int((change[droppable] / price[droppable]).argmin())]
+        step, group = divmod(int(least) + first * len(groups), len(groups))
         return self._turned([(step, group)], groups, flips)
 
     def _flips_of_all(self, groups: Groups) -> Floats:
