@@ -242,7 +242,7 @@ def _read_table(values: dict[str, Any], manifest: Path, features: Sequence[int])
         raise ArtifactError(f"{path} holds no tensor {missing[0]!r}; calibrate again, or restore it from a copy")
     return GateTable(
         tuple(features), tensors["knots"], tensors["weight"], tensors["bias"], values["interpolation"],
-        tensors.get("slope"),
+        tensors.get("slope"), tensors.get("trajectory"),
     )  # fmt: skip
 
 

@@ -83,7 +83,10 @@ def calibrate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and what it costs.")] = False,
     sampler: given.Sampler = None,
     scheduler: given.Scheduler = "ddim",
-    steps: given.Steps = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Denoising steps; 20 in the default sampler. Repeat it to serve several numbers."),
+    ] = None,
     shape: given.Shapes = None,
     options: given.Options = None,
     seed: given.Seed = 0,
@@ -92,11 +95,15 @@ def calibrate(
 ) -> None:
     """Learn when each branch may reuse, until a target share is saved. The model's weights stay as they are.
 
+    Gates fit the number of steps that they were calibrated with: --steps 20 --steps 30 makes some that serve both.
+
     Several processes share the work: accelerate launch --multi_gpu --num_processes 2 -m lazy_compile calibrate ...
     """
     from lazy_compile import calibration
     from lazy_compile.cli_models import find_function, load_lazy, load_model, load_sampler
     from lazy_compile.cli_tables import facts, plain, show
+    from lazy_compile.gate import GateTable
+    from lazy_compile.policy import Learned
     from lazy_compile.processes import launched_processes, local_device
     from lazy_compile.progress import progress_bars
 
@@ -109,21 +116,35 @@ def calibrate(
     pairs = None if data is None else find_function(data)()
     named = load_model(model, shape or (), local_device(device))
     lazy = load_lazy(named, None, options or ())
-    sample = load_sampler(sampler, named, lazy, steps, scheduler)
+    numbers: list[int | None] = [*dict.fromkeys(steps)] if steps else [None]
+    samples = [load_sampler(sampler, named, lazy, number, scheduler) for number in numbers]
     if dry_run:
-        work = calibration_work(lazy, sample, config)
-        show(work, json, f"would calibrate {len(lazy.branches)} branches and write {output}", facts(work))
+        work = [calibration_work(lazy, sample, config) for sample in samples]
+        values = work[0] if len(work) == 1 else {"calibrations": work}
+        show(values, json, f"would calibrate {len(lazy.branches)} branches and write {output}", *map(facts, work))
         return
+    reports = []
     with launched_processes() as processes, progress_bars(processes.is_first and not json) as on_progress:
-        report = calibration.calibrate(
-            lazy, config, sample=sample, data=pairs, checkpoint=checkpoint, on_progress=on_progress
-        )
+        for number, sample in zip(numbers, samples, strict=True):
+            file = checkpoint
+            if checkpoint is not None and len(numbers) > 1:
+                file = checkpoint.with_name(f"{checkpoint.stem}-{number}{checkpoint.suffix}")
+            report = calibration.calibrate(
+                lazy, config, sample=sample, data=pairs, checkpoint=file, on_progress=on_progress
+            )
+            reports.append(report)
     if not processes.is_first:
         return
+    if len(reports) > 1:
+        lazy.policy = Learned(GateTable.joined([report.table for report in reports]))
     lazy.save(output)
-    values = {key: value for key, value in plain(report).items() if key not in ("table", "trained", "history")}
-    values["output"] = str(output)
-    show(values, json, facts(values))
+    results = [
+        ({} if number is None else {"steps": number})
+        | {key: value for key, value in plain(report).items() if key not in ("table", "trained", "history")}
+        | {"output": str(output)}
+        for number, report in zip(numbers, reports, strict=True)
+    ]
+    show(results[0] if len(results) == 1 else {"calibrations": results}, json, *map(facts, results))
 
 
 def plan(

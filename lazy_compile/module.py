@@ -81,6 +81,8 @@ class LazyModule(nn.Module):
         stats.calls += 1
         if change := call.caches.follow_rows(call.row_inputs, call.graph.branches):
             self._store.tell_once(f"the batch of {type(self.original).__name__} changed midway {change}")
+        if misfit := self._policy.misfit(call.step, call.timestep, call.caches.timestep_before):
+            self._store.tell_once(f"{type(self.original).__name__}: {misfit}")
         leaders = call.graph.leaders(self.lazy_config.group)
         return call.run(
             PolicyStep(

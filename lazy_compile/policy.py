@@ -24,6 +24,7 @@ class GateQuery:
         entries: its modulated inputs.
         step: index of the sampler step in this trajectory, from 0.
         timestep: the model's time input, or the step index where the model has none.
+        before: that of the step before; None at the first.
         memory: a dictionary of this stream, emptied at every new trajectory, for rules that accumulate.
     """
 
@@ -31,6 +32,7 @@ class GateQuery:
     entries: Sequence[Tensor]
     step: int
     timestep: float
+    before: float | None
     memory: dict[str, object]
 
 
@@ -44,9 +46,13 @@ class Policy(ABC):
     def observe(self, query: GateQuery) -> None:  # noqa: B027, few rules look back
         """What is asked where there is no choice: nothing is cached yet, or the model warms up."""
 
-    def slopes(self, step: int, timestep: float) -> Sequence[float] | None:
+    def slopes(self, step: int, timestep: float, before: float | None) -> Sequence[float] | None:
         """For each branch how far linear reuse follows its line: 1 all the way, 0 not at all. None: all the way."""
         return None
+
+    def misfit(self, step: int, timestep: float, before: float | None) -> str:
+        """Why this policy was not made for a trajectory that has such a step, in words; empty if it may have been."""
+        return ""
 
     def check(self, branches: Sequence[ResidualBranch]) -> None:  # noqa: B027, not every policy belongs to a model
         """Raise :class:`ConfigError` if this policy was made for another model."""
@@ -71,9 +77,17 @@ class Scheduled(Policy):
             return True
         return bool(self.schedule.should_compute[query.step, query.branch.index])
 
-    def slopes(self, step: int, timestep: float) -> Sequence[float] | None:
+    def slopes(self, step: int, timestep: float, before: float | None) -> Sequence[float] | None:
         slopes = self.schedule.slopes
         return None if slopes is None or step >= len(slopes) else slopes[step].tolist()
+
+    def misfit(self, step: int, timestep: float, before: float | None) -> str:
+        if step < self.schedule.steps:
+            return ""
+        return (
+            f"the schedule has {self.schedule.steps} steps and the trajectory more, in which every branch computes; "
+            "plan with the number of steps that you sample with"
+        )
 
     def check(self, branches: Sequence[ResidualBranch]) -> None:
         if self.schedule.branches != len(branches):
@@ -96,7 +110,7 @@ class Learned(Policy):
     table: GateTable
     shift: float = 0.0
     delayed: bool = False
-    _rows: dict[tuple[float, torch.device], list[tuple[Tensor, Tensor]]] = field(
+    _rows: dict[tuple[float, float | None, torch.device], list[tuple[Tensor, Tensor]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -113,11 +127,24 @@ class Learned(Policy):
             query.memory[_memory_of(query)] = self._logit(query)
 
     def _logit(self, query: GateQuery) -> Tensor:
-        weight, bias = self._gates(query.timestep, query.entries[0].device)[query.branch.index]
+        weight, bias = self._gates(query.timestep, query.before, query.entries[0].device)[query.branch.index]
         return compute_logit(query.branch, query.entries, weight, bias) + self.shift
 
-    def slopes(self, step: int, timestep: float) -> Sequence[float] | None:
-        return self.table.slopes(timestep)
+    def slopes(self, step: int, timestep: float, before: float | None) -> Sequence[float] | None:
+        return self.table.slopes(timestep, before)
+
+    def misfit(self, step: int, timestep: float, before: float | None) -> str:
+        if before is None or not self.table.is_foreign(timestep, before):
+            return ""
+        return (
+            "the gates were calibrated on other timesteps than this sampler visits, and reuse at the wrong steps; "
+            "calibrate with the sampler and the number of steps that you sample with, or with several of them"
+        )
+
+    def row(self, timestep: float, before: float | None) -> GateRow:
+        """The gates of one step with the shift, for a host that hands them to an exported model."""
+        row = self.table.row(timestep, before)
+        return GateRow(row.weight, row.bias + self.shift)
 
     def check(self, branches: Sequence[ResidualBranch]) -> None:
         features = tuple(branch.gate_features for branch in branches)
@@ -127,13 +154,13 @@ class Learned(Policy):
                 f"the model has {len(branches)} with {sum(features)}; calibrate gates for this model"
             )
 
-    def _gates(self, timestep: float, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        key = (timestep, device)
+    def _gates(self, timestep: float, before: float | None, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        key = (timestep, before, device)
         gates = self._rows.get(key)
         if gates is None:
             if len(self._rows) >= 4096:
                 self._rows.clear()
-            gates = self._rows[key] = split_row(self.table.row(timestep), self.table.features, device)
+            gates = self._rows[key] = split_row(self.table.row(timestep, before), self.table.features, device)
         return gates
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,12 +74,14 @@ class CacheState:
 
     Attributes:
         memory: what policies keep.
+        timestep_before: the time input at the step before; None at the first.
         inputs: those of the last call that have a line for each row, with the rows on axis 0.
         invariants: what need not be computed again, see :mod:`lazy_compile.step_invariants`.
     """
 
     slots: dict[int, CacheSlot] = field(default_factory=dict)
     memory: dict[str, object] = field(default_factory=dict)
+    timestep_before: float | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
     invariants: StepInvariants | None = None
 
@@ -238,11 +241,16 @@ class PolicyStep:
         return computes
 
     def _slope(self, planned: ResidualBranch | None) -> float:
-        slopes = self.policy.slopes(self.step, self.timestep)
+        slopes = self._slopes_of_policy
         return 1.0 if slopes is None or planned is None else slopes[planned.index]
 
+    @cached_property
+    def _slopes_of_policy(self) -> Sequence[float] | None:
+        return self.policy.slopes(self.step, self.timestep, self.state.timestep_before)
+
     def _query(self, planned: ResidualBranch, branch: LazyBranch, inputs: Sequence[Any]) -> GateQuery:
-        return GateQuery(planned, branch.entries(inputs), self.step, self.timestep, self.state.memory)
+        before, memory = self.state.timestep_before, self.state.memory
+        return GateQuery(planned, branch.entries(inputs), self.step, self.timestep, before, memory)
 
     def _ask(self, query: GateQuery, rows: int) -> Rows:
         answer = self.policy.should_compute(query)

@@ -105,6 +105,7 @@ class Trajectory:
 
     Attributes:
         only_call: the time of the trajectory before this one, if that had a single step.
+        before: the time of the step before this one.
     """
 
     streams: list[CacheState] = field(default_factory=list)
@@ -114,6 +115,7 @@ class Trajectory:
     direction: int = -1
     against: int = 0
     only_call: float | None = None
+    before: float | None = None
 
     def advance(self, timestep: float | None) -> tuple[CacheState, int, bool]:
         """The caches and the step index of this call, and whether it starts a trajectory."""
@@ -133,10 +135,14 @@ class Trajectory:
         if started:
             self.streams.clear()
             self.step = self.turn = 0
+        if started or timestep != self.timestep:
+            self.before = None if started else self.timestep
         self.timestep = timestep
         if self.turn >= len(self.streams):
             self.streams.append(CacheState())
-        return self.streams[self.turn], self.step, started
+        state = self.streams[self.turn]
+        state.timestep_before = self.before
+        return state, self.step, started
 
     def _moves_back(self, timestep: float) -> bool:
         assert self.timestep is not None

@@ -135,6 +135,23 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_gates_for_several_numbers_of_steps_do_at_each_what_those_for_it_alone_do(tmp_path: Path) -> None:
+    arguments = ["calibrate", "factories:tiny_dit", *EULER[:2], "--target-lazy-ratio", 0.4, "--iterations", 1]
+    both = answer(*arguments, "--steps", 2, "--steps", 4, "--output", tmp_path / "both")["calibrations"]
+    assert [each["steps"] for each in both] == [2, 4]
+    for steps, report in zip((2, 4), both, strict=True):
+        alone = answer(*arguments, "--steps", steps, "--output", tmp_path / f"{steps}")
+        assert {**alone, "seconds": 0, "output": ""} == {**report, "seconds": 0, "output": ""}
+        run = ["run", "factories:tiny_dit", *EULER[:2], "--steps", steps, "--output", tmp_path / "samples.npy"]
+        samples, reuse = [], []
+        for folder in ("both", f"{steps}"):
+            reuse.append(answer(*run, "--gates", tmp_path / folder)["reuse"])
+            samples.append(np.load(tmp_path / "samples.npy"))
+        assert reuse[0] == reuse[1]
+        assert np.any(reuse[0])
+        assert np.array_equal(samples[0], samples[1])
+
+
 def test_plan_writes_a_schedule_that_meets_its_budget(tmp_path: Path) -> None:
     values = answer("plan", "factories:tiny_dit", *EULER, "--compute-ratio", 0.7, "--output", tmp_path)
     assert values["compute_ratio"] <= 0.7

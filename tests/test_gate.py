@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,3 +176,62 @@ def test_a_table_that_does_not_fit_is_refused(arguments: tuple[object, ...], mes
     with pytest.raises(ConfigError) as caught:
         GateTable(*arguments)
     assert str(caught.value) == message
+
+
+# Several trajectories ---------------------------------------------------------------------------------------------
+
+
+def joined() -> GateTable:
+    """Rows 0 to 3 are of four steps, rows 4 and 5 of two that the four pass through as well."""
+    both = [table(knots=(900.0, 700.0, 500.0, 300.0)), table(knots=(900.0, 500.0)).shifted(4.0)]
+    return GateTable.joined(both)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "before", "value"),
+    [(700, 900, 1), (500, 700, 2), (300, 500, 3), (500, 900, 5), (495, 890, 5), (305, 490, 3)],
+)
+def test_each_trajectory_follows_its_own_rows(timestep: float, before: float, value: float) -> None:
+    assert joined().row(timestep, before).bias.tolist() == [value] * 2
+
+
+def test_trajectories_with_as_many_steps_are_told_apart_too() -> None:
+    gates = GateTable.joined([table(knots=(900.0, 500.0)), table(knots=(800.0, 500.0)).shifted(4.0)])
+    assert [gates.row(500, before).bias[0].item() for before in (900, 800)] == [1.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("timestep", "before", "foreign"),
+    [(700, 900, False), (300, 500, False), (500, 900, False), (690, 880, False), (620, 700, True), (300, 700, True)],
+)
+def test_timesteps_that_no_row_was_calibrated_on_are_foreign(timestep: float, before: float, foreign: bool) -> None:
+    assert joined().is_foreign(timestep, before) is foreign
+
+
+def test_rows_between_knots_serve_any_timestep() -> None:
+    assert not table("linear").is_foreign(650, 660)
+    assert table().is_foreign(650, 660)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (GateTable((3,), torch.zeros(3), torch.zeros(3, 3), torch.zeros(3, 1)), "of different models"),
+        (table("linear"), "calibrate without knots"),
+    ],
+)
+def test_tables_that_have_nothing_in_common_are_not_joined(other: GateTable, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GateTable.joined([table(), other])
+
+
+def test_a_table_without_slopes_joins_as_one_that_follows_its_lines_all_the_way() -> None:
+    gates = GateTable.joined([table(), replace(table(knots=(950.0, 600.0)), slope=torch.full((2, 2), 0.5))])
+    assert gates.slopes(500, 900) == [1.0, 1.0]
+    assert gates.slopes(600, 950) == [0.5, 0.5]
+    assert joined().slope is None
+
+
+def test_a_table_of_several_trajectories_says_so_of_every_knot() -> None:
+    with pytest.raises(ConfigError, match=r"which one each of its 3 knots belongs to.*seen \[2\] and 'nearest'"):
+        replace(table(), trajectory=torch.zeros(2))

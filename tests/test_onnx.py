@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lazy_compile
-from lazy_compile import AlwaysCompute, CacheSchedule, LazyModule, Learned, Scheduled
+from lazy_compile import AlwaysCompute, CacheSchedule, GateTable, LazyModule, Learned, Scheduled
 from lazy_compile.backends import onnx_save
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnx import OnnxReport, check_structure, export_onnx
@@ -65,6 +65,28 @@ def test_onnx_runtime_follows_pytorch(exported: Exported, toy: str, reuse: str) 
         assert follow(lazy, denoiser, policy, trajectory(TOYS[toy], steps=STEPS)) < TOLERANCE
         assert lazy_ratio[0] <= denoiser.stats.lazy_ratio <= lazy_ratio[1]
     assert (report.if_nodes, report.branches, report.heavy_ops_outside_if) == (branches, branches, ())
+
+
+def test_gates_of_two_trajectories_serve_both_and_a_third_is_told_of(
+    exported: Exported, caplog: pytest.LogCaptureFixture
+) -> None:
+    lazy, path, _ = exported("dit", "linear")
+    denoiser = EngineDenoiser(OnnxRunner(path, threads=1), config=lazy.lazy_config)
+    tables = [random_gates(lazy, knots(steps), seed=steps) for steps in (10, STEPS)]
+    both = Learned(GateTable.joined(tables))
+    for table in tables:
+        alone, calls = [], trajectory(TOYS["dit"], steps=len(table.knots))
+        for policy in (both, Learned(table)):
+            assert follow(lazy, denoiser, policy, calls) < TOLERANCE
+            alone.append(lazy.stats.reuse_table)
+        np.testing.assert_array_equal(*alone)
+    assert not caplog.records
+    follow(lazy, denoiser, both, trajectory(TOYS["dit"], steps=7))
+    follow(lazy, denoiser, Scheduled(CacheSchedule.every(2, 5, len(lazy.branches))), calls)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 4  # by either model of either policy, once
+    assert ["calibrated on other timesteps" in each for each in said] == [True, True, False, False]
+    assert ["the schedule has 5 steps" in each for each in said] == [False, False, True, True]
 
 
 def test_it_is_the_original_while_all_compute(exported: Exported) -> None:

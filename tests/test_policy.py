@@ -22,7 +22,7 @@ BRANCHES = (branch(0), branch(1, 3))
 
 def query(index: int, step: int = 0, timestep: float = 0.0, scale: float = 1.0) -> GateQuery:
     entry = torch.ones(3, 4, BRANCHES[index].gate_features) * torch.tensor([0.0, 1.0, -1.0])[:, None, None]
-    return GateQuery(BRANCHES[index], [scale * entry], step, timestep, {})
+    return GateQuery(BRANCHES[index], [scale * entry], step, timestep, None, {})
 
 
 def learned(shift: float = 0.0) -> Learned:
@@ -67,8 +67,8 @@ def test_what_is_not_a_number_computes() -> None:
 
 def test_rows_are_looked_up_once_for_each_time_and_not_without_end() -> None:
     policy = learned()
-    first = policy._gates(3.0, torch.device("cpu"))
-    assert policy._gates(3.0, torch.device("cpu")) is first
+    first = policy._gates(3.0, None, torch.device("cpu"))
+    assert policy._gates(3.0, None, torch.device("cpu")) is first
     for timestep in range(5000):
         policy.should_compute(query(0, timestep=timestep / 5))
     assert len(policy._rows) <= 4096

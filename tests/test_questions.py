@@ -15,8 +15,8 @@ from lazy_compile.schedule_search import SearchOptions
 
 QUICK = SearchOptions(step_rounds=0, rounds=1, swaps=2)
 TINY = QuestionSettings(
-    steps=4, seeds=1, samples=4, batch=2, numbers_of_steps=(4,), lazy_ratios=(0.3,), transfers=(3,), regression_seeds=4,
-    search=QUICK, quick_search=QUICK,
+    steps=4, seeds=1, samples=4, batch=2, numbers_of_steps=(4,), lazy_ratios=(0.3,), transfers=(3, 4),
+    regression_seeds=4, search=QUICK, quick_search=QUICK,
 )  # fmt: skip
 
 
@@ -49,8 +49,9 @@ def test_lazy_steps_cost_no_more_than_the_fewer_they_are_compared_with(answers: 
     (row,) = answers["steps"]
     assert row["compute_ratio"] <= row["fewer"] / row["steps"]
     assert row["rmse"] > 0
-    (moved,) = answers["transfers"]
+    moved, _ = answers["transfers"]
     assert moved["ratio_moved"] == pytest.approx(moved["ratio_own"], abs=0.2)
+    assert (moved["ratio_joined"], moved["rmse_joined"]) == (moved["ratio_own"], moved["rmse_own"])
 
 
 def test_the_page_shows_every_answer_and_its_pictures(folder: Path) -> None:

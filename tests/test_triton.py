@@ -255,6 +255,9 @@ def test_what_cannot_be_served_is_refused(models: Models, tmp_path: Path) -> Non
     delayed = Learned(models.learned().table, delayed=True)
     with pytest.raises(ConfigError, match=r"Learned cannot be put into a model that was exported with gating='input'"):
         export_triton(models.path["input"], tmp_path, "dit", policy=delayed)
+    several = Learned(GateTable.joined([models.learned().table] * 2))
+    with pytest.raises(ConfigError, match="these gates are of several trajectories"):
+        export_triton(models.path["predicate"], tmp_path, "dit", policy=several)
     with pytest.raises(ConfigError, match="backend is 'python'; expected one of 'onnxruntime', 'tensorrt'"):
         export_triton(models.path["input"], tmp_path, "dit", backend="python")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"sequences is 0, idle_seconds is 60\.0; use 1 or more"):

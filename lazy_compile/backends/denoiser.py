@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ from lazy_compile.gate import GateRow
 from lazy_compile.policy import AlwaysCompute, Learned, Policy, Scheduled
 from lazy_compile.runtime import LazyStats
 from lazy_compile.timestep import Trajectories
+
+logger = logging.getLogger("lazy_compile")
 
 UNREAD = 64
 """Calls whose decisions may wait on the device to be counted."""
@@ -68,6 +71,7 @@ class EngineDenoiser:
         )
         self._trajectories = Trajectories()
         self._unread: list[tuple[int, _Place, Mask | None, Tensor | None]] = []
+        self._told: set[str] = set()
         self.policy = policy or runner.policy or AlwaysCompute()
         self.reset_stats()
 
@@ -117,9 +121,13 @@ class EngineDenoiser:
         if not isinstance(place, _Place):
             place = _Place(self.runner.new_stream(), np.full(len(self.branches), step))
             state.memory["engine"] = place
-        row, force = self._decide(place, step, float(step) if timestep is None else timestep)
+        now, before = float(step) if timestep is None else timestep, state.timestep_before
+        if (misfit := self._policy.misfit(step, now, before)) and misfit not in self._told:
+            self._told.add(misfit)
+            logger.warning("%s", misfit)
+        row, force = self._decide(place, step, now, before)
         place.stream.skip(max(step - place.last_step - 1, 0))
-        slopes = self._policy.slopes(step, float(step) if timestep is None else timestep)
+        slopes = self._policy.slopes(step, now, before)
         outputs = self.runner.run(inputs, row, force, slopes=slopes, stream=place.stream)
         place.last_step, place.logits = step, self.runner.logits
         self._note(step, place)
@@ -132,12 +140,10 @@ class EngineDenoiser:
         layout, tensors = CallLayout.of(args, kwargs)
         return dict(zip(layout.names, tensors, strict=True))
 
-    def _decide(self, place: _Place, step: int, timestep: float) -> tuple[GateRow | None, Force]:
-        policy, row = self._policy, None
+    def _decide(self, place: _Place, step: int, timestep: float, before: float | None) -> tuple[GateRow | None, Force]:
+        policy = self._policy
+        row = policy.row(timestep, before) if isinstance(policy, Learned) else None
         force: list[bool | None] = [True] * len(self.branches)
-        if isinstance(policy, Learned):
-            row = policy.table.row(timestep)
-            row = GateRow(row.weight, row.bias + policy.shift)
         if step < self.config.warmup_steps or isinstance(policy, AlwaysCompute):
             return row, force
         if isinstance(policy, Scheduled):

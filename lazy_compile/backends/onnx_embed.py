@@ -152,7 +152,7 @@ def _embed_schedule(edit: _Editor, metadata: OnnxMetadata, policy: Policy) -> No
 
 def _slopes(policy: Policy, layout: GateLayout, rows: int) -> Any:
     """``float32[rows, G]``: how far each branch that decides, and those that it leads, follow their lines."""
-    chosen = [policy.slopes(step, 0.0) for step in range(rows)]
+    chosen = [policy.slopes(step, 0.0, None) for step in range(rows)]
     every = [[1.0] * len(layout.gates) if row is None else [row[gate] for gate in layout.gates] for row in chosen]
     return np.array(every, dtype=np.float32)
 
@@ -163,6 +163,8 @@ def _embed_table(edit: _Editor, metadata: OnnxMetadata, policy: Learned) -> None
     timestep = given.get(metadata.timestep_input or "")
     if timestep is None:
         raise ConfigError("this model has no timestep input, by which a row of the gate table could be found")
+    if policy.table.trajectory is not None:
+        raise ConfigError("these gates are of several trajectories, a model embeds those of one; calibrate for one")
     layout = GateLayout.of(metadata.branches, metadata.leaders)
     weight, bias = _rows(policy, layout)
     rows_of = {GATE_WEIGHT: weight, GATE_BIAS: bias}

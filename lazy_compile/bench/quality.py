@@ -119,8 +119,8 @@ class PerSample(Policy):
         decided = [bool(schedule.should_compute[query.step, query.branch.index]) for schedule in self.schedules]
         return torch.tensor(decided).repeat(query.entries[0].shape[0] // len(decided))
 
-    def slopes(self, step: int, timestep: float) -> Sequence[float] | None:
-        return Scheduled(self.schedules[0]).slopes(step, timestep)
+    def slopes(self, step: int, timestep: float, before: float | None) -> Sequence[float] | None:
+        return Scheduled(self.schedules[0]).slopes(step, timestep, before)
 
 
 class Quality:

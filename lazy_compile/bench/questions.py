@@ -19,7 +19,7 @@ from lazy_compile.branch import BranchKind
 from lazy_compile.calibration import CalibrationConfig, CalibrationReport, calibrate
 from lazy_compile.compiler import transform
 from lazy_compile.effects import Sampler
-from lazy_compile.gate import pool
+from lazy_compile.gate import GateTable, pool
 from lazy_compile.gate_start import gate_start, initial_gates
 from lazy_compile.planning import Budget, plan
 from lazy_compile.policy import GateQuery, Learned, Policy, Scheduled
@@ -163,23 +163,31 @@ class Questions:
                 }
 
     def transfers(self, schedule: CacheSchedule) -> Iterator[dict[str, Any]]:
-        """Gates on knots over the noise level, from ``schedule``, used at other T, and plans made for these."""
+        """Plans made for each T; one table of gates from all of these plans; and gates on knots over the noise level,
+        from ``schedule`` alone."""
         budget = Budget(compute_ratio=0.5)
-        sampler = self._sampler(self.settings.steps, self.settings.batch)
-        start = gate_start(self.lazy, budget, sampler, schedule, 0, no_progress)
-        table = initial_gates(self.lazy, start, self.settings.steps)
-        for steps in self.settings.transfers:
-            own = self._score(Scheduled(self._plan(steps, budget, self.settings.search)), steps)
+        plans = {steps: self._plan(steps, budget, self.settings.search) for steps in self.settings.transfers}
+        joined = Learned(GateTable.joined([self._gates_of(plan, steps, None) for steps, plan in plans.items()]))
+        knots = self._gates_of(schedule, self.settings.steps, self.settings.steps)
+        for steps, planned in plans.items():
+            own, together = self._score(Scheduled(planned), steps), self._score(joined, steps)
             low, high = -5.0, 5.0
             for _ in range(9):
                 middle = (low + high) / 2
-                moved = self._score(Learned(table, middle), steps, seeds=1)
+                moved = self._score(Learned(knots, middle), steps, seeds=1)
                 low, high = (middle, high) if moved["compute_ratio"] < own["compute_ratio"] else (low, middle)
-            moved = self._score(Learned(table, high), steps)
+            moved = self._score(Learned(knots, high), steps)
             yield {
                 "steps": steps, "rmse_own": own["rmse"], "ratio_own": own["compute_ratio"],
+                "rmse_joined": together["rmse"], "ratio_joined": together["compute_ratio"],
                 "rmse_moved": moved["rmse"], "ratio_moved": moved["compute_ratio"],
             }  # fmt: skip
+
+    def _gates_of(self, schedule: CacheSchedule, steps: int, knots: int | None) -> GateTable:
+        """Gates that repeat a schedule."""
+        sampler = self._sampler(steps, self.settings.batch)
+        start = gate_start(self.lazy, Budget(compute_ratio=0.5), sampler, schedule, 0, no_progress)
+        return initial_gates(self.lazy, start, knots)
 
     # Running ------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ def ask_all(
     output: Path, settings: QuestionSettings | None = None, on_progress: OnProgress = no_progress
 ) -> dict[str, Any]:
     """Ask everything of the digits model, and write the page to the folder ``output``."""
-    answers = Questions(digits_subject(), settings or QuestionSettings(), on_progress).answers()
+    settings = settings or QuestionSettings()
+    answers = Questions(digits_subject(), settings, on_progress).answers()
     save_json(output / "questions.json", answers)
     (output / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, draw in pictures(answers).items():
@@ -30,18 +31,18 @@ def ask_all(
     quality = output / "quality.json"
     rows = load_json(quality)["rows"] if quality.exists() else []
     with atomic_path(output / "questions.md") as temporary:
-        temporary.write_text(page(answers, rows), encoding="utf-8")
+        temporary.write_text(page(answers, rows, settings), encoding="utf-8")
     return answers
 
 
-def page(answers: Mapping[str, Any], quality: Sequence[Mapping[str, Any]]) -> str:
+def page(answers: Mapping[str, Any], quality: Sequence[Mapping[str, Any]], settings: QuestionSettings) -> str:
     """The page as Markdown; the oracle and the frozen gates come from the rows of the quality bench."""
     reused = 1 - np.array(answers["schedule"])
     stages = np.array_split(reused, 3)
     oracle = [row for row in quality if row["family"] == "oracle"]
     seconds = answers["seconds"]
     parts = [
-        HEAD,
+        HEAD.format(steps=settings.steps, sets=settings.seeds, images=settings.samples),
         "## Which threshold?\n\n" + WHY["thresholds"],
         _picture("thresholds", "error and compute over the threshold"),
         _table(answers["thresholds"], {"threshold": ".2f", "compute_ratio": ".1%", "reused": ".1%", "rmse": ".4f"}),
@@ -91,10 +92,18 @@ def page(answers: Mapping[str, Any], quality: Sequence[Mapping[str, Any]]) -> st
         "## One calibration for several numbers of steps?\n\n" + WHY["transfers"],
         _table(
             answers["transfers"],
-            {"steps": "d", "ratio_own": ".1%", "rmse_own": ".4f", "ratio_moved": ".1%", "rmse_moved": ".4f"},
+            {
+                "steps": "d",
+                "ratio_own": ".1%",
+                "rmse_own": ".4f",
+                "ratio_joined": ".1%",
+                "rmse_joined": ".4f",
+                "ratio_moved": ".1%",
+                "rmse_moved": ".4f",
+            },
         ),
         f"## What does it cost?\n\nOn one core: planning {seconds['planning']:.0f} s, training gates "
-        f"{seconds['training gates']:.0f} s of processor time, with {QuestionSettings().batch} images a trajectory.",
+        f"{seconds['training gates']:.0f} s of processor time, with {settings.batch} images a trajectory.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -104,8 +113,8 @@ STAGES = ("first third", "second third", "last third")
 HEAD = """# Questions
 
 Written by `make results` (`lazy-compile bench questions`), in [numbers](questions.json) too. The digits model,
-DDIM, guidance 1.5, T = 20 unless another is named; RMSE to the dense samples of as many steps, two sets of 64
-images, none of which any schedule or gate was made from. Slopes are fitted where nothing else is said."""
+DDIM, guidance 1.5, T = {steps} unless another is named; RMSE to the dense samples of as many steps, {sets} sets of
+{images} images, none of which any schedule or gate was made from. Slopes are fitted where nothing else is said."""
 
 WHY = {
     "thresholds": """The paper reuses where `sigmoid(-compute_logit) > 0.5`. Gates trained for half the compute, at
@@ -119,8 +128,10 @@ input foretells. At or below zero, the mean over samples is the better guess, an
 within the same budget. The same few images in both lines of a pair.""",
     "steps": """A plan of T steps against the dense sampler with the number of steps that costs no less; both
 against the dense samples of T steps, from the same noise.""",
-    "transfers": """Gates on 20 knots over the noise level, from the plan for T = 20, shifted to the compute of a
-plan made for each T; against that plan.""",
+    "transfers": """A plan made for each T; one table of gates that joins them
+(`lazy-compile calibrate --steps 12 --steps 20 --steps 30`), in which each trajectory finds its own rows; and gates on
+knots over the noise level, from the plan for one T alone, shifted to the compute of each plan. What reuses at every
+second step here does not there, whatever the noise level, and so a table made for one T is no plan for another.""",
 }
 
 
@@ -190,8 +201,10 @@ TITLES = {
     "rmse_fewer": "their RMSE",
     "ratio_own": "MACs, own plan",
     "rmse_own": "RMSE, own plan",
-    "ratio_moved": "MACs, moved",
-    "rmse_moved": "RMSE, moved",
+    "ratio_joined": "MACs, joined",
+    "rmse_joined": "RMSE, joined",
+    "ratio_moved": "MACs, from one T",
+    "rmse_moved": "RMSE, from one T",
     "rmse_dense": "RMSE",
     "median_dense": "median image",
     "varying": "differ between samples",

@@ -49,6 +49,7 @@ class LazyRunner(BaseRunner):  # type: ignore[misc]
         self.runner = open_runner(Path(self._path))
         self._policy.check(self.runner.branches)
         self.step = self.reused = 0
+        self.before: float | None = None
 
     def get_input_metadata_impl(self) -> Any:
         metadata = TensorMetadata()
@@ -61,11 +62,11 @@ class LazyRunner(BaseRunner):  # type: ignore[misc]
         tensors = {name: torch.as_tensor(value) for name, value in feed_dict.items()}
         timestep = float(self.step) if time_input is None else float(tensors[time_input].max())
         row, force = self._decide(timestep)
-        slopes = self._policy.slopes(self.step, timestep)
+        slopes = self._policy.slopes(self.step, timestep, self.before)
         start = time.perf_counter()
         outputs = self.runner.run(tensors, row, force, slopes=slopes)
         self.inference_time = time.perf_counter() - start
-        self.step += 1
+        self.step, self.before = self.step + 1, timestep
         self.reused += int((~self.runner.decisions).sum())
         names = [name for name in self.runner.metadata.outputs if name is not None]
         return OrderedDict((name, output.cpu().numpy()) for name, output in zip(names, outputs, strict=True))
@@ -78,8 +79,7 @@ class LazyRunner(BaseRunner):  # type: ignore[misc]
     def _decide(self, timestep: float) -> tuple[GateRow | None, Force | None]:
         policy = self._policy
         if isinstance(policy, Learned):
-            row = policy.table.row(timestep)
-            return GateRow(row.weight, row.bias + policy.shift), None
+            return policy.row(timestep, self.before), None
         if isinstance(policy, Scheduled):
             table = policy.schedule.should_compute
             return None, table[self.step].tolist() if self.step < len(table) else "compute"
