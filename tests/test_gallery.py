@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GALLERY = ROOT / "examples" / "gallery"
 EXAMPLES = sorted(file.name for file in GALLERY.glob("*.py") if file.name != "components.py")
 MARKS = {"torchao_int8.py": [pytest.mark.torchao]}
+SAYS = {"accelerate_launch.py": "4 images from 2 processes"}
 
 
 @pytest.mark.filterwarnings("ignore")  # of the hosts
@@ -25,6 +26,7 @@ def test_an_example_is_exact_and_then_lazy(
     runpy.run_path(str(GALLERY / example), run_name="__main__")
     said = capsys.readouterr().out
     assert "equal while nothing is reused: True" in said
+    assert SAYS.get(example, "") in said
     ratio = re.search(r"lazy ratio (0\.\d+)", said)
     assert ratio is not None
     assert 0.2 < float(ratio[1]) < 0.8
