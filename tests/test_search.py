@@ -121,6 +121,13 @@ def test_what_is_dropped_for_a_budget_is_missed_least_for_its_cost(lazy: LazyMod
     assert true_error(lazy, CacheSchedule(trimmed.should_compute), range(5, 7)) < worst
 
 
+def test_what_costs_nothing_is_not_dropped(around_fora: Response) -> None:
+    before, cost = around_fora.schedule.should_compute, np.array([0.0, 1.0, 0.0, 1.0])
+    trimmed = trim(around_fora, cost, float((before * cost).sum()) - 2.0).should_compute
+    assert np.array_equal(trimmed[:, ::2], before[:, ::2])
+    assert before[:, 1::2].sum() - trimmed[:, 1::2].sum() == 2
+
+
 def test_what_is_dropped_is_dropped_by_all_that_decide_together(around_fora: Response) -> None:
     cost = np.ones(BRANCHES)
     trimmed = trim(around_fora, cost, float(around_fora.schedule.should_compute.sum()) - 1, leaders=[0, 0, 2, 2])
