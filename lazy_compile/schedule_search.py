@@ -1,4 +1,4 @@
-"""A search among fixed schedules: whole steps first, then single branches, judged by what the final samples lose."""
+"""A search among fixed schedules, from several starts, judged by what the final samples lose."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ class SearchOptions:
     """How long a schedule is searched for.
 
     Attributes:
-        step_rounds: times that the answer of the final samples is measured to move whole steps, each on other noise.
-        rounds: the same to move the decisions of single branches.
+        rounds: times that the answer of the final samples is measured around the best schedule, each on other noise, to
+            exchange decisions; around every start it is measured once before.
         directions: see :func:`~lazy_compile.response.measure_response`.
         swaps: pairs of decisions that a round may exchange.
         remembered: the latest rounds whose measurements count.
     """
 
-    step_rounds: int = 2
     rounds: int = 5
     directions: int = 1
     swaps: int = 40
@@ -46,8 +45,9 @@ class SearchOptions:
     @property
     def trajectories(self) -> int:
         """How many dense trajectories a search takes the time of, at most."""
-        measuring = 2 + 3 * self.directions
-        return 21 + 2 * measuring + (self.step_rounds + self.rounds) * (measuring + 1 + 4)
+        measuring, judged = 2 + 3 * self.directions, 1 + 5
+        making_starts = 21 + 2 * measuring
+        return making_starts + 3 * (measuring + judged) + 1 + self.rounds * (measuring + 1 + judged)
 
 
 class ScheduleSearch:
@@ -100,38 +100,44 @@ class ScheduleSearch:
         )
 
     def run(self, starts: Sequence[CacheSchedule], seed: int, on_progress: OnProgress) -> CacheSchedule:
-        """From the best start: rounds that move whole steps, then rounds that move single branches.
+        """One round from every start, and from the best that came of it as many as the options say.
 
-        The result is compared with all starts once more, so that it is never worse than a simple rule on that noise.
+        Which start is best says little of what can be made of it. The result is compared with all starts once more, so
+        that it is never worse than a simple rule on that noise.
         """
-        best = self._best(starts, seed + UNSEEN - 1)[0]
-        whole = self.options.step_rounds if (best.should_compute == best.should_compute[:, :1]).all() else 0
-        rounds, swaps, note = whole + self.options.rounds, self.options.swaps, ""
-        measured: list[Response] = []
-        for done in range(rounds):
-            on_progress("searching schedules", done, rounds, note)
+        total, swaps = len(starts) + self.options.rounds, self.options.swaps
+        first: list[tuple[CacheSchedule, Response]] = []
+        for place, start in enumerate(starts):
+            on_progress("searching schedules", place, total)
+            response = self.measure(start, seed + place)
+            first += [(candidate, response) for candidate in (start, *self._proposals(response, swaps))]
+        best, error = self._best([candidate for candidate, _ in first], seed + UNSEEN - 1)
+        measured = [response for candidate, response in first if candidate is best]
+        for done in range(len(starts), total):
+            on_progress("searching schedules", done, total, f"error {error:.2e}")
             measured = [*measured, self.measure(best, seed + done)][-self.options.remembered :]
             response = Response.joined([around_another(response, best) for response in measured])
-            leaders = [0] * len(self.leaders) if done < whole else self.leaders
-            candidates = (best, *self._proposals(response, leaders, swaps))
-            chosen, error = self._best(candidates, seed + UNSEEN + done)
-            moved = (chosen.should_compute != best.should_compute).any()
-            swaps = swaps if moved or done < whole else max(1, swaps // 2)
-            best, note = chosen, f"error {error:.2e}"
-        on_progress("searching schedules", rounds, rounds, note)
-        best = self._best((best, *starts), seed + UNSEEN + rounds)[0]
+            chosen, error = self._best((best, *self._proposals(response, swaps)), seed + UNSEEN + done)
+            if np.array_equal(chosen.should_compute, best.should_compute):
+                swaps = max(1, swaps // 2)
+            best = chosen
+        on_progress("searching schedules", total, total, f"error {error:.2e}")
+        best = self._best((best, *starts), seed + UNSEEN + total)[0]
         return best if self.linear else CacheSchedule(best.should_compute)
 
-    def _proposals(self, response: Response, leaders: Sequence[int], swaps: int) -> Iterator[CacheSchedule]:
-        """Other decisions with other slopes, and the same decisions with other slopes."""
-        rules = {**self._rules, "leaders": leaders}
-        found = swap(response, response.schedule, self.cost, self.spend, swaps, **rules)
-        if not self.linear:
-            yield found
-            return
-        for ridge in RIDGES:
-            yield fit_slopes(response, found, ridge, self.leaders)
-        yield fit_slopes(response, response.schedule, RIDGES[-1], self.leaders)
+    def _proposals(self, response: Response, swaps: int) -> Iterator[CacheSchedule]:
+        """Other decisions with other slopes, and the same decisions with other slopes; whole steps move as such too."""
+        whole = (response.schedule.should_compute == response.schedule.should_compute[:, :1]).all()
+        for leaders in (self.leaders, [0] * len(self.leaders))[: 1 + bool(whole)]:
+            rules = {**self._rules, "leaders": leaders}
+            found = swap(response, response.schedule, self.cost, self.spend, swaps, **rules)
+            if not self.linear:
+                yield found
+                continue
+            for ridge in RIDGES:
+                yield fit_slopes(response, found, ridge, self.leaders)
+        if self.linear:
+            yield fit_slopes(response, response.schedule, RIDGES[-1], self.leaders)
 
     def measure(self, schedule: CacheSchedule, seed: int) -> Response:
         return measure_response(self.lazy, self.sample, schedule, seed=seed, directions=self.options.directions)

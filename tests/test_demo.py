@@ -26,7 +26,7 @@ SMALL = DemoSettings(
     plan_batch=2,
     calibration_batch=2,
     iterations=1,
-    search=SearchOptions(step_rounds=1, rounds=1),
+    search=SearchOptions(rounds=1),
 )
 METHODS = ["dense", "fora2", "fora2_last", "lazy", "random", "planned", "ddim"]
 

@@ -19,7 +19,7 @@ from models import randomize
 from networks import TinyDiT
 from sampling import STEPS, lazy_tiny_dit, sample
 
-QUICK = SearchOptions(step_rounds=1, rounds=1, directions=1)
+QUICK = SearchOptions(rounds=1)
 
 
 def made_up_effects(steps: int = 5, branches: int = 2, seed: int = 0) -> EffectTable:
@@ -125,7 +125,7 @@ def test_without_gradient_the_plan_is_made_from_single_reuses(caplog: pytest.Log
 
 
 def test_a_latency_budget_counts_seconds() -> None:
-    lazy, options = lazy_tiny_dit(), SearchOptions(step_rounds=0, rounds=2, directions=8)
+    lazy, options = lazy_tiny_dit(), SearchOptions(rounds=2, directions=8)
     timings = BranchTimings(np.array([1.0, 0.0, 0.0, 0.0]), total=2.0)
     schedule = plan(lazy, sample, Budget(latency_ratio=0.7), timings=timings, options=options)
     computed = schedule.should_compute.mean(axis=0)
@@ -138,7 +138,7 @@ def test_a_latency_budget_counts_seconds() -> None:
 
 
 def test_a_budget_of_error_is_kept_and_used_up() -> None:
-    lazy, options = lazy_tiny_dit(), SearchOptions(step_rounds=0, rounds=1)
+    lazy, options = lazy_tiny_dit(), SearchOptions(rounds=0)
     allowed = final_error(lazy, sample, CacheSchedule.every(2, STEPS, len(lazy.branches)), seed=5)
     schedule = plan(lazy, sample, Budget(error=allowed), options=options)
     assert final_error(lazy, sample, schedule, seed=5) <= 1.2 * allowed

@@ -13,7 +13,7 @@ from lazy_compile.bench.questions import QuestionSettings, _regress
 from lazy_compile.bench.questions_report import ask_all
 from lazy_compile.schedule_search import SearchOptions
 
-QUICK = SearchOptions(step_rounds=0, rounds=1, swaps=2)
+QUICK = SearchOptions(rounds=0, swaps=2)
 TINY = QuestionSettings(
     steps=4, seeds=1, samples=4, batch=2, numbers_of_steps=(4,), lazy_ratios=(0.3,), transfers=(3, 4),
     regression_seeds=4, search=QUICK, quick_search=QUICK,

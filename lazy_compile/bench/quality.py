@@ -68,7 +68,7 @@ class QualitySettings:
     gate_batch: int = 6
     oracle_samples: int = 12
     reference_steps: int = 100
-    search: SearchOptions = field(default_factory=lambda: SearchOptions(step_rounds=1, rounds=4))
+    search: SearchOptions = field(default_factory=lambda: SearchOptions(rounds=4))
 
 
 @dataclass(frozen=True)

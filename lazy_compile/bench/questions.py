@@ -59,8 +59,8 @@ class QuestionSettings:
     lazy_ratios: tuple[float, ...] = (0.1, 0.3, 0.5)
     transfers: tuple[int, ...] = (12, 20, 30)
     regression_seeds: int = 6
-    search: SearchOptions = field(default_factory=lambda: SearchOptions(step_rounds=0, rounds=3))
-    quick_search: SearchOptions = field(default_factory=lambda: SearchOptions(step_rounds=0, rounds=1))
+    search: SearchOptions = field(default_factory=lambda: SearchOptions(rounds=2))
+    quick_search: SearchOptions = field(default_factory=lambda: SearchOptions(rounds=0))
 
 
 @dataclass

@@ -44,7 +44,7 @@ class DemoSettings:
     samples: int = 128
     reference_steps: int = 100
     plan_batch: int = 24
-    search: SearchOptions = field(default_factory=lambda: SearchOptions(step_rounds=1, rounds=4))
+    search: SearchOptions = field(default_factory=lambda: SearchOptions(rounds=3))
     calibration_batch: int = 16
     iterations: int | None = None
 
