@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lazy_compile import CacheSchedule, Scheduled, transform
+from lazy_compile import CacheSchedule, Scheduled, schedule_search, transform
 from lazy_compile.effects import EffectTable, measure_effects
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.planning import AGE_EXPONENT, Budget, plan, plan_reuse
-from lazy_compile.schedule_search import SearchOptions, final_error
+from lazy_compile.progress import no_progress
+from lazy_compile.response import Response
+from lazy_compile.schedule_search import ScheduleSearch, SearchOptions, final_error
 from lazy_compile.timings import BranchTimings, measure_timings
 from models import randomize
 from networks import TinyDiT
@@ -135,6 +138,50 @@ def test_a_latency_budget_counts_seconds() -> None:
     assert measured.branches.shape == (4,)
     assert measured.branches.min() > 0
     assert measured.branches.sum() < measured.total
+
+
+class Watched(ScheduleSearch):
+    """Notes what was measured around and what was compared; the first of what is compared always wins."""
+
+    def __init__(self, spend: float, rounds: int = 1) -> None:
+        lazy = lazy_tiny_dit()
+        super().__init__(lazy, sample, np.ones(4), spend, SearchOptions(rounds=rounds, swaps=1))
+        self.around: list[CacheSchedule] = []
+        self.compared: list[list[CacheSchedule]] = []
+
+    def measure(self, schedule: CacheSchedule, seed: int) -> Response:
+        self.around.append(schedule)
+        return super().measure(schedule, seed)
+
+    def _best(self, candidates: Sequence[CacheSchedule], seed: int) -> tuple[CacheSchedule, float]:
+        self.compared.append(list(candidates))
+        return candidates[0], 0.0
+
+
+def test_every_start_is_given_a_round_and_held_against_the_result() -> None:
+    search = Watched(spend=12.0)
+    starts = [CacheSchedule.every(2, STEPS, 4), CacheSchedule.random(0.5, STEPS, 4, seed=0)]
+    search.run(starts, 0, no_progress)
+    assert search.around[:2] == starts
+    first, *_, last = search.compared
+    assert all(start in first for start in starts)
+    assert last[1:] == starts
+    whole = [candidate for candidate in first if (candidate.should_compute == candidate.should_compute[:, :1]).all()]
+    assert any(
+        candidate not in starts and (candidate.should_compute != starts[0].should_compute).any() for candidate in whole
+    )
+    assert len(first) == 2 + 5 + 3  # of whole steps those that move as such are proposed too
+
+
+def test_whole_steps_are_placed_early_and_late_and_one_more_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule_search, "measure_changes", lambda *_, **__: np.ones((20, 1, 4)))
+    monkeypatch.setattr(schedule_search, "trim", lambda response, cost, spend, **_: response)
+    search = Watched(spend=7 * 4.0)
+    monkeypatch.setattr(search, "measure", lambda schedule, seed: schedule)
+    allowed, beyond = search.starts(20, 0)
+    steps = [{tuple(np.flatnonzero(each.should_compute[:, 0])) for each in compared} for compared in search.compared]
+    assert {(0, 3, 6, 9, 12, 15, 18), (0, 2, 5, 8, 11, 14, 17)} <= steps[0]
+    assert [int(schedule.should_compute[:, 0].sum()) for schedule in (allowed, beyond)] == [7, 8]
 
 
 def test_a_budget_of_error_is_kept_and_used_up() -> None:
