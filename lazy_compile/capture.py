@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from types import CodeType
 from typing import Any, Literal
@@ -243,7 +243,9 @@ class FlatModel(nn.Module):
             return self.model(*args, **kwargs)
         self.aid.begin(tensors, self.layout.stand_ins(tensors))
         with self.aid:
-            return self.aid.detached(self.model(*args, **kwargs))
+            result = self.model(*args, **kwargs)
+            _register_dataclasses(result)
+            return self.aid.detached(result)
 
     @property
     def values_read(self) -> ValueGuards:
@@ -252,6 +254,16 @@ class FlatModel(nn.Module):
     @property
     def stuck_at(self) -> str:
         return "" if self.aid is None else self.aid.stuck
+
+
+def _register_dataclasses(result: Any) -> None:
+    """Let torch take apart and rebuild results of these classes, as it does with those of named tuples."""
+    for leaf in pytree.tree_leaves(result):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            kind = type(leaf)
+            torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+            _register_dataclasses(result)
+            return
 
 
 def _with_batch_of_two(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:

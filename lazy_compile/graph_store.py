@@ -21,7 +21,7 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.environment import hooked_modules, observe
 from lazy_compile.errors import CaptureError, ConfigError, NoBranchError
 from lazy_compile.lazy_graph import LazyGraph, sources_of, types_of
-from lazy_compile.operators import macs
+from lazy_compile.operators import has_formula, is_foreign_kernel, macs, operator_name
 from lazy_compile.pass_manager import PassManager
 from lazy_compile.passes.hoist_step_invariants import HoistStepInvariants
 from lazy_compile.timestep import find_timestep_input, names_the_time
@@ -202,6 +202,7 @@ class GraphStore:
                 "name it with LazyConfig(timestep_input=...), or call reset() before each trajectory",
                 self._name,
             )
+        self._tell_of_kernels(captured)
         total = sum(macs(node) for node in captured.program.graph.nodes)
         program = self.pipeline.run(captured.program)
         if not program.branches:
@@ -247,6 +248,16 @@ class GraphStore:
                 "%s has forward hooks on %s: what they compute is part of the graph, but they run while it is "
                 "captured only; hook the lazy model itself, or restore() the original to record activations",
                 hooked[:3],
+            )
+
+    def _tell_of_kernels(self, captured: Capture) -> None:
+        nodes = captured.program.graph.nodes
+        unknown = {operator_name(node) for node in nodes if is_foreign_kernel(node) and not has_formula(node)}
+        if unknown:
+            self._tell_once(
+                "%s calls %s, whose work is not known and counts as none, so that what is saved is misjudged; say what "
+                "it costs with torch.utils.flop_counter.register_flop_formula",
+                unknown,
             )
 
     def _tell_once(self, message: str, names: Collection[str]) -> None:

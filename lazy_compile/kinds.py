@@ -14,6 +14,7 @@ from lazy_compile.operators import (
     FUSED_ATTENTION,
     PRODUCTS,
     is_dense_convolution,
+    is_foreign_kernel,
     is_heavy,
     is_spatial_convolution,
     operator_name,
@@ -31,7 +32,8 @@ def classify(
 ) -> BranchKind:
     """Name a body.
 
-    An attention core is a softmax attention, or a product of two tensors that both carry activations. Without one the
+    An attention core is a softmax attention, a product of two tensors that both carry activations, or a kernel from
+    outside of PyTorch that reads three such. Without one the
     body is an MLP, or a convolution block if most of its operators mix channels over several positions, all of them
     mix positions (a position encoding by a depthwise convolution), or a running sum does (a state space model).
 
@@ -59,7 +61,7 @@ def classify(
         return BranchKind.CROSS_ATTENTION
     projects_another_stream = any(
         is_heavy(node)
-        and not from_entries >> flow.position[node] & 1
+        and (activations & ~from_entries) >> flow.position[node] & 1
         and any(flow.depends(operand, node) for core in cores for operand in _attended(core))
         for node in body
     )
@@ -70,6 +72,8 @@ def _is_attention_core(flow: Dataflow, node: fx.Node, activations: int) -> bool:
     if operator_name(node) in FUSED_ATTENTION:
         return True
     operands = node.all_input_nodes
+    if is_foreign_kernel(node):
+        return sum(activations >> flow.position[operand] & 1 for operand in operands) > 2
     both = all(activations >> flow.position[_picked_from(operand)] & 1 for operand in operands)
     return operator_name(node) in PRODUCTS and len(operands) == 2 and both
 

@@ -6,21 +6,28 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
 SDPA = frozenset({"scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"})
 FUSED_ATTENTION = SDPA | {"flex_attention"}
-PRODUCTS = frozenset({"mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "dot", "mv", "_scaled_mm", "_int_mm"})
+PRODUCTS = frozenset(
+    [
+        *["mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "dot", "mv", "inner", "tensordot", "bilinear"],
+        *["_scaled_mm", "_int_mm"],
+    ]
+)
+RECURRENT = frozenset({"gru", "lstm", "rnn_tanh", "rnn_relu"})
 CONVOLUTIONS = frozenset(
     {"convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 )
 GROUPED = frozenset({"grouped_mm", "_grouped_mm"})
-HEAVY = FUSED_ATTENTION | PRODUCTS | CONVOLUTIONS | GROUPED | {"linear"}
+HEAVY = FUSED_ATTENTION | PRODUCTS | CONVOLUTIONS | GROUPED | RECURRENT | {"linear"}
 
 VIEWS = frozenset(
     {
@@ -67,7 +74,18 @@ def origins(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def is_heavy(node: fx.Node) -> bool:
-    return operator_name(node) in HEAVY
+    return operator_name(node) in HEAVY or is_foreign_kernel(node)
+
+
+def is_foreign_kernel(node: fx.Node) -> bool:
+    """A kernel from outside of PyTorch (a fused attention, a selective scan): it reads two matrices or more."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace in _OWN or torch.Tag.pointwise in target.tags:
+        return False
+    return sum(isinstance(value := value_of(item), Tensor) and value.dim() > 1 for item in node.all_input_nodes) > 1
+
+
+_OWN = frozenset({"aten", "prim", "prims", "lazy_compile"})
 
 
 def is_random(node: fx.Node) -> bool:
@@ -140,11 +158,31 @@ def symbols_of(expression: Any) -> frozenset[str]:
 
 
 def macs(node: fx.Node) -> int:
-    """Multiply-accumulates of one call at the captured shape; 0 for operators that are not heavy."""
+    """Multiply-accumulates of one call at the captured shape; 0 for operators that are not heavy.
+
+    A kernel from outside of PyTorch costs what its formula in ``torch.utils.flop_counter`` says, and 0 without one.
+    """
     name = operator_name(node)
-    if name not in HEAVY:
-        return 0
-    return _MACS.get(name, _product_macs)(node)
+    if name in HEAVY:
+        return _MACS.get(name, _product_macs)(node)
+    return _registered_macs(node) if has_formula(node) else 0
+
+
+def has_formula(node: fx.Node) -> bool:
+    """Whether somebody has said what a kernel costs, by ``torch.utils.flop_counter.register_flop_formula``."""
+    return is_foreign_kernel(node) and node.target.overloadpacket in flop_registry  # type: ignore[union-attr]
+
+
+def _registered_macs(node: fx.Node) -> int:
+    def stand_in(argument: fx.Node) -> Any:
+        value = value_of(argument)
+        if isinstance(value, Tensor):
+            return torch.empty(shape_of(argument) or (), dtype=value.dtype, device="meta")
+        return size_hint(value) if isinstance(value, torch.SymInt) else value
+
+    formula = flop_registry[node.target.overloadpacket]  # type: ignore[union-attr]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), stand_in)
+    return int(formula(*args, **kwargs, out_val=stand_in(node))) // 2
 
 
 def _shapes(node: fx.Node) -> list[tuple[int, ...]]:
@@ -168,14 +206,31 @@ def _einsum_macs(node: fx.Node) -> int:
     equation, operands = node.args[0], node.args[1]
     if not isinstance(equation, str) or not isinstance(operands, Sequence):
         return 0
+    shapes = [(shape_of(operand) if isinstance(operand, fx.Node) else None) or () for operand in operands]
     sizes: dict[str, int] = {}
-    for letters, operand in zip(equation.replace(" ", "").split("->")[0].split(","), operands, strict=True):
-        shape = (shape_of(operand) if isinstance(operand, fx.Node) else None) or ()
-        head, dots, tail = letters.partition("...")
-        spread = [f"...{axis}" for axis in reversed(range(len(shape) - len(head) - len(tail)))] if dots else []
-        for letter, size in zip([*head, *spread, *tail], shape, strict=True):
+    for axes, shape in zip(einsum_axes(equation, list(map(len, shapes)))[0], shapes, strict=True):
+        for letter, size in zip(axes, shape, strict=True):
             sizes[letter] = max(size, sizes.get(letter, 1))
     return math.prod(sizes.values())
+
+
+def einsum_axes(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """The letters of each operand's axes and of the result's; what ``...`` stands for is counted from the right.
+
+    Without an arrow the result has what ``...`` stands for, then the letters that occur once, in their order.
+    """
+    sides, arrow, result = equation.replace(" ", "").partition("->")
+    operands, spread = [], 0
+    for letters, rank in zip(sides.split(","), ranks, strict=True):
+        head, dots, tail = letters.partition("...")
+        hidden = rank - len(head) - len(tail) if dots else 0
+        spread = max(spread, hidden)
+        operands.append([*head, *(f"...{axis}" for axis in reversed(range(hidden))), *tail])
+    if not arrow:
+        letters = sides.replace(".", "").replace(",", "")
+        result = "..." + "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    head, dots, tail = result.partition("...")
+    return operands, [*head, *(f"...{axis}" for axis in reversed(range(spread if dots else 0))), *tail]
 
 
 def _attention_macs(node: fx.Node) -> int:
@@ -197,7 +252,25 @@ def _operand_shape(node: fx.Node, position: int) -> tuple[int, ...] | None:
     return shape_of(argument) if isinstance(argument, fx.Node) else None
 
 
+def _bilinear_macs(node: fx.Node) -> int:
+    return math.prod(shape_of(node) or ()) * math.prod((_operand_shape(node, 2) or (0, 0, 0))[1:])
+
+
+def _tensordot_macs(node: fx.Node) -> int:
+    left, summed = _operand_shape(node, 0) or (), cast(Sequence[int], node.args[2])
+    return math.prod(shape_of(node) or ()) * math.prod(left[axis] for axis in summed)
+
+
+def _recurrent_macs(node: fx.Node) -> int:
+    """Every matrix of every layer, once for each token."""
+    weights = [shape for shape in _shapes(node)[1:] if len(shape) == 2]
+    return math.prod((_operand_shape(node, 0) or (0,))[:-1]) * sum(map(math.prod, weights))
+
+
 _MACS: dict[str, Callable[[fx.Node], int]] = {
+    "bilinear": _bilinear_macs,
+    "tensordot": _tensordot_macs,
+    **dict.fromkeys(RECURRENT, _recurrent_macs),
     "linear": _linear_macs,
     "einsum": _einsum_macs,
     **dict.fromkeys(FUSED_ATTENTION, _attention_macs),

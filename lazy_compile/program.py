@@ -107,7 +107,7 @@ class Program:
             else:
                 raise CaptureError(f"the graph has an input {node.name!r} of kind {spec.kind.name}, which is not known")
         for node in graph.nodes:
-            node.meta["module_path"] = _module_path(node).removeprefix(parameter_prefix)
+            node.meta["module_path"] = f"{_module_path(node)}.".removeprefix(parameter_prefix).rstrip(".")
         output_constants = {}
         for position, output in enumerate(exported.graph_signature.output_specs):
             if output.kind is not OutputKind.USER_OUTPUT:
@@ -169,9 +169,9 @@ def erase_dead(graph: fx.Graph) -> bool:
 
 
 def _module_path(node: fx.Node) -> str:
-    """``"model.blocks.0.attn"``; strict export spells a module as ``__dict__['_modules']['blocks']``."""
+    """``"model.blocks.0.attn"``, the innermost; strict export spells it ``__dict__['_modules']['blocks']``."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
+    path = max((str(path) for path, _ in stack.values()), key=len, default="")
     return re.sub(r"__dict__\['_modules'\]\['(\w+)'\]", r"\1", path)
 
 

@@ -51,9 +51,10 @@ def find_candidates(
 ) -> list[Candidate]:
     """All candidates in graph order, refused ones included.
 
-    1. A *residual add* is an addition of two tensors of equal shape, floating and of rank 3 or more (or packed tokens:
-       of rank 2, and not one line for each row of the batch), one of which, the *skip*, is an ancestor of the other,
-       directly or seen through casts, views, scaling by a constant and earlier residual adds.
+    1. A *residual add* is an addition of two tensors, floating and of rank 3 or more (or packed tokens: of rank 2, and
+       not one line for each row of the batch), one of which, the *skip*, has the shape of the sum and is an ancestor of
+       the other, directly or seen through casts, views, earlier residual adds, and products with a constant or with a
+       tensor that is stretched over it (interpolation: ``(1 - a) * x + a * f(x)``).
     2. Its *region* is every node on a path from the skip to the other operand. Without a heavy operator in the region
        the add is arithmetic (a tanh formula, say) and not looked at further.
     3. Inner adds come first in graph order. An outer add owns the heavy operators that no inner branch has claimed.
@@ -64,10 +65,12 @@ def find_candidates(
        of it (a temporal convolution with a skip of its own, inside an MLP).
     6. The body also takes heavy operators that feed nothing but it and do not depend on the skip (keys and values of a
        text), with what lies between, back to the nearest residual add or other body.
-    7. If it has more outputs than adds, it goes on to where they meet, as long as nothing but constants joins them on
-       the way (the product with a gate made from the same tokens, the weighted sum of experts), and to the views behind
-       it that unfold the batch axis of an output.
-    8. A quantiser of an operand counts as a heavy operator.
+    7. Where an operator of the body makes several tensors, all of them belong to it. If it has more outputs than adds,
+       it goes on to where they meet, as long as nothing but constants joins them on the way (the product with a gate
+       made from the same tokens, the weighted sum of experts), and to the views behind it that unfold the batch axis of
+       an output.
+    8. Two bodies each of which reads what the other makes are one, if nothing else lies between them.
+    9. A quantiser of an operand counts as a heavy operator.
 
     ``activations`` is the set of nodes that depend on the model's inputs, and not on parameters alone.
     """
@@ -104,11 +107,13 @@ def find_candidates(
     taken = _taken(flow, candidates, owner)
     for candidate in candidates:
         if not candidate.refusal:
-            candidate.body |= _exclusive_producers(flow, candidate, heavy_bits, taken)
+            candidate.body = _with_parts(
+                flow, candidate.body | _exclusive_producers(flow, candidate, heavy_bits, taken)
+            )
             candidate.body = _until_outputs_meet(flow, candidate, activations, taken)
             candidate.body = flow.hull(candidate.body | unfolding_views(flow, candidate.body, batch_symbol))
             taken |= candidate.body
-    _refuse_entangled(flow, candidates)
+    _join_entangled(flow, candidates, owner)
     return candidates
 
 
@@ -119,8 +124,9 @@ def _skip_and_region(
     operands = add.all_input_nodes[:2]
     if operator_name(add) == "addcmul":
         pairs = [(operands[0], add)]
-    elif len(operands) == 2 and all(_same_shape(operand, add) for operand in operands):
-        pairs = [(operands[0], operands[1]), (operands[1], operands[0])]
+    elif len(operands) == 2:
+        first, second = operands
+        pairs = [pair for pair in ((first, second), (second, first)) if _same_shape(pair[0], add)]
     else:
         return add, 0
     for distance in range(_FARTHEST_SKIP):
@@ -140,13 +146,20 @@ def _origins(skip: fx.Node, owner: dict[fx.Node, Candidate]) -> Iterator[fx.Node
         yield skip
         if operator_name(skip) in PASSTHROUGH and isinstance(skip.args[0], fx.Node):
             skip = skip.args[0]
-        elif operator_name(skip) in _SCALINGS and not isinstance(skip.args[1], fx.Node):
-            (skip,) = skip.all_input_nodes
+        elif operator_name(skip) in _SCALINGS and (scaled := _scaled(skip)) is not None:
+            skip = scaled
         elif skip in owner:
             candidate = owner[skip]
             skip = candidate.skips[candidate.adds.index(skip)]
         else:
             return
+
+
+def _scaled(product: fx.Node) -> fx.Node | None:
+    """The factor that has the shape of a product, where the other is a constant or stretched over it."""
+    factors = product.all_input_nodes[: 1 if operator_name(product) == "div" else 2]
+    whole = [factor for factor in factors if _same_shape(factor, product)]
+    return whole[0] if len(whole) == 1 else None
 
 
 def _is_token_stream(node: fx.Node, batch_size: str) -> bool:
@@ -235,6 +248,12 @@ def _exclusive_producers(flow: Dataflow, candidate: Candidate, heavy_bits: int, 
     return flow.bits(node for node in flow.members(exclusive) if flow.ancestors(node) & exclusive & heavy_bits)
 
 
+def _with_parts(flow: Dataflow, body: int) -> int:
+    """A body with the parts of whatever it makes that is no tensor: only tensors leave a branch."""
+    bundles = (node for node in flow.members(body) if isinstance(value_of(node), list | tuple))
+    return body | flow.bits(user for node in bundles for user in node.users)
+
+
 def _until_outputs_meet(flow: Dataflow, candidate: Candidate, activations: int, taken: int) -> int:
     """The body, with what lies between its outputs and where they meet; as it is if nothing joins them alone."""
     body = candidate.body
@@ -272,8 +291,11 @@ def _outputs(flow: Dataflow, body: int) -> int:
     )
 
 
-def _refuse_entangled(flow: Dataflow, candidates: list[Candidate]) -> None:
-    """Refuse a body that both feeds another and is fed by it: neither could run first."""
+def _join_entangled(flow: Dataflow, candidates: list[Candidate], owner: dict[fx.Node, Candidate]) -> None:
+    """Make one branch of a body that both feeds another and is fed by it, since neither could run first.
+
+    If something else lies between them, the later one is refused.
+    """
     branches = [candidate for candidate in candidates if not candidate.refusal]
     for position, later in enumerate(branches):
         above = below = 0
@@ -281,8 +303,17 @@ def _refuse_entangled(flow: Dataflow, candidates: list[Candidate]) -> None:
             above |= flow.ancestors(node)
             below |= flow.descendants(node)
         for earlier in branches[:position]:
-            if above & earlier.body and below & earlier.body and not later.refusal:
+            if earlier.refusal or later.refusal or not (above & earlier.body and below & earlier.body):
+                continue
+            body = _with_parts(flow, flow.hull(earlier.body | later.body))
+            if body & _taken(flow, [item for item in branches if item not in (earlier, later)], owner):
                 later.refusal = "entangled: it both feeds and reads the body of another branch"
+                continue
+            later.refusal = f"part of a larger branch, that of {earlier.adds[0].name}"
+            earlier.adds += later.adds
+            earlier.skips += later.skips
+            earlier.heavy |= later.heavy
+            earlier.body = body
 
 
 def common_path(paths: list[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.operators import CONVOLUTIONS, SDPA, operator_name, size_text, symbols_of, value_of
+from lazy_compile.operators import CONVOLUTIONS, SDPA, einsum_axes, operator_name, size_text, symbols_of, value_of
 
 
 @dataclass(frozen=True)
@@ -205,22 +205,49 @@ def _product(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Plac
     factor and one before the end of the other.
     """
     if any(_rank(operand) < 2 for operand in node.all_input_nodes):
-        return None
+        return _product_with_vector(rows, node, batched)
     return _pointwise(rows, node, batched)
 
 
-def _einsum(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
-    equation = str(node.args[0]).replace(" ", "")
-    if "." in equation or "->" not in equation or not isinstance(node.args[1], list | tuple):
+def _product_with_vector(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """A factor loses the axis that is summed over: its last one on the left, on the right the one before."""
+    left, right = node.all_input_nodes[:2]
+    matrix, summed = (left, _rank(left) - 1) if _rank(right) == 1 else (right, _rank(right) - 2)
+    place = rows.place(matrix)
+    if operator_name(node) not in ("matmul", "mv") or list(batched) != [matrix] or place is None:
         return None
-    sides, result = equation.split("->")
+    return None if place.axis == summed else Place(place.axis - (place.axis > summed), place.outer)
+
+
+def _einsum(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    operands = node.all_input_nodes
+    if not isinstance(node.args[1], list | tuple) or list(node.args[1]) != operands:
+        return None  # one of them is there twice
+    sides, result = einsum_axes(str(node.args[0]), [_rank(operand) for operand in operands])
     letters = set()
-    for letter, operand in zip(sides.split(","), node.args[1], strict=True):
-        place = rows.place(operand) if isinstance(operand, fx.Node) else None
+    for axes, operand in zip(sides, operands, strict=True):
+        place = rows.place(operand)
         if place is not None:
-            letters.add((letter[place.axis], place.outer))
+            letters.add((axes[place.axis], place.outer))
     letter, outer = letters.pop()
     return None if letters or letter not in result else Place(result.index(letter), outer)
+
+
+def _contraction(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """``inner`` and ``tensordot``: the left factor keeps its other axes, in their order and in front."""
+    left = node.all_input_nodes[0]
+    place, rank = rows.place(left), _rank(left)
+    dims = _argument(node, "dims_self")
+    summed = [rank - 1] if dims is None else [axis % rank for axis in dims]
+    if place is None or list(batched) != [left] or place.axis in summed:
+        return None
+    return Place(place.axis - sum(axis < place.axis for axis in summed), place.outer)
+
+
+def _bilinear(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Works over the last axis of two inputs."""
+    place = _pointwise(rows, node, batched)
+    return place if place is not None and place.axis < _rank(node) - 1 else None
 
 
 def _attention(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
@@ -242,6 +269,19 @@ def _first_axis(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> P
     place = rows.place(batched[0])
     alone = list(batched) == [node.args[0]]
     return place if place is not None and alone and place.axis == 0 and _rank(batched[0]) > 2 else None
+
+
+def _by_channel(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Works on each number by itself, with statistics that are kept for each channel of axis 1."""
+    place = rows.place(batched[0])
+    return place if place is not None and list(batched) == [node.args[0]] and place.axis != 1 else None
+
+
+def _windows(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Takes windows of one axis apart, into a new one at the end."""
+    place = rows.place(batched[0])
+    axis = _argument(node, "dimension") % _rank(batched[0])
+    return place if place is not None and place.axis != axis else None
 
 
 def _pad(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
@@ -349,10 +389,16 @@ _RULES: dict[str, Rule] = {
     ),
     "linear": _linear,
     "einsum": _einsum,
+    "inner": _contraction,
+    "tensordot": _contraction,
+    "bilinear": _bilinear,
     "constant_pad_nd": _pad,
     "pad": _pad,
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
     "embedding": _embedding,
+    "_native_batch_norm_legit_no_training": _by_channel,
+    "unfold": _windows,
+    "one_hot": lambda rows, node, batched: rows.place(batched[0]),
     "index": _index,
 }  # fmt: skip

@@ -89,6 +89,7 @@ _ELEMENTWISE = frozenset(
     {
         "_to_copy", "to", "expand", "view", "reshape", "unsqueeze", "squeeze", "slice", "select", "flatten", "repeat",
         "mul", "div", "add", "sub", "rsub", "neg", "einsum", "outer", "cat", "clone", "contiguous", "matmul", "type_as",
+        "log", "log2", "log10", "log1p", "exp", "sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min", "atan",
     }
 )  # fmt: skip
 

@@ -50,14 +50,14 @@ class DiscoverBranches(GraphPass):
         rows = batch_rows(program)
         symbol = _name_of(rows)
         activations = _activations(flow, program)
-        candidates = find_candidates(
-            flow,
-            batch_symbol=symbol,
-            batch_size=batch_size(program),
-            conv_branches=self.conv_branches,
-            activations=activations,
-        )
-        accepted = sorted((c for c in candidates if not c.refusal), key=lambda c: c.heavy & -c.heavy)
+        candidates: list[Candidate] = []
+        for size in _sizes_of_no_stream(program):
+            candidates = find_candidates(
+                flow, batch_symbol=symbol, batch_size=size, conv_branches=self.conv_branches, activations=activations
+            )
+            accepted = sorted((c for c in candidates if not c.refusal), key=lambda c: c.heavy & -c.heavy)
+            if accepted:
+                break
         for index, candidate in enumerate(accepted):
             for node in flow.members(candidate.body):
                 node.meta[TAG] = index
@@ -75,6 +75,17 @@ class DiscoverBranches(GraphPass):
             if candidate.refusal
         )
         return (program.branches, program.refusals) != before
+
+
+def _sizes_of_no_stream(program: Program) -> list[str]:
+    """How long a tensor of rank 2 is that is no stream: as the batch, which is true of embeddings of the time.
+
+    A model whose output has rank 2 may have such a stream after all (one vector for each sample): where nothing else is
+    found, any length will do.
+    """
+    output = value_of(program.graph.output_node().all_input_nodes[0])
+    vectors = isinstance(output, Tensor) and output.dim() == 2
+    return [batch_size(program), "1"] if vectors else [batch_size(program)]
 
 
 def _describe(

@@ -154,10 +154,14 @@ def name_values(model: Model, inputs: Sequence[str], program: Program) -> None:
     taken = {*inputs, *outputs}
     for value in list(graph.initializers.values()):
         value.name = _parameter_name(value, taken | set(graph.initializers))
+    used = {*taken, *graph.initializers}
     for node in graph:
         for value in node.outputs:
-            if value.name in taken:
-                value.name = f"{value.name}.value"
+            name = str(value.name)
+            while name in used:
+                name = f"{name}.value"
+            value.name = name
+            used.add(name)
     for value, name in [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)]:
         value.name = name
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):

@@ -1,0 +1,306 @@
+"""Blocks in the style of research code that no rule was made for: what is found in them, and that it is exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+import lazy_compile
+from lazy_compile import CacheSchedule, LazyModule, Scheduled
+from lazy_compile.backends.onnx import export_onnx
+
+WIDTH = 16
+TOKENS = (torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.9]))
+
+Body = Callable[["Stranger", Tensor], Tensor]
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH))
+
+
+class Stranger(nn.Module):
+    """Two blocks of one kind between a first and a last projection; ``block`` is what one does with its stream."""
+
+    def __init__(self, block: Body) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = block
+        self.first, self.last = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.up, self.down, self.bilinear = (
+            nn.Linear(WIDTH, 48),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Bilinear(WIDTH, WIDTH, WIDTH),
+        )
+        self.mlp, self.norm, self.gru = mlp(), nn.BatchNorm1d(WIDTH), nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.matrix, self.vector = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.rand(WIDTH))
+        self.heads = nn.Parameter(torch.randn(2, WIDTH))
+        self.register_buffer("positions", torch.randn(6, WIDTH))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.first(x) + t[:, None, None]
+        for _ in range(2):
+            x = self.block(self, x)
+        return self.last(x)
+
+
+def pair(split: Callable[[Tensor], Any]) -> Body:
+    """A gate made from one half of what was split, behind the last product of the other."""
+
+    def block(self: Stranger, x: Tensor) -> Tensor:
+        value, gate = split(self.up(x)[..., :32])
+        return x + self.down(value) * torch.sigmoid(gate.float())
+
+    return block
+
+
+def by_attention(scores: Callable[[Stranger, Tensor, Tensor], Tensor]) -> Body:
+    def block(self: Stranger, x: Tensor) -> Tensor:
+        q, k, v = self.up(x).chunk(3, -1)
+        return x + self.down(scores(self, q, k).softmax(-1) @ v)
+
+    return block
+
+
+def inside(change: Callable[[Stranger, Tensor], Tensor]) -> Body:
+    """An MLP with something between its two products."""
+    return lambda self, x: x + self.down(change(self, self.up(x)[..., :WIDTH]))
+
+
+def normed(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+BLOCKS: dict[str, tuple[Body, str, bool]] = {
+    "chunk": (pair(lambda h: h.chunk(2, -1)), "mlp", True),
+    "split": (pair(lambda h: h.split([16, 16], -1)), "mlp", True),
+    "unbind": (pair(lambda h: h.unflatten(-1, (16, 2)).unbind(-1)), "mlp", True),
+    "max": (pair(lambda h: h.unflatten(-1, (16, 2)).max(-1)), "mlp", True),
+    "interpolation": (lambda self, x: (1 - self.vector) * x + self.vector * self.mlp(x), "mlp", True),
+    "gate of each token": (
+        lambda self, x: (g := torch.sigmoid(x.mean(-1, keepdim=True))) * x + (1 - g) * self.mlp(x), "mlp", True,
+    ),
+    "on the sphere": (
+        lambda self, x: normed(normed(x) + self.vector * (normed(self.mlp(x)) - normed(x))), "mlp", True,
+    ),
+    "one vector for all tokens": (lambda self, x: x + self.mlp(x.mean(1, keepdim=True)), "mlp", True),
+    "position table": (
+        by_attention(lambda self, q, k: q @ k.mT + q @ self.down(self.positions).T), "self_attention", True,
+    ),
+    "einsum with dots": (
+        inside(lambda self, h: torch.einsum("...r,hr->...hr", h, self.heads).prod(-2)), "mlp", True,
+    ),
+    "einsum without arrow": (inside(lambda self, h: torch.einsum("bnr,rs", h, self.matrix)), "mlp", True),
+    "vector": (inside(lambda self, h: h * torch.sigmoid(h @ self.vector).unsqueeze(-1)), "mlp", True),
+    "batch norm": (inside(lambda self, h: self.norm(h.mT).mT), "mlp", True),
+    "windows": (inside(lambda self, h: F.pad(h, (0, 0, 1, 1)).unfold(1, 3, 1).mean(-1)), "mlp", True),
+    "one hot": (inside(lambda self, h: h + F.one_hot((h[..., 0] > 0).long(), WIDTH)), "mlp", True),
+    "inner": (lambda self, x: x + torch.inner(torch.relu(torch.inner(x, self.matrix)), self.matrix), "mlp", True),
+    "tensordot": (
+        lambda self, x: x + torch.tensordot(torch.relu(torch.tensordot(x, self.matrix, ([2], [1]))), self.matrix, 1),
+        "mlp", True,
+    ),
+    "bilinear": (lambda self, x: x + self.bilinear(torch.relu(x), x), "mlp", True),
+    "recurrent": (lambda self, x: x + self.down(self.gru(x)[0]), "mlp", False),
+}  # fmt: skip
+"""What a block does, the kind that its author would name, and whether each row can be computed alone."""
+
+
+def lazily(model: nn.Module, *inputs: Tensor) -> LazyModule:
+    return lazy_compile.transform(model.eval(), inputs, reuse="last")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_a_block_is_found_whole_and_is_exact(name: str) -> None:
+    block, kind, separable = BLOCKS[name]
+    model = Stranger(block)
+    lazy = lazily(model, *TOKENS)
+    assert [(branch.kind.value, branch.row_separable) for branch in lazy.branches] == [(kind, separable)] * 2
+    outside = 2 * 12 * 4 * WIDTH  # the first and the last projection
+    if name == "position table":
+        outside += 2 * 6 * WIDTH**2  # the same for both blocks
+    assert sum(branch.macs for branch in lazy.branches) == lazy.graph.total_macs - outside
+    for inputs in (TOKENS, (TOKENS[0][:1].repeat(3, 1, 1), TOKENS[1][:1].repeat(3))):
+        assert torch.equal(lazy(*inputs), model(*inputs))
+    lazy.policy = Scheduled(CacheSchedule.every(2, 4, 2))
+    computed, reused = lazy(*TOKENS), lazy(TOKENS[0], TOKENS[1] - 0.5)
+    assert lazy.stats.lazy_ratio == 0.5
+    assert torch.isfinite(reused).all()
+    lazy.reset()
+    assert torch.equal(lazy(*TOKENS), computed)
+    for name, parameter in model.named_parameters():
+        if name.startswith(("up", "down", "mlp", "gru", "bilinear", "heads", "matrix")):
+            parameter.fill_(torch.nan)  # what a reused branch would have read
+    assert torch.equal(lazy(TOKENS[0], TOKENS[1] - 0.5), reused)
+
+
+class TwoStreams(nn.Module):
+    """Tokens and pairs of them, both updated from one score, as graph transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pairs, self.last = nn.Linear(4, WIDTH), nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4)
+        self.q, self.k, self.v, self.e, self.to_x, self.to_e = (nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.of_pairs = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x, e = self.first(x) + t[:, None, None], self.pairs(e)
+        for _ in range(2):
+            score = self.q(x)[:, :, None] * self.k(x)[:, None] * self.e(e)
+            x, e = x + self.to_x((score.softmax(2) * self.v(x)[:, None]).sum(2)), e + self.to_e(score)
+        return self.last(x), self.of_pairs(e)
+
+
+@torch.no_grad()
+def test_updates_that_read_each_other_are_one_branch() -> None:
+    model, inputs = TwoStreams(), (torch.randn(2, 5, 4), torch.randn(2, 5, 5, 3), torch.rand(2))
+    lazy = lazily(model, *inputs)
+    assert [[output.shape for output in branch.outputs] for branch in lazy.branches] == [
+        [(2, 5, 16), (2, 5, 5, 16)]
+    ] * 2
+    assert sum(branch.macs for branch in lazy.branches) / lazy.graph.total_macs > 0.9
+    for seen, expected in zip(lazy(*inputs), model(*inputs), strict=True):
+        assert torch.equal(seen, expected)
+
+
+class Vectors(nn.Module):
+    """One vector for each sample, as in the diffusion head of an autoregressive model or a policy over states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.time, self.last = nn.Linear(4, WIDTH), nn.Linear(1, WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.first(x) + self.time(t[:, None])
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+@torch.no_grad()
+def test_vectors_are_a_stream_where_there_is_no_other() -> None:
+    model, inputs = Vectors(), (torch.randn(8, 4), torch.rand(8))
+    lazy = lazily(model, *inputs)
+    assert [(branch.name, branch.row_separable) for branch in lazy.branches] == [
+        (f"blocks.{i}", True) for i in range(3)
+    ]
+    assert torch.equal(lazy(*inputs), model(*inputs))
+
+
+class Experts(nn.Module):
+    """A loop over experts, each of which gets the tokens that were routed to it."""
+
+    def __init__(self, pick: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.pick, self.gate, self.experts = pick, nn.Linear(WIDTH, 2), nn.ModuleList(mlp() for _ in range(2))
+        self.first, self.last = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.first(x) + t[:, None, None]
+        flat = x.reshape(-1, WIDTH)
+        weight, chosen = torch.topk(self.gate(flat).softmax(-1), 1, dim=-1)
+        hot, out = F.one_hot(chosen, 2).permute(2, 1, 0), torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            place, token = self.pick(hot[index])
+            out = out.index_add(0, token, expert(flat[token]) * weight[token, place, None])
+        return self.last(x + out.view(x.shape))
+
+
+@pytest.mark.parametrize("pick", [torch.where, lambda hot: hot.nonzero().unbind(1)], ids=["where", "nonzero"])
+@torch.no_grad()
+def test_routing_by_indices_is_part_of_its_branch(pick: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    model = Experts(pick)
+    lazy = lazily(model, *TOKENS)
+    assert [branch.kind.value for branch in lazy.branches] == ["mlp"]
+    assert torch.equal(lazy(*TOKENS), model(*TOKENS))
+
+
+# Kernels ----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("strangers::attention", mutates_args=())
+def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+@kernel.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+@torch.no_grad()
+def test_a_kernel_of_somebody_else_is_work_and_costs_what_its_maker_says(caplog: pytest.LogCaptureFixture) -> None:
+    model = Stranger(lambda self, x: x + kernel(*self.up(x).chunk(3, -1)))
+    caplog.set_level(logging.WARNING)
+    lazy = lazily(model, *TOKENS)
+    assert [branch.kind.value for branch in lazy.branches] == ["self_attention"] * 2
+    assert torch.equal(lazy(*TOKENS), model(*TOKENS))
+    (told,) = [record.getMessage() for record in caplog.records if "work is not known" in record.getMessage()]
+    assert "Stranger calls attention" in told
+    caplog.clear()
+    register_flop_formula(torch.ops.strangers.attention)(lambda q, k, v, **_: 4 * q[0] * q[1] * k[1] * q[2])
+    try:
+        again = lazily(model, *TOKENS)
+    finally:
+        del flop_registry[torch.ops.strangers.attention]
+    assert again.branches[0].macs - lazy.branches[0].macs == 2 * 2 * 6 * 6 * WIDTH
+    assert "work is not known" not in caplog.text
+
+
+# Around the blocks ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Result:
+    sample: Tensor
+    features: Tensor | None = None
+
+
+class ReturnsDataclass(Stranger):
+    def forward(self, x: Tensor, t: Tensor) -> Result:  # type: ignore[override]
+        x = super().forward(x, t)
+        return Result(x, x.mean(1))
+
+
+@torch.no_grad()
+def test_a_dataclass_comes_back_as_one() -> None:
+    model = ReturnsDataclass(lambda self, x: x + self.mlp(x))
+    lazy = lazily(model, *TOKENS)
+    seen, expected = lazy(*TOKENS), model(*TOKENS)
+    assert type(seen) is Result
+    assert torch.equal(seen.sample, expected.sample)
+    assert torch.equal(seen.features, expected.features)
+
+
+class NoiseLevel(nn.Module):
+    """The time comes as a noise level, and is embedded through a logarithm or a root."""
+
+    def __init__(self, through: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.through, self.first, self.time, self.mlp = through, nn.Linear(4, WIDTH), nn.Linear(16, WIDTH), mlp()
+        self.register_buffer("cos", torch.randn(8))  # called like an operator of the graph
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        angle = self.through(level)[:, None] * self.cos
+        x = self.first(x) + self.time(torch.cat([angle.cos(), angle.sin()], -1))[:, None]
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("through", [torch.log, torch.sqrt, torch.reciprocal, lambda level: level**0.25])
+def test_a_noise_level_is_the_time_however_it_is_embedded(through: Callable[[Tensor], Tensor]) -> None:
+    assert lazily(NoiseLevel(through), *TOKENS).graph.timestep_input == "level"
+
+
+def test_a_buffer_may_be_called_like_an_operator(tmp_path: Any) -> None:
+    report = export_onnx(lazily(NoiseLevel(torch.log), *TOKENS), tmp_path / "model.onnx")
+    assert report.if_nodes == 1
