@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lazy_compile.lazy_graph import LazyGraph
 from lazy_compile.runtime import CacheState
@@ -20,7 +21,7 @@ class Seen:
     """A tensor as it was at a call."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._version = _version(tensor)
+        self._version = None if _is_borrowed(tensor) else _version(tensor)
         self._tensor = tensor.clone() if self._version is None else tensor
 
     def equals(self, tensor: Tensor) -> bool:
@@ -34,6 +35,13 @@ class Seen:
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype, tensor.device
+
+
+def _is_borrowed(tensor: Tensor) -> bool:
+    """Whether it lies in memory of something else, such as an array, which may write there without being counted."""
+    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):
+        return False
+    return not tensor.untyped_storage().resizable()
 
 
 def _version(tensor: Tensor) -> int | None:

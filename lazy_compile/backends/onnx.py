@@ -6,20 +6,30 @@ import inspect
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lazy_compile.artifact import fingerprint
-from lazy_compile.backends.onnx_convert import convert, name_values, own_outputs, quiet
+from lazy_compile.backends.onnx_convert import all_outputs, convert, name_values, own_outputs, quiet
 from lazy_compile.backends.onnx_example import all_inputs, example_call
 from lazy_compile.backends.onnx_masks import MaskSet, SharedWeights
 from lazy_compile.backends.onnx_metadata import KEY, Gating, InputSpec, OnnxMetadata, SlotSpec, first_line
+from lazy_compile.backends.onnx_prologue import (
+    PROLOGUE_KEY,
+    drop_unread_inputs,
+    make_prologue,
+    prologue_macs,
+    prologue_path,
+    without_prologue,
+)
 from lazy_compile.backends.onnx_rules import check_rules
-from lazy_compile.backends.onnx_save import OPSETS, save_model
+from lazy_compile.backends.onnx_save import OPSETS, save_model, written_model
 from lazy_compile.backends.onnx_sink import sink_branches
 from lazy_compile.backends.onnx_structure import StructureReport as StructureReport
 from lazy_compile.backends.onnx_structure import check_structure
@@ -61,6 +71,11 @@ class OnnxReport:
         heavy_ops_inside: matrix products and convolutions that a reused branch skips.
         always_on: those that belong to no branch.
         heavy_ops_outside_if: those that should be skipped and are not; a warning names them.
+        prologue: the model that computes what stays the same along a trajectory; None if nothing is hoisted.
+        invariants: the inputs that it reads.
+        hoisted_tensors: how many tensors it computes.
+        hoisted_macs: multiply-accumulates that a step no longer spends, at the captured sizes.
+        hoisted_share: of those of a dense step.
         simplified: whether onnxsim was run and its result kept.
         seconds: how long the export took.
     """
@@ -78,6 +93,11 @@ class OnnxReport:
     heavy_ops_inside: int
     always_on: int
     heavy_ops_outside_if: tuple[str, ...]
+    prologue: Path | None
+    invariants: tuple[str, ...]
+    hoisted_tensors: int
+    hoisted_macs: int
+    hoisted_share: float
     simplified: bool
     seconds: float
 
@@ -90,6 +110,7 @@ def export_onnx(
     gating: Gating = "predicate",
     group: Group | None = None,
     predictors: bool | None = None,
+    invariants: Sequence[str] = (),
     opset: int = 20,
     simplify: bool = False,
     on_progress: OnProgress = no_progress,
@@ -106,6 +127,10 @@ def export_onnx(
     - ``gating="schedule"``: nobody. The policy must be ``Scheduled``; a folder is written with one model for each
       distinct row of its table, without any ``If``, and one copy of the weights.
 
+    With ``invariants`` what they and the weights alone decide (keys and values of a text, its embedder) is written as
+    a second model, the prologue: ``m.prologue.onnx`` beside ``m.onnx``, ``prologue.onnx`` in a folder. Its outputs
+    ``invariant_0`` and so on are inputs of the first, which no longer takes an input that only the prologue reads.
+
     :class:`OnnxMetadata` describes all of it inside the file.
 
     Args:
@@ -118,6 +143,8 @@ def export_onnx(
         group: branches under one gate, see :class:`~lazy_compile.config.LazyConfig`; None takes the model's own. A
             group is one ``If`` with the residual adds of its branches inside.
         predictors: whether ``gating="input"`` also takes rows and returns logits; None leaves it to the policy.
+        invariants: names of inputs that stay the same along a trajectory. A runner computes the prologue when one
+            starts, and again should one of them change. A warning says if there is nothing that it could compute.
         opset: 18 to 22.
         simplify: also run onnxsim on the result, and keep what it makes if every ``If`` still holds what it held. It is
             off because it gains nothing measurable: a model of 12 branches ran at the same speed, and it fails on two
@@ -126,14 +153,15 @@ def export_onnx(
         on_progress: called after each stage.
 
     Raises:
-        ConfigError: the model is not lazy or not captured yet, or an option is not supported.
+        ConfigError: the model is not lazy or not captured yet, has no such input, or an option is not supported.
         BackendError: the exporter does not know an operator of the model, or the result fails a check.
         ArtifactError: the file cannot be written.
         MissingDependencyError: ONNX is not installed.
     """
     start = time.perf_counter()
-    export = _Export.of(lazy, example_inputs, gating, group, predictors, opset)
+    export = _Export.of(lazy, example_inputs, gating, group, predictors, invariants, opset)
     target = Path(path)
+    beside: Path | None = None
     if gating == "schedule":
         assert isinstance(lazy.policy, Scheduled)
         masks = MaskSet.of(lazy.policy.schedule.tied(export.leaders), target)
@@ -143,12 +171,22 @@ def export_onnx(
                 weights.take(model)
                 save_model(model, file)
                 on_progress("exporting to ONNX", position + 1, len(masks.files), "one model for each set of decisions")
-            masks.save(target, weights.name)
+            keep = [weights.name]
+            if export.prologue is not None:
+                beside = prologue_path(target / "mask.onnx", shared=True)
+                weights.take(export.prologue)
+                save_model(export.prologue, beside)
+                keep.append(beside.name)
+            masks.save(target, keep)
         size, count = sum(file.stat().st_size for file in target.iterdir()), len(masks.files)
     else:
         model = export.make((), on_progress)
         model = (export.simplified(model) if simplify else None) or model
-        size, count = save_model(model, target), 1
+        with ExitStack() as written:
+            size, count = written.enter_context(written_model(model, target)), 1
+            if export.prologue is not None:
+                beside = prologue_path(target)
+                size += written.enter_context(written_model(export.prologue, beside))
         on_progress("exporting to ONNX", 4, 4, "written")
     structure = check_structure(model)
     return OnnxReport(
@@ -165,6 +203,11 @@ def export_onnx(
         heavy_ops_inside=structure.heavy_ops_inside,
         always_on=structure.always_on,
         heavy_ops_outside_if=structure.heavy_ops_outside_if,
+        prologue=beside,
+        invariants=export.hoisted_from,
+        hoisted_tensors=0 if export.prologue is None else len(export.prologue.graph.outputs),
+        hoisted_macs=prologue_macs(export.graph.program),
+        hoisted_share=prologue_macs(export.graph.program) / export.graph.total_macs,
         simplified=export.is_simplified,
         seconds=time.perf_counter() - start,
     )
@@ -172,11 +215,16 @@ def export_onnx(
 
 @dataclass
 class _Export:
-    """A lifted program and the call that its sizes are taken from, ready to be converted for any set of decisions."""
+    """A lifted program and the call that its sizes are taken from, ready to be converted for any set of decisions.
+
+    Attributes:
+        prologue: what computes the inputs of role INVARIANT, converted; None if there are none.
+    """
 
     lazy: LazyModule
     graph: LazyGraph
     lifted: Program
+    prologue: Model | None
     example: dict[str, Tensor]
     gating: Gating
     leaders: tuple[int, ...]
@@ -193,6 +241,7 @@ class _Export:
         gating: Gating,
         group: Group | None,
         predictors: bool | None,
+        invariants: Sequence[str],
         opset: int,
     ) -> _Export:
         if not isinstance(lazy, LazyModule):
@@ -216,6 +265,7 @@ class _Export:
                 "file for each that you need",
                 type(lazy.original).__name__, ", ".join(graph.guarded_inputs),
             )  # fmt: skip
+        graph = _hoisted(lazy, graph, invariants)
         leaders = graph.leaders(group)
         rule: BatchRule = "all_reuse" if config.batch_rule == "per_sample" else config.batch_rule
         if predictors is None:
@@ -224,9 +274,16 @@ class _Export:
         lift = LiftCacheSlots(
             config.reuse, rule, "predicate" if gating == "predicate" else "input", leaders, predictors
         )
-        lifted = lift(graph.program).program
+        lifted = without_prologue(lift(graph.program).program)
         example = dict(all_inputs(lazy, graph, lifted, tensors))
-        return cls(lazy, graph, lifted, example, gating, leaders, rule, predictors, opset)
+        hoists = graph.program.prologue is not None
+        prologue = make_prologue(lazy.original, graph.program, tensors, opset) if hoists else None
+        return cls(lazy, graph, lifted, prologue, example, gating, leaders, rule, predictors, opset)
+
+    @property
+    def hoisted_from(self) -> tuple[str, ...]:
+        """The user's inputs that the prologue reads."""
+        return () if self.prologue is None else tuple(str(value.name) for value in self.prologue.graph.inputs)
 
     def make(self, mask: tuple[bool, ...], on_progress: OnProgress = no_progress) -> Model:
         """The model for one set of decisions; without a mask, the one with conditionals."""
@@ -234,11 +291,13 @@ class _Export:
         lower = [ApplySchedule(mask)] if mask else [LowerToSelect(), MergeGroups()]
         program = PassManager([*lower, SplitComplex()]).run(self.lifted)
         on_progress("exporting to ONNX", 1, 4, "branches lowered")
-        inputs = [item.name for item in program.inputs if item.role in (Role.USER, Role.SLOT, Role.GATE)]
+        roles = (Role.USER, Role.INVARIANT, Role.SLOT, Role.GATE)
+        inputs = [item.name for item in program.inputs if item.role in roles]
         model = convert(self.lazy.original, program, [self.example[item] for item in inputs], self.opset)
         on_progress("exporting to ONNX", 2, 4, "operators converted")
-        name_values(model, inputs, program)
+        name_values(model, inputs, all_outputs(program))
         conditionals = sink_branches(model)
+        drop_unread_inputs(model, self.hoisted_from)
         model.metadata_props[KEY] = self._metadata(program, mask, conditionals).to_json()
         structure = check_structure(model)
         broken = (*structure.problems[: structure.if_nodes != structure.conditionals], *check_rules(model))
@@ -262,6 +321,8 @@ class _Export:
                 SlotSpec(name, f"next_{name}", shape, dtype, initial_value(name))
                 for name, shape, dtype in self._described(Role.SLOT)
             ),
+            invariants=tuple(InputSpec(*item) for item in self._described(Role.INVARIANT)),
+            prologue="" if self.prologue is None else self.prologue.metadata_props[PROLOGUE_KEY],
             reuse=self.lazy.lazy_config.reuse,
             batch_rule=self.rule,
             gating=self.gating,
@@ -281,6 +342,8 @@ class _Export:
     def _described(self, role: Role) -> list[tuple[str, tuple[int, ...], str]]:
         """Name, shape and dtype of all inputs of one role that the lifted program has."""
         tensors = [(item.name, self.example[item.name]) for item in self.lifted.inputs if item.role is role]
+        if role is Role.INVARIANT:  # files hand complex numbers to each other as pairs
+            tensors = [(name, torch.view_as_real(item) if item.is_complex() else item) for name, item in tensors]
         return [(name, tuple(item.shape), str(item.dtype).removeprefix("torch.")) for name, item in tensors]
 
     def simplified(self, model: Model) -> Model | None:
@@ -301,6 +364,32 @@ class _Export:
             return None
         self.is_simplified = True
         return result
+
+
+def _hoisted(lazy: LazyModule, graph: LazyGraph, invariants: Sequence[str]) -> LazyGraph:
+    """The graph whose prologue computes what these inputs decide; the same one, and a warning, if nothing does.
+
+    Raises:
+        ConfigError: there is no such input, or it is the timestep.
+    """
+    if isinstance(invariants, str):
+        raise ConfigError(f"invariants is the string {invariants!r}; give a tuple of names")
+    known = graph.layout.names
+    for name in invariants:
+        if name not in known:
+            raise ConfigError(f"{name!r} is no input that could stay the same; the inputs are {', '.join(known)}")
+        if name == graph.timestep_input:
+            raise ConfigError(f"{name!r} is the timestep, which changes at every step; name other inputs as invariants")
+    if not invariants:
+        return graph
+    hoisted = lazy._store.hoisted(graph, frozenset(invariants))
+    if hoisted.program.prologue is None:
+        logger.warning(
+            "nothing of %s can be hoisted: no matrix product outside of branches of its own depends on %s and the "
+            "weights alone; the file is the same as without invariants",
+            type(lazy.original).__name__, ", ".join(invariants),
+        )  # fmt: skip
+    return hoisted
 
 
 def _dump(spec: pytree.TreeSpec) -> str:

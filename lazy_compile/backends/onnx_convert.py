@@ -137,13 +137,16 @@ def own_outputs(program: Program) -> list[str | None]:
     return [f"output_{index}" if isinstance(result, fx.Node) else None for index, result in enumerate(own)]
 
 
-def name_values(model: Model, inputs: Sequence[str], program: Program) -> None:
+def all_outputs(program: Program) -> list[str]:
+    """Names of all outputs that are tensors: the model's own, the next value of each slot, the logits."""
+    own = [name for name in own_outputs(program) if name is not None]
+    return own + [name if name == LOGITS else f"next_{name}" for name in state_names(program)]
+
+
+def name_values(model: Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """Give inputs and outputs their names, parameters those of the model, and everything else what is left."""
     ir = import_optional("onnx_ir", "onnx")
     graph = model.graph
-    state = state_names(program)
-    outputs = [name for name in own_outputs(program) if name is not None]
-    outputs += [name if name == LOGITS else f"next_{name}" for name in state]
     seen: set[Value] = set(graph.inputs) | set(graph.initializers.values())
     for position, value in enumerate(graph.outputs):
         if value in seen:

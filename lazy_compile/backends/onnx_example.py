@@ -65,17 +65,23 @@ def all_inputs(
     observed, mode = _Observe(), FakeTensorMode(static_shapes=True)
     state = [mode.from_tensor(tensor) for tensor in graph.state()]
     with mode, torch.no_grad():
-        graph.program.graph_module(*state, *(mode.from_tensor(tensor) for tensor in tensors), observed)
-    remaining, example = iter(tensors), []
+        given = [*state, *(mode.from_tensor(tensor) for tensor in tensors)]
+        invariants = graph.program.prologue(*given) if graph.program.prologue else ()
+        graph.program.graph_module(*given, *invariants, observed)
+    remaining, hoisted, example = iter(tensors), iter(invariants), []
     for item, fake in zip(program.inputs, program.fake_inputs(), strict=True):
         if item.role is Role.USER:
             example.append((item.name, next(remaining)))
-        elif item.role in (Role.SLOT, Role.GATE):
-            if item.name.startswith(("cache_", "delta_")):
+        elif item.role in (Role.INVARIANT, Role.SLOT, Role.GATE):
+            if item.role is Role.INVARIANT:
+                fake = next(hoisted)
+            elif item.name.startswith(("cache_", "delta_")):
                 _, branch, output = item.name.split("_")
                 fake = observed.outputs[int(branch)][int(output)]
             example.append((item.name, torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)))
     names = [name for name, _ in example]
     if len(set(names)) < len(names):
-        raise BackendError(f"an argument of {type(lazy.original).__name__} has the name of a slot; rename it: {names}")
+        raise BackendError(
+            f"an argument of {type(lazy.original).__name__} has the name of another input; rename it: {names}"
+        )
     return example

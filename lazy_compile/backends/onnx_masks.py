@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,12 +40,12 @@ class MaskSet:
         masks = dict.fromkeys(tuple(map(bool, row)) for row in schedule.should_compute)
         return cls(schedule, {mask: folder / f"mask-{_hexadecimal(mask)}{suffix}" for mask in masks})
 
-    def save(self, folder: Path, keep: str = "") -> None:
-        """Write the manifest, then remove what an earlier set left in the folder; ``keep`` names its weights."""
+    def save(self, folder: Path, keep: Collection[str] = ()) -> None:
+        """Write the manifest, then remove what an earlier set left in the folder; ``keep`` names other files of it."""
         names = {_hexadecimal(mask): file.name for mask, file in self.files.items()}
         save_json(folder / MANIFEST, {**self.schedule.to_json(), "files": names})
         for file in _of_a_set(folder):
-            if file.name not in names.values() and file.name.removesuffix(".json") not in (*names.values(), keep):
+            if file.name not in names.values() and file.name.removesuffix(".json") not in (*names.values(), *keep):
                 file.unlink(missing_ok=True)
 
     @classmethod
@@ -136,4 +136,4 @@ def _hexadecimal(mask: Iterable[bool]) -> str:
 
 
 def _of_a_set(folder: Path) -> list[Path]:
-    return [*folder.glob("mask-*"), *folder.glob("weights.*.data")]
+    return [*folder.glob("mask-*"), *folder.glob("weights.*.data"), *folder.glob("prologue.*")]

@@ -14,14 +14,14 @@ from lazy_compile.errors import ArtifactError
 KEY = "lazy_compile"
 """The entry of ``ModelProto.metadata_props``; its value is JSON."""
 
-VERSION = 3
+VERSION = 4
 
 Gating = Literal["predicate", "input", "schedule"]
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input of the user: its name, and the one shape and dtype that the file was exported for."""
+    """An input: its name, and the one shape and dtype that the file was exported for."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,6 +49,10 @@ class OnnxMetadata:
         inputs: the user's inputs, in the order of the original's arguments.
         outputs: the model's own outputs; None for one that is no tensor.
         slots: all cache slots.
+        invariants: inputs whose values stay the same along a trajectory; the prologue computes them from some of
+            ``inputs``. A file takes those of both that it reads.
+        prologue: the digest that the file of the prologue carries, see :mod:`lazy_compile.backends.onnx_prologue`; empty
+            if there is none.
         reuse: what a branch returns that does not compute.
         batch_rule: how the decisions of the rows are joined.
         gating: who decides. ``"predicate"``: the gates in the graph, by the row of a gate table that comes in.
@@ -72,6 +76,8 @@ class OnnxMetadata:
     inputs: tuple[InputSpec, ...]
     outputs: tuple[str | None, ...]
     slots: tuple[SlotSpec, ...]
+    invariants: tuple[InputSpec, ...]
+    prologue: str
     reuse: ReuseArm
     batch_rule: BatchRule
     gating: Gating
@@ -103,7 +109,8 @@ class OnnxMetadata:
             if values.pop("version") != VERSION:
                 raise ValueError(f"its version is not {VERSION}")
             values["branches"] = tuple(_branch(item) for item in values["branches"])
-            values["inputs"] = tuple(InputSpec(**_tuples(item)) for item in values["inputs"])
+            for name in ("inputs", "invariants"):
+                values[name] = tuple(InputSpec(**_tuples(item)) for item in values[name])
             values["slots"] = tuple(SlotSpec(**_tuples(item)) for item in values["slots"])
             return cls(**_tuples(values))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +23,15 @@ EXTERNAL_BYTES = 2_000_000_000
 
 
 def save_model(model: Model, path: Path) -> int:
-    """Write and check a temporary file, then give it its name. The weights' name is new each time, so an older model
-    and its weights stay together until then."""
+    """Write and check a model; the size of its files in bytes."""
+    with written_model(model, path) as size:
+        return size
+
+
+@contextmanager
+def written_model(model: Model, path: Path) -> Iterator[int]:
+    """Write and check a temporary file, and give it its name when the block ends well. The weights' name is new each
+    time, so an older model and its weights stay together until then."""
     ir, onnx = import_optional("onnx_ir", "onnx"), import_optional("onnx", "onnx")
     weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     external = sum(tensor.nbytes for tensor in weights if not isinstance(tensor, ir.ExternalTensor)) > EXTERNAL_BYTES
@@ -31,7 +40,7 @@ def save_model(model: Model, path: Path) -> int:
         with atomic_path(path) as temporary:
             ir.save(model, temporary, external_data=data.name if external else None)
             onnx.checker.check_model(str(temporary), full_check=True)
-            size = temporary.stat().st_size
+            yield temporary.stat().st_size + (data.stat().st_size if external else 0)
     except BaseException as error:
         data.unlink(missing_ok=True)
         if isinstance(error, onnx.checker.ValidationError | onnx.shape_inference.InferenceError):
@@ -43,4 +52,3 @@ def save_model(model: Model, path: Path) -> int:
     for older in path.parent.glob(f"{path.stem}.{'[0-9a-f]' * 8}.data"):
         if older != data:
             older.unlink(missing_ok=True)
-    return size + (data.stat().st_size if external else 0)

@@ -12,15 +12,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lazy_compile.backends.onnx_masks import MaskSet
 from lazy_compile.backends.onnx_metadata import OnnxMetadata, first_line
+from lazy_compile.backends.onnx_prologue import PROLOGUE_KEY, check_prologue, find_prologue
 from lazy_compile.backends.runner import Runner, TensorSpec
 from lazy_compile.errors import ArtifactError, BackendError, import_optional
 
 
 class OnnxRunner(Runner):
-    """A model that ``export_onnx`` wrote, or a folder of them, in ONNX Runtime.
+    """A model that ``export_onnx`` wrote, or a folder of them, in ONNX Runtime; with its prologue, if it has one.
 
     Raises:
-        ArtifactError: there is no such file, it is damaged, or export_onnx did not write it.
+        ArtifactError: there is no such file, it is damaged, or export_onnx did not write it; or its prologue is missing
+            or that of another model.
         BackendError: ONNX Runtime has no kernel for one of its operators.
     """
 
@@ -28,11 +30,19 @@ class OnnxRunner(Runner):
         self, path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int | None = None
     ) -> None:
         files = MaskSet.load(path).files if Path(path).is_dir() else {(): Path(path)}
-        super().__init__({mask: OnnxSession(file, providers, threads) for mask, file in files.items()})
+        sessions = {mask: OnnxSession(file, providers, threads) for mask, file in files.items()}
+        prologue: OnnxFile | None = None
+        for mask, file in files.items():
+            metadata = sessions[mask].metadata
+            beside = find_prologue(file, metadata, shared=Path(path).is_dir())
+            if beside is not None:
+                prologue = prologue or OnnxFile(beside, providers, threads)
+                check_prologue(beside, prologue.properties.get(PROLOGUE_KEY, ""), file, metadata)
+        super().__init__(sessions, prologue)
 
 
-class OnnxSession:
-    """One loaded file; see :class:`~lazy_compile.backends.runner.Session`."""
+class OnnxFile:
+    """One loaded file; see :class:`~lazy_compile.backends.runner.LoadedFile`."""
 
     def __init__(self, path: Path, providers: Sequence[str], threads: int | None) -> None:
         ort = import_optional("onnxruntime", "onnx")
@@ -47,7 +57,7 @@ class OnnxSession:
             if type(error).__name__ == "NotImplemented":
                 raise BackendError(f"ONNX Runtime has no kernel for {path}: {first_line(error)}") from error
             raise ArtifactError(f"cannot load {path} ({first_line(error)}); export the model again") from error
-        self.metadata = OnnxMetadata.parse(self.session.get_modelmeta().custom_metadata_map)
+        self.properties: Mapping[str, str] = self.session.get_modelmeta().custom_metadata_map
         on_cpu = self.session.get_providers()[0] == "CPUExecutionProvider"
         self.device = torch.device("cpu" if on_cpu else "cuda")
         self.inputs = _specs(self.session.get_inputs())
@@ -55,6 +65,14 @@ class OnnxSession:
 
     def lane(self) -> OnnxLane:
         return OnnxLane(self.session)
+
+
+class OnnxSession(OnnxFile):
+    """The model of a step; see :class:`~lazy_compile.backends.runner.Session`."""
+
+    def __init__(self, path: Path, providers: Sequence[str], threads: int | None) -> None:
+        super().__init__(path, providers, threads)
+        self.metadata = OnnxMetadata.parse(self.properties)
 
 
 def open_session(path: str | Path, options: Any, providers: Sequence[str]) -> Any:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lazy_compile.backends.onnx_metadata import OnnxMetadata, SlotSpec
+from lazy_compile.backends.onnx_metadata import InputSpec, OnnxMetadata, SlotSpec
 from lazy_compile.branch import ResidualBranch
 from lazy_compile.errors import ConfigError
 from lazy_compile.extrapolation import SLOPE
@@ -22,6 +22,7 @@ from lazy_compile.gate_ops import decision
 from lazy_compile.grouping import GateLayout
 from lazy_compile.policy import Policy
 from lazy_compile.slots import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name
+from lazy_compile.step_invariants import Seen
 
 Force = Literal["compute", "reuse"] | Sequence[bool | None]
 Mask = tuple[bool, ...]
@@ -46,11 +47,8 @@ class Lane(Protocol):
         """
 
 
-class Session(Protocol):
-    """One loaded model: what it says about itself, where its tensors lie, and all that goes in and comes out."""
-
-    @property
-    def metadata(self) -> OnnxMetadata: ...
+class LoadedFile(Protocol):
+    """One loaded model: where its tensors lie, and all that goes in and comes out."""
 
     @property
     def device(self) -> torch.device: ...
@@ -64,14 +62,34 @@ class Session(Protocol):
     def lane(self) -> Lane: ...
 
 
-class Stream:
-    """The caches of one trajectory: two buffers for each slot, of which a call reads one and writes the other."""
+class Session(LoadedFile, Protocol):
+    """The model of a step, and what it says about itself."""
 
-    def __init__(self, slots: Sequence[SlotSpec], device: torch.device) -> None:
+    @property
+    def metadata(self) -> OnnxMetadata: ...
+
+
+class Stream:
+    """The caches of one trajectory: two buffers for each slot, of which a call reads one and writes the other.
+
+    Attributes:
+        invariants: what the prologue computed, in memory that stays the same.
+        seen: the inputs that it was computed from; None before.
+    """
+
+    def __init__(
+        self, slots: Sequence[SlotSpec], device: torch.device, invariants: Sequence[InputSpec] = ()
+    ) -> None:
         self.slots = slots
         self.filled = False
         self.lanes: dict[Mask, Lane] = {}
+        self.prologue: Lane | None = None
+        self.seen: dict[str, Seen] | None = None
         with torch.inference_mode(False):
+            self.invariants = {
+                spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+                for spec in invariants
+            }
             self.buffers = {
                 slot.input: [torch.empty(slot.shape, dtype=getattr(torch, slot.dtype), device=device) for _ in range(2)]
                 for slot in slots
@@ -81,6 +99,7 @@ class Stream:
     def reset(self) -> None:
         """Back to what a trajectory starts from."""
         self.filled = False
+        self.seen = None
         for slot in self.slots:
             self.buffers[slot.input][0].fill_(slot.initial)
 
@@ -96,7 +115,8 @@ class Stream:
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for pair in self.buffers.values() for tensor in pair)
+        kept = [*self.invariants.values(), *(tensor for pair in self.buffers.values() for tensor in pair)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 @dataclass
@@ -105,6 +125,7 @@ class Runner:
 
     Attributes:
         sessions: the loaded models by the decisions that are fixed in them; a model that decides has the empty key.
+        prologue: what computes their inputs that stay the same along a trajectory; None if they have none.
         streams: the caches that are alive.
         logits: ``float32[rows, G]`` of the last call; None before it, and where no gate is read.
         fixed: the decisions of the last call, if a host took them; None if the gates did.
@@ -112,6 +133,7 @@ class Runner:
     """
 
     sessions: Mapping[Mask, Session]
+    prologue: LoadedFile | None = None
     streams: WeakSet[Stream] = field(default_factory=WeakSet, init=False)
     logits: Tensor | None = field(default=None, init=False)
     fixed: Mask | None = field(default=None, init=False)
@@ -143,7 +165,7 @@ class Runner:
 
     def new_stream(self) -> Stream:
         """Caches of their own for another trajectory: the unconditional one, or another request."""
-        stream = Stream(self.metadata.slots, self.device)
+        stream = Stream(self.metadata.slots, self.device, self.metadata.invariants)
         self.streams.add(stream)
         return stream
 
@@ -191,12 +213,31 @@ class Runner:
         }
         read = {name: pair[0] for name, pair in stream.buffers.items()}
         written = [slot for output, slot in self._next.items() if output in session.outputs]
-        given = {**tensors, **read, **gates, SLOPE: self._slope(slopes)}
+        self._renew_invariants(stream, inputs, tensors)
+        given = {**tensors, **stream.invariants, **read, **gates, SLOPE: self._slope(slopes)}
         outputs = results | {f"next_{slot}": stream.buffers[slot][1] for slot in written}
         lane.run({name: given[name] for name in session.inputs}, outputs)
         stream.swap(written)
         self.logits = results.pop(LOGITS, None)
         return tuple(results[name] for name in self.metadata.outputs if name is not None)
+
+    def _renew_invariants(
+        self, stream: Stream, given: Mapping[str, Tensor | npt.NDArray[Any]], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Compute what stays the same along a trajectory at its first call, and where an input is another one now.
+
+        Inputs are compared as the caller gave them: one that is the same object as before costs nothing.
+        """
+        if self.prologue is None:
+            return
+        named = {name: torch.as_tensor(given[name]) for name in self.prologue.inputs}
+        seen, stream.seen = stream.seen, None  # nothing is known should it fail
+        if seen is not None and all(seen[name].equals(tensor) for name, tensor in named.items()):
+            stream.seen = seen
+            return
+        stream.prologue = stream.prologue or self.prologue.lane()
+        stream.prologue.run({name: tensors[name] for name in named}, stream.invariants)
+        stream.seen = {name: Seen(tensor) for name, tensor in named.items()}
 
     @cached_property
     def _next(self) -> dict[str, str]:
