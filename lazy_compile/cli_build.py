@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -38,6 +38,7 @@ def build(
     precision: given.Precision = None,
     gating: given.GatingOption = "predicate",
     group: given.Group = None,
+    invariant: given.Invariants = None,
     gates: given.Gates = None,
     min_shapes: Annotated[str, typer.Option("--minShapes", help=_SHAPES)] = "",
     opt_shapes: Annotated[str, typer.Option("--optShapes", help="The shapes to optimize for.")] = "",
@@ -96,7 +97,10 @@ def build(
         sanitize=sanitize,
     )
     parse_group(group)
-    request = _Request(source, gating, group, precision, gates, tuple(shape or ()), tuple(options or ()), device)
+    request = _Request(
+        source, gating, group, tuple(invariant or ()), precision, gates, tuple(shape or ()), tuple(options or ()),
+        device,
+    )  # fmt: skip
     request.check(output)
     if print_trtexec or print_polygraphy:
         lines = list(_commands(request, output, config, print_trtexec, print_polygraphy))
@@ -116,7 +120,8 @@ def build(
     if dry_run:
         show(preview_values(seen, request.source, output), json, *preview_tables(seen))
         return
-    values = {"engines": [{**plain(report), "structure": report.structure.summary()} for report in reports]}
+    engines = [{**plain(report), "structure": report.structure.summary()} for report in reports]
+    values = {"engines": [{name: value for name, value in each.items() if name != "prologue"} for each in engines]}
     show({**values, "onnx": str(onnx), "output": str(output)}, json, build_table(reports), f"written to {output}")
 
 
@@ -127,6 +132,7 @@ class _Request:
     source: str
     gating: Gating
     group: str | None
+    invariants: tuple[str, ...]
     precision: str | None
     gates: Path | None
     shapes: tuple[str, ...]
@@ -146,7 +152,7 @@ class _Request:
         """
         belonging = {
             "--precision": self.precision, "--group": self.group, "--shape": self.shapes, "--set": self.options,
-            "--gating": self.gating if self.gating != "predicate" else None,
+            "--gating": self.gating if self.gating != "predicate" else None, "--invariant": self.invariants,
         }  # fmt: skip
         if self.is_onnx and (given := [name for name, value in belonging.items() if value]):
             raise ConfigError(
@@ -170,14 +176,17 @@ class _Request:
         named = in_precision(load_model(self.source, self.shapes, self.device), self.precision)
         lazy = load_lazy(named, self.gates, self.options)
         inputs, group = require_inputs(named), parse_group(self.group)
-        export_onnx(lazy, onnx, inputs, gating=self.gating, group=group, on_progress=on_progress)
+        export_onnx(
+            lazy, onnx, inputs, gating=self.gating, group=group, invariants=self.invariants, on_progress=on_progress
+        )
         return lazy.policy
 
     def export_command(self, onnx: Path) -> list[str]:
         command = ["lazy-compile", "export", self.source, "--output", str(onnx), "--gating", self.gating]
         for name, value in (("--gates", self.gates), ("--group", self.group), ("--precision", self.precision)):
             command += [name, str(value)] if value is not None else []
-        for name, values in (("--shape", self.shapes), ("--set", self.options)):
+        repeated = ("--invariant", self.invariants), ("--shape", self.shapes), ("--set", self.options)
+        for name, values in repeated:
             command += [word for value in values for word in (name, value)]
         return command
 
@@ -188,8 +197,11 @@ def _build(
     from lazy_compile.backends.tensorrt_build import build_engine, build_engines
 
     if onnx.is_dir():
-        return build_engines(onnx, output, config, on_progress=on_progress)
-    return [build_engine(onnx, output, config, policy=policy, on_progress=on_progress)]
+        reports = build_engines(onnx, output, config, on_progress=on_progress)
+    else:
+        reports = [build_engine(onnx, output, config, policy=policy, on_progress=on_progress)]
+    prologues = [report.prologue for report in reports if report.prologue is not None]
+    return [replace(report, prologue=None) for report in reports] + prologues
 
 
 def _commands(request: _Request, output: Path, config: BuildConfig, trtexec: bool, polygraphy: bool) -> Iterator[str]:
@@ -207,11 +219,28 @@ def _commands(request: _Request, output: Path, config: BuildConfig, trtexec: boo
         yield shlex.join(request.export_command(onnx))
     elif onnx.is_dir():
         pairs = [(file, output / f"{file.stem}.engine") for file in MaskSet.load(onnx).files.values()]
+    pairs += list(_prologues(request, pairs))
     for file, engine in pairs:
         if trtexec:
             yield shlex.join(trtexec_command(file, engine, config))
         if polygraphy:
             yield shlex.join(polygraphy_command(file, engine, config))
+
+
+def _prologues(request: _Request, pairs: Sequence[tuple[Path, Path]]) -> Iterator[tuple[Path, Path]]:
+    """The prologue of these models, and the engine that it becomes; as far as that is known before the export."""
+    from lazy_compile.backends.onnx_prologue import prologue_path
+    from lazy_compile.backends.tensorrt_source import OnnxSource
+
+    (onnx, engine), gating = pairs[0], request.gating
+    if request.is_onnx:
+        model = OnnxSource.read(onnx).model if onnx.is_file() else None
+        if model is None or not model.prologue:
+            return
+        gating = model.gating
+    elif not request.invariants:
+        return
+    yield prologue_path(onnx, gating), prologue_path(engine, gating)
 
 
 def export_triton(

@@ -34,6 +34,8 @@ def preview_tables(preview: BuildPreview) -> list[Table | str]:
         "weights": size(preview.weight_bytes),
         "caches of one stream": f"{size(preview.cache_bytes)} in {preview.roles.count('cache') // 2} slots, twice each",
     }
+    if preview.invariant_bytes:
+        values["computed once a trajectory"] = size(preview.invariant_bytes)
     lines: list[Table | str] = [table, facts(values)]
     if preview.speedups:
         bounds = ", ".join(f"{speedup:.2f} at {reuse:.0%}" for reuse, speedup in preview.speedups.items())

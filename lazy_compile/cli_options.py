@@ -52,6 +52,15 @@ Group = Annotated[
     str | None,
     typer.Option(metavar="K|block", help="Branches under one conditional, or 'block'; default is the model's own."),
 ]
+Invariants = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--invariant",
+        metavar="NAME",
+        help="An input that stays the same along a trajectory: what it decides is computed once, by a second model. "
+        "Repeatable.",
+    ),
+]
 Precision = Annotated[
     Literal["fp32", "fp16", "bf16"] | None,
     typer.Option(help="Type of weights and activations; default is the model's own."),

@@ -231,6 +231,7 @@ def export(
     gates: given.Gates = None,
     gating: given.GatingOption = "predicate",
     group: given.Group = None,
+    invariant: given.Invariants = None,
     precision: given.Precision = None,
     simplify: Annotated[
         bool, typer.Option("--simplify", help="Also run onnxsim; dropped if it moves a branch.")
@@ -242,6 +243,7 @@ def export(
 ) -> None:
     """Write an ONNX model in which every branch is an If node, with its caches as inputs and outputs."""
     from lazy_compile.backends.onnx import export_onnx
+    from lazy_compile.backends.onnx_prologue import prologue_path
     from lazy_compile.backends.ort_mobile import convert_to_ort
     from lazy_compile.cli_models import in_precision, load_lazy, load_model, parse_group, require_inputs
     from lazy_compile.cli_tables import facts, plain, show
@@ -259,10 +261,11 @@ def export(
     with progress_bars(not json) as on_progress, tempfile.TemporaryDirectory() as folder:
         report = export_onnx(
             lazy, Path(folder) / "model.onnx" if mobile else output, require_inputs(named), gating=gating,
-            group=grouped, simplify=simplify, on_progress=on_progress,
+            group=grouped, invariants=tuple(invariant or ()), simplify=simplify, on_progress=on_progress,
         )  # fmt: skip
         if mobile:
-            report = replace(report, bytes=convert_to_ort(report.path, output), path=output)
+            size, beside = convert_to_ort(report.path, output), report.prologue and prologue_path(output, gating)
+            report = replace(report, bytes=size, path=output, prologue=beside)
     values = plain(report)
     show(values, json, facts(values))
 

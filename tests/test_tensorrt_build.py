@@ -324,7 +324,7 @@ def test_a_damaged_description_is_refused(tmp_path: Path) -> None:
     engine, beside = tmp_path / "m.engine", tmp_path / "m.engine.json"
     build_engine(written(tmp_path, one_if()), engine, RTX)
     good = beside.read_text()
-    for content in (good.replace('"format": 1', '"format": 7'), good.replace('"is_input"', '"input"'), "{}"):
+    for content in (good.replace('"format": 2', '"format": 7'), good.replace('"is_input"', '"input"'), "{}"):
         beside.write_text(content)
         with pytest.raises(ArtifactError, match=r"m.engine.json is damaged .*; build the engine again"):
             EngineSidecar.load(engine)

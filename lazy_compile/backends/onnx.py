@@ -173,7 +173,7 @@ def export_onnx(
                 on_progress("exporting to ONNX", position + 1, len(masks.files), "one model for each set of decisions")
             keep = [weights.name]
             if export.prologue is not None:
-                beside = prologue_path(target / "mask.onnx", shared=True)
+                beside = prologue_path(target / "mask.onnx", gating)
                 weights.take(export.prologue)
                 save_model(export.prologue, beside)
                 keep.append(beside.name)
@@ -185,7 +185,7 @@ def export_onnx(
         with ExitStack() as written:
             size, count = written.enter_context(written_model(model, target)), 1
             if export.prologue is not None:
-                beside = prologue_path(target)
+                beside = prologue_path(target, gating)
                 size += written.enter_context(written_model(export.prologue, beside))
         on_progress("exporting to ONNX", 4, 4, "written")
     structure = check_structure(model)

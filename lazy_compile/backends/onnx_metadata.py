@@ -51,8 +51,8 @@ class OnnxMetadata:
         slots: all cache slots.
         invariants: inputs whose values stay the same along a trajectory; the prologue computes them from some of
             ``inputs``. A file takes those of both that it reads.
-        prologue: the digest that the file of the prologue carries, see :mod:`lazy_compile.backends.onnx_prologue`; empty
-            if there is none.
+        prologue: the digest that the prologue carries, see :mod:`lazy_compile.backends.onnx_prologue`; empty if there
+            is none.
         reuse: what a branch returns that does not compute.
         batch_rule: how the decisions of the rows are joined.
         gating: who decides. ``"predicate"``: the gates in the graph, by the row of a gate table that comes in.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lazy_compile.backends.onnx_convert import convert, name_values
-from lazy_compile.backends.onnx_metadata import OnnxMetadata
+from lazy_compile.backends.onnx_metadata import Gating, OnnxMetadata
 from lazy_compile.errors import ArtifactError, import_optional
 from lazy_compile.operators import macs
 from lazy_compile.pass_manager import PassManager
@@ -25,16 +25,16 @@ PROLOGUE_KEY = "lazy_compile.prologue"
 """The entry of ``ModelProto.metadata_props`` of a prologue; its value is the digest of what the file computes."""
 
 
-def prologue_path(step: Path, *, shared: bool = False) -> Path:
-    """Where the prologue of an exported model lies; the models of one folder share one.
+def prologue_path(step: Path, gating: Gating) -> Path:
+    """Where the prologue of an exported model lies; those of a schedule, which lie in one folder, share one.
 
-    >>> prologue_path(Path("m.onnx")).name, prologue_path(Path("set/mask-0f.onnx"), shared=True).name
+    >>> prologue_path(Path("m.onnx"), "input").name, prologue_path(Path("set/mask-0f.onnx"), "schedule").name
     ('m.prologue.onnx', 'prologue.onnx')
     """
-    return step.with_name(f"prologue{step.suffix}" if shared else f"{step.stem}.prologue{step.suffix}")
+    return step.with_name(f"{'' if gating == 'schedule' else f'{step.stem}.'}prologue{step.suffix}")
 
 
-def find_prologue(step: Path, metadata: OnnxMetadata, *, shared: bool = False) -> Path | None:
+def find_prologue(step: Path, metadata: OnnxMetadata) -> Path | None:
     """The prologue that belongs to an exported model; None if it needs none.
 
     Raises:
@@ -42,7 +42,7 @@ def find_prologue(step: Path, metadata: OnnxMetadata, *, shared: bool = False) -
     """
     if not metadata.prologue:
         return None
-    path = prologue_path(step, shared=shared)
+    path = prologue_path(step, metadata.gating)
     if not path.is_file():
         raise ArtifactError(
             f"{step} has no {path.name} beside it, which computes what stays the same along a trajectory; copy both, "
@@ -110,9 +110,8 @@ def _digest(model: Model) -> str:
     ir = import_optional("onnx_ir", "onnx")
     content = hashlib.sha256()
     for name, value in sorted(model.graph.initializers.items()):
-        tensor = value.const_value
-        content.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        content.update(tensor.tobytes())
+        content.update(f"{name} {value.dtype} {value.shape}".encode())
+        content.update(b"" if value.const_value is None else value.const_value.tobytes())
     for node in model.graph:
         content.update(ir.to_proto(node).SerializeToString(deterministic=True))
     for value in (*model.graph.inputs, *model.graph.outputs):

@@ -34,7 +34,7 @@ class OnnxRunner(Runner):
         prologue: OnnxFile | None = None
         for mask, file in files.items():
             metadata = sessions[mask].metadata
-            beside = find_prologue(file, metadata, shared=Path(path).is_dir())
+            beside = find_prologue(file, metadata)
             if beside is not None:
                 prologue = prologue or OnnxFile(beside, providers, threads)
                 check_prologue(beside, prologue.properties.get(PROLOGUE_KEY, ""), file, metadata)

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from lazy_compile.backends.onnx_metadata import first_line
+from lazy_compile.backends.onnx_metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx_prologue import find_prologue, prologue_path
 from lazy_compile.backends.onnxruntime import open_session
 from lazy_compile.errors import BackendError, import_optional
 from lazy_compile.storage import atomic_path
 
 
 def convert_to_ort(onnx: str | Path, path: str | Path) -> int:
-    """Write an exported model as an ``.ort`` file; returns its size in bytes.
+    """Write an exported model as an ``.ort`` file, its prologue beside it if it has one; returns their size in bytes.
 
     Its conditionals, names and description are those of the ONNX file, so that :class:`OnnxRunner` runs it too. What it
     is optimized by holds on every CPU.
 
     Raises:
         BackendError: ONNX Runtime cannot convert it.
-        ArtifactError: the file cannot be written.
+        ArtifactError: the file cannot be written, or the prologue of the model is missing.
         MissingDependencyError: ONNX Runtime is not installed.
     """
+    onnx, path = Path(onnx), Path(path)
+    properties = _convert(onnx, path)
+    metadata = OnnxMetadata.parse(properties) if KEY in properties else None
+    if metadata is None or (prologue := find_prologue(onnx, metadata)) is None:
+        return path.stat().st_size
+    beside = prologue_path(path, metadata.gating)
+    _convert(prologue, beside)
+    return path.stat().st_size + beside.stat().st_size
+
+
+def _convert(onnx: Path, path: Path) -> Mapping[str, str]:
+    """Write one file; what it says about itself."""
     ort = import_optional("onnxruntime", "onnx")
     with atomic_path(path) as temporary:
         options = ort.SessionOptions()
@@ -29,9 +43,10 @@ def convert_to_ort(onnx: str | Path, path: str | Path) -> int:
         options.optimized_model_filepath = str(temporary)
         options.add_session_config_entry("session.save_model_format", "ORT")
         try:
-            open_session(onnx, options, ["CPUExecutionProvider"])
+            session = open_session(onnx, options, ["CPUExecutionProvider"])
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime cannot convert {onnx} ({first_line(error)}); export with --target onnx and run that"
             ) from error
-    return Path(path).stat().st_size
+    properties: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+    return properties

@@ -77,9 +77,7 @@ class Stream:
         seen: the inputs that it was computed from; None before.
     """
 
-    def __init__(
-        self, slots: Sequence[SlotSpec], device: torch.device, invariants: Sequence[InputSpec] = ()
-    ) -> None:
+    def __init__(self, slots: Sequence[SlotSpec], device: torch.device, invariants: Sequence[InputSpec] = ()) -> None:
         self.slots = slots
         self.filled = False
         self.lanes: dict[Mask, Lane] = {}

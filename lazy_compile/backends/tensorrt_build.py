@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from lazy_compile.backends.onnx_masks import MaskSet
 from lazy_compile.backends.onnx_metadata import first_line
+from lazy_compile.backends.onnx_prologue import prologue_path
 from lazy_compile.backends.onnx_structure import heavy_nodes
 from lazy_compile.backends.tensorrt_api import Flavor, Message, flavor_of, listen, load
 from lazy_compile.backends.tensorrt_check import EngineStructure, check_branches
@@ -42,6 +43,7 @@ class BuildReport:
         structure: where its kernels stand.
         skipped: whether the engine was there already, made from the same file with the same options.
         seconds: how long it took.
+        prologue: what was built of the prologue; None if there is none.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class BuildReport:
     structure: EngineStructure
     skipped: bool
     seconds: float
+    prologue: BuildReport | None = None
 
 
 def build_engine(
@@ -62,7 +65,8 @@ def build_engine(
 ) -> BuildReport:
     """Build a TensorRT engine from an ONNX file, in which every ``If`` is a jump over the kernels of its branch.
 
-    An engine that was made from the same file with the same options by the same builder is left as it is.
+    An engine that was made from the same file with the same options by the same builder is left as it is. The prologue
+    of a model becomes an engine beside it: ``m.prologue.engine`` beside ``m.engine``.
 
     Args:
         onnx: what ``export_onnx`` wrote; any other ONNX model is built too.
@@ -72,21 +76,52 @@ def build_engine(
         on_progress: called as the builder's phases go on.
 
     Raises:
-        ArtifactError: the ONNX file cannot be read, or the engine not written.
+        ArtifactError: the ONNX file or its prologue cannot be read, or the engine not written.
         BackendError: the builder refuses, or the engine has not one jump for each ``If``.
         ConfigError: the options contradict each other or the file.
         MissingDependencyError: that flavor of TensorRT is not installed.
     """
+    source, target, config = OnnxSource.read(onnx), Path(engine), config or BuildConfig()
+    prologue = source.read_prologue()
+    made = _make(source, target, config, policy or AlwaysCompute(), on_progress)
+    beside = None if prologue is None else _make_prologue(prologue, source, target, config, on_progress).write()
+    return replace(made.write(), prologue=beside)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An engine that is not written yet.
+
+    Attributes:
+        plan: its content; None if it was there already.
+    """
+
+    target: Path
+    title: str
+    plan: Any
+    sidecar: EngineSidecar
+    structure: EngineStructure
+    seconds: float
+
+    def write(self) -> BuildReport:
+        if self.plan is not None:
+            with atomic_path(self.target) as temporary:
+                temporary.write_bytes(self.plan)
+            self.sidecar.save(self.target)
+            for problem in self.structure.problems:
+                logger.warning("%s is right but not as lazy as it could be: %s", self.target, problem)
+        size, skipped = self.target.stat().st_size, self.plan is None
+        return BuildReport(self.target, self.title, size, self.structure, skipped, self.seconds)
+
+
+def _make(source: OnnxSource, target: Path, config: BuildConfig, policy: Policy, on_progress: OnProgress) -> _Made:
+    """One engine of one file."""
     start = time.perf_counter()
-    config, policy = config or BuildConfig(), policy or AlwaysCompute()
-    target = Path(engine)
     flavor, trt, device = builder_for(config)
     version, title = str(trt.__version__), f"{flavor.title} {trt.__version__}"
-    source = OnnxSource.read(onnx)
     key = _key(source, config, policy, version, device)
     if (known := _finished(target, key)) is not None:
-        seconds = time.perf_counter() - start
-        return BuildReport(target, title, target.stat().st_size, known.structure(), True, seconds)
+        return _Made(target, title, None, known, known.structure(), time.perf_counter() - start)
     if source.model is not None:
         policy.check(source.model.branches)
     with listen(trt) as heard, tempfile.TemporaryDirectory() as folder:
@@ -98,15 +133,19 @@ def build_engine(
         tensors = network.tensors(profile)
         _keep_timing_cache(config, settings)
     sidecar = EngineSidecar(
-        flavor.name, version, device, key, digest(plan), config.options(), tensors, source.model, policy,
-        source.nodes, structure.layers,
+        flavor.name, version, device, key, digest(plan), config.options(), tensors, source.model, source.prologue,
+        policy, source.nodes, structure.layers,
     )  # fmt: skip
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(plan)
-    sidecar.save(target)
-    for problem in structure.problems:
-        logger.warning("%s is right but not as lazy as it could be: %s", target, problem)
-    return BuildReport(target, title, target.stat().st_size, structure, False, time.perf_counter() - start)
+    return _Made(target, title, plan, sidecar, structure, time.perf_counter() - start)
+
+
+def _make_prologue(
+    prologue: OnnxSource, source: OnnxSource, target: Path, config: BuildConfig, on_progress: OnProgress
+) -> _Made:
+    """The engine of the prologue of ``source``, beside ``target``; its sizes are fixed."""
+    assert source.model is not None
+    config = replace(config, min_shapes={}, opt_shapes={}, max_shapes={})
+    return _make(prologue, prologue_path(target, source.model.gating), config, AlwaysCompute(), on_progress)
 
 
 def builder_for(config: BuildConfig) -> tuple[Flavor, ModuleType, str]:
@@ -134,7 +173,8 @@ def build_engines(
     """Build an engine for each model of a folder that ``export_onnx(gating="schedule")`` wrote, into another folder.
 
     Every engine holds the weights that its own step needs, so together they hold those of shared branches several
-    times, on disk and on the GPU; what they do not hold twice is an engine: equal rows of the schedule share one.
+    times, on disk and on the GPU; what they do not hold twice is an engine: equal rows of the schedule share one. They
+    share the engine of their prologue too, which the first report has.
 
     Raises:
         ArtifactError: the folder holds no such set, or see :func:`build_engine`.
@@ -142,11 +182,15 @@ def build_engines(
     masks = MaskSet.load(onnx)
     result = MaskSet.of(masks.schedule, Path(engines), ".engine")
     policy = Scheduled(masks.schedule)
-    reports = [
-        build_engine(file, result.files[mask], config, policy=policy, on_progress=on_progress)
-        for mask, file in masks.files.items()
-    ]
-    result.save(Path(engines))
+    config, keep = config or BuildConfig(), []
+    reports = []
+    for mask, file in masks.files.items():
+        source = OnnxSource.read(file)
+        reports.append(_make(source, result.files[mask], config, policy, on_progress).write())
+    if (prologue := source.read_prologue()) is not None:
+        beside = _make_prologue(prologue, source, reports[0].path, config, on_progress).write()
+        reports[0], keep = replace(reports[0], prologue=beside), [beside.path.name]
+    result.save(Path(engines), keep)
     return reports
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lazy_compile.backends.onnx_masks import MaskSet
-from lazy_compile.backends.onnx_metadata import OnnxMetadata
+from lazy_compile.backends.onnx_metadata import InputSpec, OnnxMetadata, SlotSpec
 from lazy_compile.backends.tensorrt_network import EngineTensor
 from lazy_compile.backends.tensorrt_source import OnnxSource
 
@@ -23,14 +23,15 @@ class BuildPreview:
 
     Attributes:
         onnx: the file or folder.
-        engines: how many engines; more than one with ``gating="schedule"`` alone.
+        engines: how many engines: one for each distinct row with ``gating="schedule"``, and one for a prologue.
         gating: who decides; empty if ``export_onnx`` did not write the file.
         branches: how many there are.
         conditionals: how many jumps an engine will have.
         tensors: inputs and outputs of the engine, of the first where there are several.
-        roles: what each of them is: ``"model"``, ``"cache"``, ``"gate"`` or ``"decision"``.
+        roles: what each of them is: ``"model"``, ``"cache"``, ``"invariant"``, ``"gate"`` or ``"decision"``.
         weight_bytes: of all engines together, before TensorRT packs them.
         cache_bytes: of one stream: two buffers for each slot, of which a step reads one and writes the other.
+        invariant_bytes: of one stream: what a prologue computes for it.
         speedups: share of reuse by the speed-up that the saved MACs allow at most. What the jumps cost is not in it.
             With ``gating="schedule"`` there is one entry, that of the schedule.
     """
@@ -44,6 +45,7 @@ class BuildPreview:
     roles: tuple[str, ...]
     weight_bytes: int
     cache_bytes: int
+    invariant_bytes: int
     speedups: dict[float, float]
 
 
@@ -51,13 +53,15 @@ def preview(onnx: str | Path) -> BuildPreview:
     """Look at what ``export_onnx`` wrote, or at any other ONNX file.
 
     Raises:
-        ArtifactError: it cannot be read.
+        ArtifactError: it cannot be read, or its prologue is not beside it.
     """
     path = Path(onnx)
     masks = MaskSet.load(path) if path.is_dir() else None
     sources = [OnnxSource.read(file) for file in (masks.files.values() if masks else [path])]
     first = sources[0]
     model = first.model
+    prologue = first.read_prologue()
+    sources += [] if prologue is None else [prologue]
     speedups: dict[float, float] = {}
     if model is not None and masks is not None:
         macs = [branch.macs for branch in model.branches]
@@ -74,19 +78,22 @@ def preview(onnx: str | Path) -> BuildPreview:
         first.tensors,
         tuple(_role(tensor, model) for tensor in first.tensors),
         sum(source.weight_bytes for source in sources),
-        0 if model is None else _cache_bytes(model),
+        0 if model is None else 2 * _bytes(model.slots),
+        0 if model is None else _bytes(model.invariants),
         speedups,
     )
 
 
-def _cache_bytes(model: OnnxMetadata) -> int:
-    return 2 * sum(prod(slot.shape) * int(getattr(torch, slot.dtype).itemsize) for slot in model.slots)
+def _bytes(specs: Sequence[SlotSpec | InputSpec]) -> int:
+    return sum(prod(spec.shape) * int(getattr(torch, spec.dtype).itemsize) for spec in specs)
 
 
 def _role(tensor: EngineTensor, model: OnnxMetadata | None) -> str:
     slots: Sequence[str] = [] if model is None else [name for slot in model.slots for name in (slot.input, slot.output)]
     if tensor.name in slots:
         return "cache"
+    if model is not None and tensor.name in {spec.name for spec in model.invariants}:
+        return "invariant"
     if model is None or tensor.name in {spec.name for spec in model.inputs} | set(model.outputs):
         return "model"
     return "decision" if tensor.dtype == "bool" else "gate"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lazy_compile.backends.onnx_masks import MaskSet
 from lazy_compile.backends.onnx_metadata import OnnxMetadata
+from lazy_compile.backends.onnx_prologue import check_prologue, find_prologue
 from lazy_compile.backends.runner import Runner, TensorSpec
 from lazy_compile.backends.tensorrt_api import complaint, flavor_of, load, logger_of
 from lazy_compile.backends.tensorrt_device import ALIGNMENT, CudaDevice
@@ -30,11 +31,13 @@ class TensorRTRunner(Runner):
     decisions are replayed as CUDA graphs where the engine allows it.
 
     Args:
-        path: the engine, with its description beside it; or a folder that ``build_engines`` wrote.
+        path: the engine, with its description beside it, and its prologue if it has one; or a folder that
+            ``build_engines`` wrote.
         cuda_graphs: False leaves CUDA graphs alone.
 
     Raises:
-        ArtifactError: there is no such engine, its description is missing or of another engine, or it is not lazy.
+        ArtifactError: there is no such engine, its description or prologue is missing or of another engine, or it is
+            not lazy.
         BackendError: there is no GPU, or the engine is for another one or another version of TensorRT.
         MissingDependencyError: its flavor of TensorRT is not installed.
     """
@@ -48,7 +51,16 @@ class TensorRTRunner(Runner):
             plan = sidecar.check_file(file)
             device = device or open_device()
             sessions[mask] = EngineSession(file, sidecar, plan, device, cuda_graphs)
-        super().__init__(sessions)
+        prologue: EngineFile | None = None
+        for mask, file in files.items():
+            metadata = sessions[mask].metadata
+            beside = find_prologue(file, metadata)
+            if beside is not None:
+                sidecar = EngineSidecar.load(beside)
+                check_prologue(beside, sidecar.prologue, file, metadata)
+                # It runs once a trajectory: a CUDA graph would take more memory than time.
+                prologue = prologue or EngineFile(beside, sidecar, sidecar.check_file(beside), device, False)
+        super().__init__(sessions, prologue)
         self.policy = next(iter(sessions.values())).sidecar.policy
 
 
@@ -56,12 +68,17 @@ def open_device() -> CudaDevice:
     return CudaDevice()
 
 
-class EngineSession:
-    """One loaded engine; see :class:`~lazy_compile.backends.runner.Session`."""
+class EngineFile:
+    """One loaded engine; see :class:`~lazy_compile.backends.runner.LoadedFile`.
+
+    Attributes:
+        kept: names of tensors that lie in the same memory at every call of a stream.
+    """
+
+    kept: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, sidecar: EngineSidecar, plan: bytes, device: Any, cuda_graphs: bool) -> None:
         self.path, self.sidecar, self.place, self.cuda_graphs = path, sidecar, device, cuda_graphs
-        self.metadata = _lazy_model(path, sidecar)
         flavor = flavor_of(sidecar.flavor)
         trt = load(flavor)
         self.title = f"{flavor.title} {trt.__version__}"
@@ -113,10 +130,20 @@ class EngineSession:
             raise ArtifactError(f"{self.path} and its description disagree about {name!r}; build the engine again")
 
 
+class EngineSession(EngineFile):
+    """The engine of a step; see :class:`~lazy_compile.backends.runner.Session`."""
+
+    def __init__(self, path: Path, sidecar: EngineSidecar, plan: bytes, device: Any, cuda_graphs: bool) -> None:
+        self.metadata = model = _lazy_model(path, sidecar)
+        caches = [name for slot in model.slots for name in (slot.input, slot.output)]
+        self.kept = frozenset([*caches, *(spec.name for spec in model.invariants)])
+        super().__init__(path, sidecar, plan, device, cuda_graphs)
+
+
 class EngineLane:
     """An execution context with a queue of its own: the calls of one stream."""
 
-    def __init__(self, session: EngineSession) -> None:
+    def __init__(self, session: EngineFile) -> None:
         self.session = session
         self.queue = session.place.queue()
         session.log.errors.clear()
@@ -130,7 +157,6 @@ class EngineLane:
         self._captures = session.cuda_graphs and not session.on_host
         self._static: dict[str, Tensor] = {}
         self._steps: dict[tuple[int, ...], Callable[[], None]] = {}
-        self._caches = {name for slot in session.metadata.slots for name in (slot.input, slot.output)}
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Queue one step; see :class:`~lazy_compile.backends.runner.Lane`."""
@@ -158,17 +184,18 @@ class EngineLane:
     # CUDA graphs --------------------------------------------------------------------------------------------------
 
     def _repeat(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """A graph repeats addresses: those of the two pairs of cache buffers, and of memory that all else goes through.
+        """A graph repeats addresses: those of the two pairs of cache buffers and of what a prologue computed, and of
+        memory that all else goes through.
 
         The first step with a pair runs as it is, which TensorRT asks for, the second is captured.
         """
-        own = {name: tensor for name, tensor in {**inputs, **outputs}.items() if name not in self._caches}
+        own = {name: tensor for name, tensor in {**inputs, **outputs}.items() if name not in self.session.kept}
         if not self._static:
             self._static = {name: torch.empty_like(tensor) for name, tensor in own.items()}
         for name in own.keys() & inputs.keys():
             self._static[name].copy_(own[name], non_blocking=True)
         tensors = {**inputs, **outputs, **self._static}
-        pair = tuple(tensor.data_ptr() for name, tensor in sorted(tensors.items()) if name in self._caches)
+        pair = tuple(tensor.data_ptr() for name, tensor in sorted(tensors.items()) if name in self.session.kept)
         step = self._steps.get(pair)
         if step is None:
             self._enqueue(tensors)
@@ -201,7 +228,7 @@ class _Decisions:
     There are two pinned blocks in turn, so that the host need not wait for the copy before.
     """
 
-    def __init__(self, session: EngineSession, count: int) -> None:
+    def __init__(self, session: EngineFile, count: int) -> None:
         self._on_host = session.on_host
         self._blocks = [session.place.pinned(count, ALIGNMENT) for _ in range(2)] if count else []
         self._device = torch.empty(count, ALIGNMENT, dtype=torch.bool, device=session.device) if count else None

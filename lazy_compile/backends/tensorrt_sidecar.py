@@ -23,7 +23,7 @@ from lazy_compile.policy import AlwaysCompute, Learned, Policy, Scheduled
 from lazy_compile.schedule import CacheSchedule
 from lazy_compile.storage import load_json, save_json
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class EngineSidecar:
         options: of the build.
         tensors: inputs and outputs.
         model: the contract of the lazy model; None if the ONNX file was not one.
+        prologue: the digest of a prologue, by which its model knows it; empty if it is none.
         policy: the rule that its runner follows unless told otherwise.
         nodes: names of the heavy ONNX nodes by conditional, ``""`` for those in none.
         layers: what the builder made of it.
@@ -52,6 +53,7 @@ class EngineSidecar:
     options: dict[str, Any]
     tensors: tuple[EngineTensor, ...]
     model: OnnxMetadata | None
+    prologue: str
     policy: Policy
     nodes: dict[str, tuple[str, ...]]
     layers: tuple[EngineLayer, ...]
@@ -75,6 +77,7 @@ class EngineSidecar:
             "options": self.options,
             "tensors": [asdict(tensor) for tensor in self.tensors],
             "model": None if self.model is None else json.loads(self.model.to_json()),
+            "prologue": self.prologue,
             "policy": policy_to_json(self.policy),
             "nodes": {place: list(names) for place, names in self.nodes.items()},
             "layers": [list(asdict(layer).values()) for layer in self.layers],

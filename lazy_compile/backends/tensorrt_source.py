@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lazy_compile.backends.onnx_metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx_prologue import PROLOGUE_KEY, check_prologue, find_prologue
 from lazy_compile.backends.onnx_structure import heavy_nodes
 from lazy_compile.backends.tensorrt_network import EngineTensor
 from lazy_compile.errors import ArtifactError, import_optional
@@ -22,7 +23,8 @@ class OnnxSource:
         path: where it lies.
         tensors: its inputs and outputs; free sizes are -1.
         nodes: names of the heavy nodes by conditional, ``""`` for those in none.
-        model: the contract of a lazy model; None if ``export_onnx`` did not write the file.
+        model: the contract of a lazy model; None if ``export_onnx`` did not write the file, or as a prologue.
+        prologue: the digest of a prologue; empty if it is none.
         weight_bytes: of all weights, wherever they lie.
         sha256: of all content; names of files with weights, which are drawn anew at every export, do not count.
     """
@@ -31,6 +33,7 @@ class OnnxSource:
     tensors: tuple[EngineTensor, ...]
     nodes: dict[str, tuple[str, ...]]
     model: OnnxMetadata | None
+    prologue: str
     weight_bytes: int
     sha256: str
 
@@ -52,7 +55,20 @@ class OnnxSource:
             raise ArtifactError(f"cannot read {path} as ONNX ({first_line(error)}); export the model again") from error
         properties = {item.key: item.value for item in proto.metadata_props}
         model = OnnxMetadata.parse(properties) if KEY in properties else None
-        return cls(path, tensors, nodes, model, weight_bytes, digest)
+        return cls(path, tensors, nodes, model, properties.get(PROLOGUE_KEY, ""), weight_bytes, digest)
+
+    def read_prologue(self) -> OnnxSource | None:
+        """The prologue that belongs to this file; None if it needs none.
+
+        Raises:
+            ArtifactError: it is missing, or that of another model.
+        """
+        beside = None if self.model is None else find_prologue(self.path, self.model)
+        if beside is None or self.model is None:
+            return None
+        found = OnnxSource.read(beside)
+        check_prologue(beside, found.prologue, self.path, self.model)
+        return found
 
     def require_lazy(self) -> OnnxMetadata:
         """The contract of the lazy model.

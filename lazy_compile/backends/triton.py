@@ -81,7 +81,8 @@ def export_triton(
         idle_seconds: after which an unfinished trajectory is given up.
 
     Raises:
-        ConfigError: the policy and the gating do not go together, or an option is out of range.
+        ConfigError: the policy and the gating do not go together, an option is out of range, or the model needs what a
+            prologue computes.
         ArtifactError: the file was not written by ``export_onnx``, or the repository cannot be written to.
         BackendError: the engine cannot be built.
     """
@@ -129,6 +130,11 @@ def _read(path: Path) -> tuple[Model, OnnxMetadata]:
         raise ConfigError(
             "a server keeps one model for a sequence, and gating='schedule' makes several; export with gating='input' "
             "and give the schedule as policy"
+        )
+    if metadata.invariants:
+        raise ConfigError(
+            f"{path} takes what its prologue computes, which a request to a server does not bring; export it without "
+            "invariants (--invariant)"
         )
     # What it says about itself is no longer true of the result.
     del model.metadata_props[KEY]
