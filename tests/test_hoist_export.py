@@ -287,7 +287,7 @@ def test_where_nothing_can_be_hoisted_a_warning_says_so(
 ) -> None:
     report = export_onnx(exports.lazy, tmp_path / "m.onnx", invariants=("shift",))
     assert "nothing of Conditioned can be hoisted" in caplog.text
-    assert "depends on shift and the weights alone" in caplog.text
+    assert "shift and the weights alone decide no matrix product" in caplog.text
     assert (report.prologue, report.hoisted_tensors) == (None, 0)
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
     assert report.inputs == exports.report("predicate", hoist=False).inputs

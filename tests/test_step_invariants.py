@@ -110,6 +110,18 @@ def test_values_that_were_written_over_are_noticed(
             assert torch.equal(lazy(**arguments), model(**arguments)), step
 
 
+def test_an_array_that_was_written_over_is_noticed(model: nn.Module, calls: list[dict[str, Any]]) -> None:
+    lazy = lazy_compile.transform(model)
+    array = calls[0]["text"].numpy().copy()
+    text = torch.from_numpy(array)
+    with torch.no_grad():
+        for step, arguments in enumerate(calls):
+            if step == 3:
+                array += 1.0
+            arguments["text"] = text
+            assert torch.equal(lazy(**arguments), model(**arguments)), step
+
+
 def test_a_weight_that_is_changed_on_the_way_takes_effect(model: nn.Module, calls: list[dict[str, Any]]) -> None:
     lazy = lazy_compile.transform(model)
     with torch.no_grad():

@@ -385,8 +385,8 @@ def _hoisted(lazy: LazyModule, graph: LazyGraph, invariants: Sequence[str]) -> L
     hoisted = lazy._store.hoisted(graph, frozenset(invariants))
     if hoisted.program.prologue is None:
         logger.warning(
-            "nothing of %s can be hoisted: no matrix product outside of branches of its own depends on %s and the "
-            "weights alone; the file is the same as without invariants",
+            "nothing of %s can be hoisted: %s and the weights alone decide no matrix product, or only those of gated "
+            "branches; the file is the same as without invariants",
             type(lazy.original).__name__, ", ".join(invariants),
         )  # fmt: skip
     return hoisted
