@@ -230,7 +230,7 @@ def test_a_prologue_that_cannot_be_written_leaves_the_old_pair(
     check = onnx.checker.check_model
 
     def refuse(path: str, **options: Any) -> None:
-        if "prologue" in path:
+        if "prologue" in Path(path).name:
             raise onnx.checker.ValidationError("no")
         check(path, **options)
 

@@ -183,12 +183,12 @@ def build_engines(
     result = MaskSet.of(masks.schedule, Path(engines), ".engine")
     policy = Scheduled(masks.schedule)
     config, keep = config or BuildConfig(), []
-    reports = []
+    first, reports = OnnxSource.read(next(iter(masks.files.values()))), []
+    prologue = first.read_prologue()
     for mask, file in masks.files.items():
-        source = OnnxSource.read(file)
-        reports.append(_make(source, result.files[mask], config, policy, on_progress).write())
-    if (prologue := source.read_prologue()) is not None:
-        beside = _make_prologue(prologue, source, reports[0].path, config, on_progress).write()
+        reports.append(_make(OnnxSource.read(file), result.files[mask], config, policy, on_progress).write())
+    if prologue is not None:
+        beside = _make_prologue(prologue, first, reports[0].path, config, on_progress).write()
         reports[0], keep = replace(reports[0], prologue=beside), [beside.path.name]
     result.save(Path(engines), keep)
     return reports

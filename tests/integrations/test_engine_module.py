@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import lazy_compile
+from hoisting import counted
 from lazy_compile import AlwaysCompute, CacheSchedule, Scheduled
 from lazy_compile.backends.onnx import export_onnx
 from lazy_compile.backends.onnxruntime import OnnxRunner
@@ -72,6 +73,22 @@ def test_a_pipeline_runs_with_an_exported_model(name: str, exported: Exported) -
         assert case.model.stats.lazy_ratio == lazy.stats.lazy_ratio
     assert case.model.stats.lazy_ratio == 0.5
     assert torch.equal(case.sample(), case.sample()), "a second sample starts afresh"
+
+
+def test_a_pipeline_computes_what_follows_from_its_prompts_once(exported: Exported, tmp_path: Path) -> None:
+    case, lazy, path = exported("wan")
+    with observed_call(lazy) as example:
+        case.sample(num_inference_steps=1)
+    names = ("encoder_hidden_states",)
+    export_onnx(lazy, tmp_path / "m.onnx", example, gating="input", predictors=False, invariants=names)
+    policy = Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))
+    replace(case, EngineModule(path, like=lazy, policy=policy))
+    expected = case.sample()
+    runner = OnnxRunner(tmp_path / "m.onnx")
+    prologues = counted(runner)
+    replace(case, EngineModule(runner, like=lazy, policy=policy))
+    assert torch.equal(case.sample(), expected)
+    assert len(prologues) == 2, "one for each prompt of the guidance"
 
 
 def test_it_is_taken_for_the_original_and_keeps_none_of_its_weights(exported: Exported, tmp_path: Path) -> None:
