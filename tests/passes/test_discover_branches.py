@@ -122,7 +122,8 @@ def test_every_spelling_of_a_residual_add_is_seen(add: str) -> None:
         "p = linear(x, q_in)\n    y = add.Tensor(p, c)",  # a shift of adaLN, broadcast
         "t = tanh(x)\n    y = add.Tensor(x, t)",  # nothing heavy between
         "p = linear(x, q_in)\n    y = add.Tensor(p, s1)",
-        "p = linear(c1, q_in)\n    y = add.Tensor(c1, p)",  # a residual embedding of the condition, not of tokens
+        # a residual embedding of the condition, not of tokens
+        "p = linear(c1, q_in)\n    e = add.Tensor(c1, p)\n    y = unsqueeze(e, 1)",
     ],
 )
 def test_what_is_no_residual_branch_is_left_alone(body: str) -> None:
@@ -137,8 +138,16 @@ def test_packed_tokens_of_rank_two_are_a_stream() -> None:
     assert bodies(discover("n = sym_size.int(x, 0)\n" + body.format("n"), inputs)) == ["p"]
     fixed = discover(body.format(2), inputs.replace("B", "2"))
     assert bodies(fixed) == ["p"]
-    vectors = "v = select.int(x, 1, 0)\n p = linear(v, w)\n y = add.Tensor(v, p)\n return y"
+    vectors = "v = select.int(x, 1, 0)\n p = linear(v, w)\n e = add.Tensor(v, p)\n y = unsqueeze(e, 1)\n return y"
     assert bodies(discover(vectors, inputs)) == bodies(discover(vectors, inputs.replace("B", "2"))) == []
+
+
+def test_vectors_are_a_stream_where_the_output_is_one_and_there_is_no_other() -> None:
+    inputs = "    x: f32[B, N, 8]\n    c: f32[B, 8]\n    w: param f32[8, 8]\n"
+    vectors = "p = linear(c, w)\n e = add.Tensor(c, p)\n"
+    assert bodies(discover(vectors + " return e", inputs)) == ["p"]
+    tokens = " q = linear(x, w)\n y = add.Tensor(x, q)\n m = mean.dim(y, [1])\n z = add.Tensor(e, m)\n return z"
+    assert bodies(discover(vectors + tokens, inputs)) == ["q"]
 
 
 def test_an_axis_that_attention_runs_along_holds_tokens_and_no_rows() -> None:
@@ -192,15 +201,31 @@ def test_an_add_in_the_hull_makes_a_container() -> None:
     assert (refusal.node, refusal.reason) == ("y", "container: 1 residual adds lie between its operators (h, ...)")
 
 
-def test_bodies_that_feed_each_other_are_refused() -> None:
-    found = discover(
-        "    p = linear(x, q_in)\n    u = linear(s, k_in)\n"
-        "    p_mean = mean.dim(p, [1], True)\n    u_mean = mean.dim(u, [1], True)\n"
-        "    p_in = mul.Tensor(p, u_mean)\n    u_in = mul.Tensor(u, p_mean)\n"
-        "    p2 = linear(p_in, v_in)\n    u2 = linear(u_in, o_in)\n"
-        "    y = add.Tensor(x, p2)\n    t = add.Tensor(s, u2)\n    return y, t"
-    )
-    assert bodies(found) == ["p p_in p2"]
+FEED_EACH_OTHER = """
+    p = linear(x, q_in)
+    u = linear(s, k_in)
+    p_mean = mean.dim(p, [1], True)
+    u_mean = mean.dim(u, [1], True)
+    {between}
+    p_in = mul.Tensor(p, u_mean)
+    u_in = mul.Tensor(u, {read})
+    p2 = linear(p_in, v_in)
+    u2 = linear(u_in, o_in)
+    y = add.Tensor(x, p2)
+    t = add.Tensor(s, u2)
+    return y, t"""
+
+
+def test_bodies_that_feed_each_other_are_one() -> None:
+    found = discover(FEED_EACH_OTHER.format(between="", read="p_mean"))
+    assert bodies(found) == ["p u p_mean u_mean p_in u_in p2 u2"]
+    assert [refusal.reason for refusal in found.refusals] == ["part of a larger branch, that of y"]
+
+
+def test_bodies_that_feed_each_other_through_a_third_are_refused() -> None:
+    between = "r = linear(p_mean, q_in)\n    third = add.Tensor(p_mean, r)"
+    found = discover(FEED_EACH_OTHER.format(between=between, read="third"))
+    assert bodies(found) == ["p p_in p2", "r"]
     assert [refusal.reason for refusal in found.refusals] == [
         "entangled: it both feeds and reads the body of another branch"
     ]
