@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from lazy_compile.branch import BranchTensor, ResidualBranch
+from lazy_compile.errors import LazyCompileError
 from zoo.registry import zoo
 from zoo.subject import Subject, subject
 
@@ -41,4 +42,7 @@ def _shapes(tensors: tuple[BranchTensor, ...]) -> str:
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or zoo():
-        (FOLDER / f"{name}.txt").write_text(described(subject(name)))
+        try:
+            (FOLDER / f"{name}.txt").write_text(described(subject(name)))
+        except LazyCompileError as error:
+            print(f"{name}: {error}", file=sys.stderr)
