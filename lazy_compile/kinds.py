@@ -13,6 +13,7 @@ from lazy_compile.operators import (
     CONVOLUTIONS,
     FUSED_ATTENTION,
     PRODUCTS,
+    SOFTMAX,
     is_dense_convolution,
     is_foreign_kernel,
     is_heavy,
@@ -59,10 +60,11 @@ def classify(
         return BranchKind.PARALLEL
     if all(_reads_a_side_input(flow, core, from_entries) for core in cores):
         return BranchKind.CROSS_ATTENTION
+    streams = [operand for core in cores for operand in _attended(core) if not _are_weights(flow, operand, cores)]
     projects_another_stream = any(
         is_heavy(node)
         and (activations & ~from_entries) >> flow.position[node] & 1
-        and any(flow.depends(operand, node) for core in cores for operand in _attended(core))
+        and any(flow.depends(operand, node) for operand in streams)
         for node in body
     )
     return BranchKind.JOINT_ATTENTION if skips > 1 or projects_another_stream else BranchKind.SELF_ATTENTION
@@ -92,6 +94,18 @@ def _reads_a_side_input(flow: Dataflow, core: fx.Node, from_entries: int) -> boo
 def _attended(core: fx.Node) -> list[fx.Node]:
     """Query, key and value, without a mask or bias; both factors of a product."""
     return [argument for argument in core.args[:3] if isinstance(argument, fx.Node)] or core.all_input_nodes
+
+
+def _are_weights(flow: Dataflow, operand: fx.Node, cores: Sequence[fx.Node]) -> bool:
+    """Whether an operand is the softmax of another core's scores, to which a mask or bias may have been added."""
+    others = flow.bits(cores)
+    for core in cores:
+        between = flow.region(core, operand)
+        if between & others & ~(1 << flow.position[core]):
+            continue
+        if any(operator_name(node) in SOFTMAX for node in flow.members(between)):
+            return True
+    return False
 
 
 def _has_parallel_mlp(flow: Dataflow, body: Sequence[fx.Node], cores: Sequence[fx.Node]) -> bool:

@@ -172,6 +172,33 @@ def test_updates_that_read_each_other_are_one_branch() -> None:
         assert torch.equal(seen, expected)
 
 
+class PairBias(nn.Module):
+    """Tokens attend to each other with a bias that is made from features of pairs of them."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused, self.first, self.last = fused, nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.pairs, self.bias = nn.Linear(3, 8), nn.Linear(8, 1)
+        self.up, self.down = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        x = self.first(x) + t[:, None, None]
+        q, k, v = self.up(x).chunk(3, -1)
+        bias = self.bias(torch.relu(self.pairs(z))).squeeze(-1)
+        if self.fused:
+            return self.last(x + self.down(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
+        return self.last(x + self.down((q @ k.mT + bias).softmax(-1) @ v))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "written out"])
+@torch.no_grad()
+def test_a_bias_is_no_stream_that_is_attended_to(fused: bool) -> None:
+    model, inputs = PairBias(fused), (torch.randn(2, 6, 4), torch.randn(2, 6, 6, 3), torch.rand(2))
+    lazy = lazily(model, *inputs)
+    assert [branch.kind.value for branch in lazy.branches] == ["self_attention"]
+    assert torch.equal(lazy(*inputs), model(*inputs))
+
+
 class Vectors(nn.Module):
     """One vector for each sample, as in the diffusion head of an autoregressive model or a policy over states."""
 
