@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 import lazy_compile
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.backends.onnx import export_onnx
+from lazy_compile.errors import ConfigError
 
 WIDTH = 16
 TOKENS = (torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.9]))
@@ -331,3 +332,18 @@ def test_a_noise_level_is_the_time_however_it_is_embedded(through: Callable[[Ten
 def test_a_buffer_may_be_called_like_an_operator(tmp_path: Any) -> None:
     report = export_onnx(lazily(NoiseLevel(torch.log), *TOKENS), tmp_path / "model.onnx")
     assert report.if_nodes == 1
+
+
+class ReadsTheTime(Stranger):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) if t.max() > 0.5 else super().forward(-x, t)
+
+
+@torch.no_grad()
+def test_a_model_that_decides_by_the_time_runs_and_is_not_exported(tmp_path: Any) -> None:
+    model = ReadsTheTime(lambda self, x: x + self.mlp(x))
+    lazy = lazily(model, *TOKENS)
+    for t in (TOKENS[1], TOKENS[1] - 0.5):
+        assert torch.equal(lazy(TOKENS[0], t), model(TOKENS[0], t))
+    with pytest.raises(ConfigError, match="ReadsTheTime reads the value of t while it runs"):
+        export_onnx(lazy, tmp_path / "model.onnx", TOKENS)

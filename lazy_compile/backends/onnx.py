@@ -46,6 +46,7 @@ from lazy_compile.policy import Learned, Scheduled
 from lazy_compile.program import Program, Role
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.slots import initial_value
+from lazy_compile.timestep import names_the_time
 
 if TYPE_CHECKING:
     from onnx_ir import Model
@@ -259,6 +260,12 @@ class _Export:
         check_group(group := config.group if group is None else group)
         import_optional("onnxscript", "onnx")
         graph, tensors = example_call(lazy, example_inputs)
+        of_time = [name for name in graph.guarded_inputs if name == graph.timestep_input or names_the_time(name)]
+        if of_time:
+            raise ConfigError(
+                f"{type(lazy.original).__name__} reads the value of {of_time[0]} while it runs (by item(), float() or "
+                "an if), so that a file would hold for one timestep alone; compute with the tensor instead"
+            )
         if graph.guarded_inputs:
             logger.warning(
                 "the exported %s is right only where it reads the same values from %s as from the example; export one "
