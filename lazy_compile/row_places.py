@@ -220,9 +220,9 @@ def _product_with_vector(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.No
 
 
 def _einsum(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
-    operands = node.all_input_nodes
-    if not isinstance(node.args[1], list | tuple) or list(node.args[1]) != operands:
-        return None  # one of them is there twice
+    if not isinstance(node.args[1], list | tuple):
+        return None
+    operands = [operand for operand in node.args[1] if isinstance(operand, fx.Node)]
     sides, result = einsum_axes(str(node.args[0]), [_rank(operand) for operand in operands])
     letters = set()
     for axes, operand in zip(sides, operands, strict=True):

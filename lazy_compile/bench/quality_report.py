@@ -149,7 +149,7 @@ def _rule(ours: Mapping[str, Any], rule: Mapping[str, Any] | None) -> str:
 ABOUT = """# What reuse costs in quality
 
 Written by `make results`; what was learned from it stands in [findings](findings.md), more questions in
-`questions.md`, the rows in [quality.json](quality.json).
+[questions](questions.md), the rows in [quality.json](quality.json).
 
 Every method starts from the same noise and is held against the dense samples of the same model. MACs count
 everything, the parts that always run included. RMSE is over the numbers of all images, in a range of 2, and the mean

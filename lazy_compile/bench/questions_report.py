@@ -79,14 +79,14 @@ def page(answers: Mapping[str, Any], quality: Sequence[Mapping[str, Any]], setti
         "## Fewer steps, or lazy ones?\n\n" + WHY["steps"],
         _picture("steps", "lazy trajectories against fewer steps"),
         _table(
-            answers["steps"],
+            [{**row, "rmse_fewer": f"{row['rmse_fewer']:.4f}" if _is_fewer(row) else ""} for row in answers["steps"]],
             {
                 "steps": "d",
                 "lazy_ratio": ".1%",
                 "compute_ratio": ".1%",
                 "rmse": ".4f",
                 "fewer": "d",
-                "rmse_fewer": ".4f",
+                "rmse_fewer": "",
             },
         ),
         "## One calibration for several numbers of steps?\n\n" + WHY["transfers"],
@@ -127,7 +127,7 @@ input foretells. At or below zero, the mean over samples is the better guess, an
     "oracle": """An oracle that knows the first-order answer of every single sample searches a schedule for each,
 within the same budget. The same few images in both lines of a pair.""",
     "steps": """A plan of T steps against the dense sampler with the number of steps that costs no less; both
-against the dense samples of T steps, from the same noise.""",
+against the dense samples of T steps, from the same noise. Where that number is T there is nothing to compare.""",
     "transfers": """A plan made for each T; one table of gates that joins them
 (`lazy-compile calibrate --steps 12 --steps 20 --steps 30`), in which each trajectory finds its own rows; and gates on
 knots over the noise level, from the plan for one T alone, shifted to the compute of each plan. What reuses at every
@@ -172,13 +172,19 @@ def _steps(rows: Sequence[Mapping[str, float]], theme: Theme) -> Any:
         mine = [row for row in rows if row["steps"] == steps]
         compute = [row["compute_ratio"] for row in mine]
         axis.plot(compute, [row["rmse"] for row in mine], marker="o", color=f"C{place}", label=f"lazy, T = {steps}")
-        axis.plot(compute, [row["rmse_fewer"] for row in mine], marker="x", color=f"C{place}", linestyle=":")
+        fewer = [row["rmse_fewer"] if _is_fewer(row) else np.nan for row in mine]
+        axis.plot(compute, fewer, marker="x", color=f"C{place}", linestyle=":")
     axis.set_yscale("log")
     axis.set_xlabel("MACs spent; dotted: fewer dense steps")
     axis.set_title("RMSE to the dense samples of T steps", fontsize=11, loc="left", color=theme.text)
     _style(axis, theme)
     figure.legend(loc="outside right upper", frameon=False, labelcolor=theme.text, fontsize=8)
     return figure
+
+
+def _is_fewer(row: Mapping[str, float]) -> bool:
+    """Of few steps the number that costs no less may be all of them, which are the dense samples."""
+    return row["fewer"] < row["steps"]
 
 
 def _picture(name: str, alt: str) -> str:
