@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from lazy_compile.operators import size_text, value_of
-from lazy_compile.row_places import Place, RowPlaces, RowsMix, involves
+from lazy_compile.row_places import RowPlaces, RowsMix
+from lazy_compile.row_rules import Place, involves
 
 FOLDED = "rows_folded_at"
 """``node.meta[FOLDED]`` is the axis of a tensor that a branch reads or returns with its rows folded."""

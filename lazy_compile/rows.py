@@ -12,7 +12,8 @@ from lazy_compile.dataflow import Dataflow
 from lazy_compile.folded_rows import is_folded
 from lazy_compile.operators import SDPA, SOFTMAX, VIEWS, operator_name, size_text, value_of
 from lazy_compile.program import Program, Role
-from lazy_compile.row_places import Place, RowPlaces, RowsMix, involves
+from lazy_compile.row_places import RowPlaces, RowsMix
+from lazy_compile.row_rules import Place, involves
 
 
 def batch_rows(program: Program) -> torch.SymInt | None:

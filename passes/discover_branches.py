@@ -19,7 +19,7 @@ from lazy_compile.operators import CONVOLUTIONS, is_heavy, macs, operator_name, 
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program, Role
 from lazy_compile.residual import Candidate, common_path, find_candidates
-from lazy_compile.row_places import Place
+from lazy_compile.row_rules import Place
 from lazy_compile.rows import batch_axis, batch_rows, batch_size, follow_rows
 
 

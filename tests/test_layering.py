@@ -12,8 +12,8 @@ LAYERS = {  # lowest first
     "data": ["config", "branch", "schedule", "gate", "grouping", "policy", "program"],
     "infrastructure": [
         *["pass_manager", "ops", "gate_ops", "slots", "progress", "storage", "threads", "processes"],
-        *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "folded_rows", "lazy_branch"],
-        *["extrapolation", "fake_quantize"],
+        *["dataflow", "operators", "residual", "kinds", "rows", "row_places", "row_rules", "folded_rows"],
+        *["extrapolation", "fake_quantize", "lazy_branch"],
     ],
     "passes": ["passes", "passes.*"],
     "middle": [

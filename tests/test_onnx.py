@@ -75,16 +75,15 @@ def test_gates_of_two_trajectories_serve_both_and_a_third_is_told_of(
     tables = [random_gates(lazy, knots(steps), seed=steps) for steps in (10, STEPS)]
     both = Learned(GateTable.joined(tables))
     for table in tables:
-        alone, calls = [], trajectory(TOYS["dit"], steps=len(table.knots))
+        tables_of_reuse, calls = [], trajectory(TOYS["dit"], steps=len(table.knots))
         for policy in (both, Learned(table)):
             assert follow(lazy, denoiser, policy, calls) < TOLERANCE
-            alone.append(lazy.stats.reuse_table)
-        np.testing.assert_array_equal(*alone)
+            tables_of_reuse.append(lazy.stats.reuse_table)
+        np.testing.assert_array_equal(*tables_of_reuse)
     assert not caplog.records
     follow(lazy, denoiser, both, trajectory(TOYS["dit"], steps=7))
     follow(lazy, denoiser, Scheduled(CacheSchedule.every(2, 5, len(lazy.branches))), calls)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 4  # by either model of either policy, once
+    said = [record.getMessage() for record in caplog.records]  # by either model of either policy, once
     assert ["calibrated on other timesteps" in each for each in said] == [True, True, False, False]
     assert ["the schedule has 5 steps" in each for each in said] == [False, False, True, True]
 
@@ -395,8 +394,7 @@ def test_real_models_follow_pytorch(make: Callable[[], Any], reuse: str, tmp_pat
             lazy.policy = denoiser.policy = policy
             lazy.reset_stats()
         with torch.no_grad():
-            torch.testing.assert_close(
-                denoiser(**call_now).sample, lazy(**call_now).sample, rtol=TOLERANCE, atol=TOLERANCE
-            )
+            seen, expected = denoiser(**call_now).sample, lazy(**call_now).sample
+        torch.testing.assert_close(seen, expected, rtol=TOLERANCE, atol=TOLERANCE)
     np.testing.assert_array_equal(denoiser.stats.reuse_table, lazy.stats.reuse_table)
     assert (report.if_nodes, report.heavy_ops_outside_if) == (len(lazy.branches), ())

@@ -23,6 +23,7 @@ from lazy_compile.backends.onnx_metadata import KEY, Gating, InputSpec, OnnxMeta
 from lazy_compile.backends.onnx_prologue import (
     PROLOGUE_KEY,
     drop_unread_inputs,
+    hoisted_graph,
     make_prologue,
     prologue_macs,
     prologue_path,
@@ -272,7 +273,7 @@ class _Export:
                 "file for each that you need",
                 type(lazy.original).__name__, ", ".join(graph.guarded_inputs),
             )  # fmt: skip
-        graph = _hoisted(lazy, graph, invariants)
+        graph = hoisted_graph(lazy, graph, invariants)
         leaders = graph.leaders(group)
         rule: BatchRule = "all_reuse" if config.batch_rule == "per_sample" else config.batch_rule
         if predictors is None:
@@ -371,32 +372,6 @@ class _Export:
             return None
         self.is_simplified = True
         return result
-
-
-def _hoisted(lazy: LazyModule, graph: LazyGraph, invariants: Sequence[str]) -> LazyGraph:
-    """The graph whose prologue computes what these inputs decide; the same one, and a warning, if nothing does.
-
-    Raises:
-        ConfigError: there is no such input, or it is the timestep.
-    """
-    if isinstance(invariants, str):
-        raise ConfigError(f"invariants is the string {invariants!r}; give a tuple of names")
-    known = graph.layout.names
-    for name in invariants:
-        if name not in known:
-            raise ConfigError(f"{name!r} is no input that could stay the same; the inputs are {', '.join(known)}")
-        if name == graph.timestep_input:
-            raise ConfigError(f"{name!r} is the timestep, which changes at every step; name other inputs as invariants")
-    if not invariants:
-        return graph
-    hoisted = lazy._store.hoisted(graph, frozenset(invariants))
-    if hoisted.program.prologue is None:
-        logger.warning(
-            "nothing of %s can be hoisted: %s and the weights alone decide no matrix product, or only those of gated "
-            "branches; the file is the same as without invariants",
-            type(lazy.original).__name__, ", ".join(invariants),
-        )  # fmt: skip
-    return hoisted
 
 
 def _dump(spec: pytree.TreeSpec) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lazy_compile.backends.onnx_convert import convert, name_values
 from lazy_compile.backends.onnx_metadata import Gating, OnnxMetadata
-from lazy_compile.errors import ArtifactError, import_optional
+from lazy_compile.errors import ArtifactError, ConfigError, import_optional
 from lazy_compile.operators import macs
 from lazy_compile.pass_manager import PassManager
 from lazy_compile.passes.split_complex import SplitComplex
@@ -20,6 +21,11 @@ from lazy_compile.program import Program, Role
 
 if TYPE_CHECKING:
     from onnx_ir import Model
+
+    from lazy_compile.lazy_graph import LazyGraph
+    from lazy_compile.module import LazyModule
+
+logger = logging.getLogger("lazy_compile")
 
 PROLOGUE_KEY = "lazy_compile.prologue"
 """The entry of ``ModelProto.metadata_props`` of a prologue; its value is the digest of what the file computes."""
@@ -62,6 +68,32 @@ def check_prologue(path: Path, digest: str, step: Path, metadata: OnnxMetadata) 
             f"{'it was exported with another model' if digest else 'export_onnx did not write it as one'}; copy both "
             "from one export or build, or make both again"
         )
+
+
+def hoisted_graph(lazy: LazyModule, graph: LazyGraph, invariants: Sequence[str]) -> LazyGraph:
+    """The graph whose prologue computes what these inputs decide; the same one, and a warning, if nothing does.
+
+    Raises:
+        ConfigError: there is no such input, or it is the timestep.
+    """
+    if isinstance(invariants, str):
+        raise ConfigError(f"invariants is the string {invariants!r}; give a tuple of names")
+    known = graph.layout.names
+    for name in invariants:
+        if name not in known:
+            raise ConfigError(f"{name!r} is no input that could stay the same; the inputs are {', '.join(known)}")
+        if name == graph.timestep_input:
+            raise ConfigError(f"{name!r} is the timestep, which changes at every step; name other inputs as invariants")
+    if not invariants:
+        return graph
+    hoisted = lazy._store.hoisted(graph, frozenset(invariants))
+    if hoisted.program.prologue is None:
+        logger.warning(
+            "nothing of %s can be hoisted: %s and the weights alone decide no matrix product, or only those of gated "
+            "branches; the file is the same as without invariants",
+            type(lazy.original).__name__, ", ".join(invariants),
+        )  # fmt: skip
+    return hoisted
 
 
 def prologue_of(program: Program) -> tuple[Program, tuple[str, ...]]:
