@@ -152,6 +152,8 @@ def _contraction(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> 
     """``inner`` and ``tensordot``: the left factor keeps its other axes, in their order and in front."""
     left = node.all_input_nodes[0]
     place, rank = rows.place(left), _rank(left)
+    if node.args[0] is node.args[1]:  # each row with every other
+        return None
     dims = _argument(node, "dims_self")
     summed = [rank - 1] if dims is None else [axis % rank for axis in dims]
     if place is None or list(batched) != [left] or place.axis in summed:

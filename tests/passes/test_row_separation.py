@@ -43,6 +43,9 @@ def with_rows(between: str) -> str:
         ("t = transpose.int(f, 0, 1); r = reshape(t, [n, m, 8]); b = linear(r, k_in)", "reshape (r)"),
         ("r = view(f, [-1, 8]); k = softmax.int(r, 0); b = view(k, [n, m, 8])", "softmax (k)"),
         ("r = repeat(f, [2, 1, 1]); b = slice.Tensor(r, 0, 0, n)", "repeat (r)"),
+        ("r = inner(f, f); k = mean.dim(r, [2, 3]); u = unsqueeze(k, 2); b = mul.Tensor(f, u)", "inner (r)"),
+        ("r = tensordot(k_in, f, [0], [2]); b = permute(r, [1, 2, 0])", "tensordot (r)"),
+        ("r = unfold(f, 0, 1, 1); b = squeeze.dim(r, 3)", "unfold (r)"),
         (
             "t = transpose.int(f, 0, 1); r = scaled_dot_product_attention(t, t, t); b = transpose.int(r, 0, 1)",
             "scaled_dot_product_attention (r)",
@@ -82,6 +85,12 @@ def test_an_operator_that_works_across_rows_keeps_them_together(between: str, mi
         "r = unsqueeze(f, 0); k = squeeze.dim(r, 0); b = layer_norm(k, [8])",
         "h = topk(f, 8); r = h[0]; b = neg(r)",
         "r = constant_pad_nd(f, [0, 0, 1, 0]); b = slice.Tensor(r, 1, 0, m)",
+        "t = transpose.int(f, 0, 1); v = matmul(t, scale); r = transpose.int(v, 0, 1); k = unsqueeze(r, 2); "
+        "b = mul.Tensor(f, k)",  # a vector on the right
+        "t = permute(f, [1, 2, 0]); v = matmul(scale, t); r = transpose.int(v, 0, 1); k = unsqueeze(r, 2); "
+        "b = mul.Tensor(f, k)",  # and on the left
+        "t = permute(f, [2, 1, 0]); v = tensordot(t, k_in, [0], [0]); b = transpose.int(v, 0, 1)",
+        "t = transpose.int(f, 0, 1); v = unfold(t, 0, 1, 1); r = squeeze.dim(v, 3); b = transpose.int(r, 0, 1)",
     ],
 )
 def test_an_operator_that_works_within_rows_leaves_them_apart(between: str) -> None:
