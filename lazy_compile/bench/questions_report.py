@@ -160,6 +160,7 @@ def _schedule(answers: Mapping[str, Any], theme: Theme) -> Any:
     axis.imshow(1 - np.array(answers["schedule"]).T, aspect="auto", cmap="Oranges", vmin=0, vmax=1.3)
     axis.set_yticks(range(len(answers["branches"])), answers["branches"], fontsize=7)
     axis.set_xlabel("step")
+    axis.set_xticks(range(0, len(answers["schedule"]), 5))
     _style(axis, theme)
     axis.grid(visible=False)
     return figure
