@@ -169,9 +169,9 @@ def erase_dead(graph: fx.Graph) -> bool:
 
 
 def _module_path(node: fx.Node) -> str:
-    """``"model.blocks.0.attn"``, the innermost; strict export spells it ``__dict__['_modules']['blocks']``."""
+    """``"model.blocks.0.attn"``; strict export spells a module as ``__dict__['_modules']['blocks']``."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = max((str(path) for path, _ in stack.values()), key=len, default="")
+    path = str(list(stack.values())[-1][0]) if stack else ""
     return re.sub(r"__dict__\['_modules'\]\['(\w+)'\]", r"\1", path)
 
 

@@ -320,6 +320,25 @@ def test_a_noise_level_is_the_time_however_it_is_embedded(through: Callable[[Ten
     assert lazily(NoiseLevel(through), *TOKENS).graph.timestep_input == "level"
 
 
+class Bare(nn.Module):
+    """Projections lie in dictionaries, and the outermost forward attends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({key: nn.Linear(WIDTH, WIDTH) for key in "qkvo"}) for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.first(x) + t[:, None, None]
+        for block in self.blocks:
+            x = x + block["o"](F.scaled_dot_product_attention(block["q"](x), block["k"](x), block["v"](x)))
+        return self.last(x)
+
+
+def test_a_branch_is_called_by_what_its_modules_have_in_common() -> None:
+    assert [branch.name for branch in lazily(Bare(), *TOKENS).branches] == ["blocks.0", "blocks.1"]
+
+
 def test_a_buffer_may_be_called_like_an_operator(tmp_path: Any) -> None:
     report = export_onnx(lazily(NoiseLevel(torch.log), *TOKENS), tmp_path / "model.onnx")
     assert report.if_nodes == 1
