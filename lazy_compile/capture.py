@@ -25,7 +25,7 @@ from lazy_compile.errors import CaptureError, LazyCompileError
 from lazy_compile.operators import note_example_sizes, value_of
 from lazy_compile.program import Program, Role, module_state
 from lazy_compile.python_state import left_as_it_was
-from lazy_compile.tracing import ExportAid
+from lazy_compile.tracing import ExportAid, rounded_sizes
 from lazy_compile.value_guards import Tape, ValueGuards
 
 
@@ -39,6 +39,7 @@ class Capture:
         attempts: one line for each way that was tried before and failed.
         output_spec: how to build the model's own return value from flat outputs.
         values: what the model read from its inputs on the way, and must read again for the program to be right.
+        rounds_at: where the model made a whole number of a size that it had divided, which this way of export fixes.
     """
 
     program: Program
@@ -46,6 +47,7 @@ class Capture:
     attempts: tuple[str, ...]
     output_spec: pytree.TreeSpec
     values: ValueGuards = field(default_factory=ValueGuards)
+    rounds_at: str = ""
     _guards: CodeType | None = None
     _verdicts: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
 
@@ -131,51 +133,70 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
     1. The rungs of the ladder are tried in turn. Dynamic sizes come before fixed ones; a model that decides by the
        values of its inputs is captured for the values of this call, which are guarded.
     2. An example batch of 1 is repeated to 2 first, since export specialises the sizes 0 and 1.
-    3. With ``reads_values`` only those rungs are tried that read values: then no size depends on a value.
-    4. A decision by a value that depends on weights ends the search: it could not be checked before the model has run.
+    3. A model that writes ``int(windows / (height * width / 16))`` fixes its sizes in a plain export; a strict one is
+       tried before that is accepted.
+    4. With ``reads_values`` only those rungs are tried that read values: then no size depends on a value.
+    5. A decision by a value that depends on weights ends the search: it could not be checked before the model has run.
 
     Raises:
         CaptureError: every rung failed; the message names the decisive reason. Or the weights are sharded.
     """
     _require_whole_weights(model)
     attempts: list[str] = []
-    doubled = _with_batch_of_two(tensors)
+    rounded: Capture | None = None
     for rung in [rung for rung in LADDER if rung.reads_values or not reads_values]:
-        for example in ([doubled] if doubled is not None else []) + [tuple(tensors)]:
-            flat = FlatModel(model, layout)
-            label = f"{rung.name}, guarded values" if rung.reads_values else rung.name
-            try:
-                with quiet_evaluation(model), left_as_it_was(model):
-                    exported = rung.export(flat, example).run_decompositions({})
-                program = Program.from_exported(exported, parameter_prefix="model.")
-                program.name_users(layout.names)
-            except LazyCompileError:
-                raise
-            except Exception as error:
-                attempts.append(f"{label}: {_first_line(error)}")
-                if flat.stuck_at:
-                    raise CaptureError(
-                        f"{type(model).__name__} could not be captured: it decides by a value that depends on its "
-                        f"weights, {flat.stuck_at}. {_advice(model, _DECIDES)}"
-                    ) from error
-                continue
-            output_spec = exported.call_spec.out_spec
-            assert output_spec is not None
-            values = flat.values_read
-            found = Capture(
-                program, label if values else rung.name, tuple(attempts), output_spec, values, _compile_guards(exported)
-            )
-            if found.accepts(tensors):
-                for fake, tensor in zip(found.fake_tensors, tensors, strict=True):
-                    note_example_sizes(fake.shape, tensor.shape)
-                if found.has_open_sizes and not any(tensor.is_meta for tensor in tensors):
-                    with quiet_evaluation(model):
-                        _NoteSizes(program.graph_module).run(*program.bind(module_state(model), tensors))
-                return found
-            attempts.append(f"{label}: the graph of a batch of 2 serves no other")
+        if rounded is not None and not rung.strict:
+            return rounded
+        found = _by_rung(rung, model, layout, tensors, attempts)
+        if found is None:
+            continue
+        if rung != LADDER[0] or not found.rounds_at:
+            return found
+        rounded = found
+        attempts.append(f"{found.rung}: a size is fixed by int() of what was divided, {found.rounds_at}")
+    if rounded is not None:
+        return rounded
     raise CaptureError(
         f"{type(model).__name__} could not be captured; {attempts[0].rstrip('.')}. {_advice(model, _CHECK)}"
     )
+
+
+def _by_rung(
+    rung: Rung, model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], attempts: list[str]
+) -> Capture | None:
+    doubled = _with_batch_of_two(tensors)
+    for example in ([doubled] if doubled is not None else []) + [tuple(tensors)]:
+        flat = FlatModel(model, layout)
+        label = f"{rung.name}, guarded values" if rung.reads_values else rung.name
+        try:
+            with quiet_evaluation(model), left_as_it_was(model), rounded_sizes() as rounded:
+                exported = rung.export(flat, example).run_decompositions({})
+            program = Program.from_exported(exported, parameter_prefix="model.")
+            program.name_users(layout.names)
+        except LazyCompileError:
+            raise
+        except Exception as error:
+            attempts.append(f"{label}: {_first_line(error)}")
+            if flat.stuck_at:
+                raise CaptureError(
+                    f"{type(model).__name__} could not be captured: it decides by a value that depends on its "
+                    f"weights, {flat.stuck_at}. {_advice(model, _DECIDES)}"
+                ) from error
+            continue
+        output_spec = exported.call_spec.out_spec
+        assert output_spec is not None
+        values, guards = flat.values_read, _compile_guards(exported)
+        name = label if values else rung.name
+        found = Capture(program, name, tuple(attempts), output_spec, values, "".join(rounded[:1]), guards)
+        if found.accepts(tensors):
+            for fake, tensor in zip(found.fake_tensors, tensors, strict=True):
+                note_example_sizes(fake.shape, tensor.shape)
+            if found.has_open_sizes and not any(tensor.is_meta for tensor in tensors):
+                with quiet_evaluation(model):
+                    _NoteSizes(program.graph_module).run(*program.bind(module_state(model), tensors))
+            return found
+        attempts.append(f"{label}: the graph of a batch of 2 serves no other")
+    return None
 
 
 def _require_whole_weights(model: nn.Module) -> None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.functions import FloatTrueDiv, FloorToInt, IntTrueDiv, ToFloat, TruncToInt
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -143,12 +145,40 @@ def _examples(shape_env: Any) -> _Examples:
     return found
 
 
+NUMBERS = (torch.SymInt, torch.SymFloat)
+"""What a graph computes from sizes alone."""
+
+
 def size_text(size: Any) -> str:
     """``str(size)``: a number, a symbol, or how it is computed. To print an expression takes long, so it is kept."""
-    return _text(size.node.expr) if isinstance(size, torch.SymInt) else str(size)
+    return _text(size.node.expr) if isinstance(size, NUMBERS) else str(size)
 
 
-_text = lru_cache(maxsize=1 << 14)(str)
+@lru_cache(maxsize=1 << 14)
+def _text(expression: Any) -> str:
+    return str(exact(expression))
+
+
+def exact(expression: Any) -> Any:
+    """A size in whole numbers and fractions, where the model divides with rounding: ``int(4 * n / 4.0)`` is ``n``.
+
+    Floating point divides without error where nothing is left; where something is, sizes are not compared any closer.
+    """
+    if not expression.has(TruncToInt, FloorToInt):
+        return expression
+    return expression.replace(
+        lambda part: isinstance(part, TruncToInt | FloorToInt), lambda part: sympy.floor(_fraction(part.args[0]))
+    )
+
+
+def _fraction(expression: Any) -> Any:
+    if isinstance(expression, FloatTrueDiv | IntTrueDiv):
+        return _fraction(expression.args[0]) / _fraction(expression.args[1])
+    if isinstance(expression, ToFloat):
+        return expression.args[0]
+    if expression.is_Float and expression == int(expression):
+        return sympy.Integer(int(expression))
+    return expression.func(*map(_fraction, expression.args)) if expression.is_Mul else expression
 
 
 @lru_cache(maxsize=1 << 14)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.operators import operator_name, size_text, value_of
+from lazy_compile.operators import exact, operator_name, size_text, value_of
 from lazy_compile.row_rules import BATCH, Place, involves, rule_of
 
 
@@ -58,7 +58,7 @@ class RowPlaces:
 
     def _at_primes(self, expression: Any) -> int:
         if expression not in self._lengths:
-            self._lengths[expression] = int(expression.subs(map(self._stand_in, expression.free_symbols)))
+            self._lengths[expression] = int(exact(expression).subs(map(self._stand_in, expression.free_symbols)))
         return self._lengths[expression]
 
     def _stand_in(self, symbol: Any) -> tuple[Any, int]:

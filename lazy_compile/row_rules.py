@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.operators import CONVOLUTIONS, SDPA, einsum_axes, operator_name, symbols_of, value_of
+from lazy_compile.operators import CONVOLUTIONS, NUMBERS, SDPA, einsum_axes, operator_name, symbols_of, value_of
 
 if TYPE_CHECKING:
     from lazy_compile.row_places import RowPlaces
@@ -42,15 +42,14 @@ def rule_of(node: fx.Node) -> Rule | None:
 
 
 def involves(sizes: Iterable[Any], symbol: str) -> bool:
-    """Whether a size is, or is computed from, the symbolic size ``symbol``."""
-    return any(isinstance(size, torch.SymInt) and symbol in symbols_of(size.node.expr) for size in sizes)
+    """Whether a number is, or is computed from, the symbolic size ``symbol``."""
+    return any(isinstance(size, NUMBERS) and symbol in symbols_of(size.node.expr) for size in sizes)
 
 
 def _pointwise(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
     """Operands are aligned at the right. A batch size among the values would be another for some of the rows."""
     if operator_name(node) not in ("expand", "expand_as") and any(
-        isinstance(size := value_of(argument), torch.SymInt) and involves([size], rows.symbol)
-        for argument in node.all_input_nodes
+        involves([value_of(argument)], rows.symbol) for argument in node.all_input_nodes
     ):
         return None
     from_right = {(_rank(operand) - place.axis, place.outer) for operand in batched if (place := rows.place(operand))}

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from lazy_compile.dataflow import Dataflow
 from lazy_compile.folded_rows import is_folded
-from lazy_compile.operators import SDPA, SOFTMAX, VIEWS, operator_name, size_text, value_of
+from lazy_compile.operators import NUMBERS, SDPA, SOFTMAX, VIEWS, operator_name, size_text, value_of
 from lazy_compile.program import Program, Role
 from lazy_compile.row_places import RowPlaces, RowsMix
 from lazy_compile.row_rules import Place, involves
@@ -81,7 +81,7 @@ def is_measurable(size: fx.Node, tensors: Sequence[fx.Node], symbol: str | None 
         return True
     operands = size.all_input_nodes
     return bool(operands) and all(
-        isinstance(value_of(operand), torch.SymInt) and is_measurable(operand, tensors, symbol) for operand in operands
+        isinstance(value_of(operand), NUMBERS) and is_measurable(operand, tensors, symbol) for operand in operands
     )
 
 
@@ -116,8 +116,7 @@ def follow_rows(
             return f"entry {node.name} has no batch axis", {}
     for node in inputs:
         value = value_of(node)
-        counts_rows = isinstance(value, torch.SymInt) and involves([value], symbol)
-        if counts_rows and not is_measurable(node, inputs, symbol if axes else None):
+        if involves([value], symbol) and not is_measurable(node, inputs, symbol if axes else None):
             return f"the size {value} is computed from the batch outside the branch", {}
     rows = RowPlaces(symbol, places)
     try:

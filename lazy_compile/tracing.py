@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,23 @@ class ExportAid(TorchFunctionMode):
             else:
                 positions.append(item)
         return tuple(positions) if isinstance(index, tuple) or len(positions) != 1 else positions[0]
+
+
+@contextmanager
+def rounded_sizes() -> Iterator[list[str]]:
+    """Collects the places where the model calls ``int()`` on a size that it has divided: export fixes that size."""
+    places: list[str] = []
+    original = torch.SymFloat.__int__
+
+    def note(size: torch.SymFloat) -> int:
+        places.append(_calling_line())
+        return int(original(size))  # type: ignore[no-untyped-call]
+
+    torch.SymFloat.__int__ = note  # type: ignore[method-assign]
+    try:
+        yield places
+    finally:
+        torch.SymFloat.__int__ = original  # type: ignore[method-assign]
 
 
 class GradientRegions:

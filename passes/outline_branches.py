@@ -14,7 +14,7 @@ from torch.fx.passes.tools_common import stable_topological_sort
 from lazy_compile.branch import ResidualBranch
 from lazy_compile.folded_rows import FOLDED, insert_fold, insert_unfold, unfolded
 from lazy_compile.lazy_branch import TAG
-from lazy_compile.operators import value_of
+from lazy_compile.operators import NUMBERS, value_of
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program
 from lazy_compile.rows import axis_of_size, batch_rows, is_measurable
@@ -59,7 +59,7 @@ class OutlineBranches(GraphPass):
 def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) -> None:
     inside = set(body)
     external = dict.fromkeys(node for member in body for node in member.all_input_nodes if node not in inside)
-    tensors = [node for node in external if not isinstance(value_of(node), torch.SymInt)]
+    tensors = [node for node in external if not isinstance(value_of(node), NUMBERS)]
     by_name = {node.name: node for node in body}
     outputs = [by_name[output.name] for output in branch.outputs]
     rows = batch_rows(program) if branch.row_separable else None
@@ -76,7 +76,7 @@ def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) 
         copies[node] = insert_fold(graph, copies[node], folds[node], value_of(node))
         readable.append(copies[node])
     inputs = list(tensors)
-    for size in (node for node in external if isinstance(value_of(node), torch.SymInt)):
+    for size in (node for node in external if isinstance(value_of(node), NUMBERS)):
         if is_measurable(size, readable):
             _measure(graph, size, readable, copies)
         else:

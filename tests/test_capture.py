@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from layers import MLP, WIDTH, norm, sinusoid
+from lazy_compile import transform
 from lazy_compile.call_layout import CallLayout
 from lazy_compile.capture import LADDER, Capture, capture
 from lazy_compile.errors import CaptureError
@@ -119,6 +120,43 @@ def test_a_fixed_batch_is_captured_as_it_is() -> None:
     assert accepts(found, x=torch.ones(1, 16, 8))
     assert not accepts(found, x=torch.ones(2, 16, 8))
     assert found.attempts == ("export, dynamic sizes: the graph of a batch of 2 serves no other",)
+
+
+class Windows(nn.Module):
+    """Counts the rows of a batch as Swin transformers do, by a true division."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.reshape(-1, 4, WIDTH)
+        rows = int(windows.shape[0] / (16 / 4))
+        return x + self.mlp(windows).view(rows, 16, -1)
+
+
+def test_int_of_a_divided_size_keeps_the_batch_open() -> None:
+    model, x = randomize(Windows()), joined(2)["x"]
+    found = captured_call(model, x=x)
+    assert found.rung == "strict export, dynamic sizes"
+    (reason,) = found.attempts
+    assert "a size is fixed by int() of what was divided, in forward, test_capture.py:" in reason
+    lazy = transform(model, (x,))
+    assert [branch.row_separable for branch in lazy.branches] == [True]
+    for rows in (2, 3):
+        x = joined(rows)["x"]
+        assert accepts(found, x=x)
+        assert torch.equal(lazy(x), model(x))
+    assert lazy.stats.captures == 1
+
+
+def test_int_of_a_divided_size_is_fixed_where_strict_export_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lazy_compile.capture.LADDER", (LADDER[0], LADDER[-1]))
+    x = joined(2)["x"]
+    found = captured_call(randomize(Windows()), x=x)
+    assert found.rung == "export, dynamic sizes"
+    assert accepts(found, x=x)
+    assert not accepts(found, x=joined(3)["x"])
 
 
 # The ladder -------------------------------------------------------------------------------------------------------

@@ -200,6 +200,11 @@ def test_trajectories_with_as_many_steps_are_told_apart_too() -> None:
     assert [gates.row(500, before).bias[0].item() for before in (900, 800)] == [1.0, 5.0]
 
 
+def test_the_first_step_of_a_trajectory_follows_none_of_another() -> None:
+    gates = GateTable.joined([table(knots=(900.0, 500.0)), table(knots=(950.0, 600.0)).shifted(4.0)])
+    assert gates.row(940, 950).bias[0].item() == 4.0
+
+
 @pytest.mark.parametrize(
     ("timestep", "before", "foreign"),
     [(700, 900, False), (300, 500, False), (500, 900, False), (690, 880, False), (620, 700, True), (300, 700, True)],

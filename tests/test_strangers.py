@@ -98,6 +98,8 @@ BLOCKS: dict[str, tuple[Body, str, bool]] = {
         "mlp", True,
     ),
     "bilinear": (lambda self, x: x + self.bilinear(torch.relu(x), x), "mlp", True),
+    "by the number of tokens": (inside(lambda self, h: h * h.shape[1] ** -0.5), "mlp", True),
+    "by the number of rows": (inside(lambda self, h: h * h.shape[0] ** -0.5), "mlp", False),
     "recurrent": (lambda self, x: x + self.down(self.gru(x)[0]), "mlp", False),
 }  # fmt: skip
 """What a block does, the kind that its author would name, and whether each row can be computed alone."""
