@@ -26,7 +26,7 @@ from lazy_compile.operators import note_example_sizes, value_of
 from lazy_compile.program import Program, Role, module_state
 from lazy_compile.python_state import left_as_it_was
 from lazy_compile.tracing import ExportAid, rounded_sizes
-from lazy_compile.value_guards import Tape, ValueGuards
+from lazy_compile.value_guards import StateGuards, StateTape, Tape, ValueGuards
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Capture:
         attempts: one line for each way that was tried before and failed.
         output_spec: how to build the model's own return value from flat outputs.
         values: what the model read from its inputs on the way, and must read again for the program to be right.
+        state: what it read from its weights and buffers.
         rounds_at: where the model made a whole number of a size that it had divided, which this way of export fixes.
     """
 
@@ -47,13 +48,14 @@ class Capture:
     attempts: tuple[str, ...]
     output_spec: pytree.TreeSpec
     values: ValueGuards = field(default_factory=ValueGuards)
+    state: StateGuards = field(default_factory=StateGuards)
     rounds_at: str = ""
     _guards: CodeType | None = None
     _verdicts: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
 
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the program may be run on these tensors."""
-        return self.accepts_sizes(tensors) and self.values.hold(tensors)
+        return self.accepts_sizes(tensors) and self.state.hold() and self.values.hold(tensors)
 
     def accepts_sizes(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the program may be run on tensors of these shapes, whatever is in them."""
@@ -111,7 +113,8 @@ class Rung:
         return f"{way}, fixed sizes" if self.dynamic == "nothing" else f"{way}, dynamic {self.dynamic}"
 
     def export(self, flat: FlatModel, example: Sequence[Tensor]) -> ExportedProgram:
-        flat.aid = None if self.strict else ExportAid(Tape(example) if self.reads_values else None)
+        tapes = (Tape(example), StateTape(flat.model)) if self.reads_values else ()
+        flat.aid = None if self.strict else ExportAid(*tapes)
         flat.rows_of = _inputs_with_rows(example) if self.dynamic != "nothing" else []
         axes = {"sizes": None, "batch": 1, "nothing": 0}[self.dynamic]
         shapes = tuple(dict.fromkeys(range(tensor.dim())[:axes], Dim.AUTO) for tensor in example)
@@ -185,9 +188,11 @@ def _by_rung(
             continue
         output_spec = exported.call_spec.out_spec
         assert output_spec is not None
-        values, guards = flat.values_read, _compile_guards(exported)
-        name = label if values else rung.name
-        found = Capture(program, name, tuple(attempts), output_spec, values, "".join(rounded[:1]), guards)
+        values, state = flat.values_read
+        name, places = label if values or state.guards else rung.name, "".join(rounded[:1])
+        found = Capture(
+            program, name, tuple(attempts), output_spec, values, state, places, _compile_guards(exported)
+        )  # fmt: skip
         if found.accepts(tensors):
             for fake, tensor in zip(found.fake_tensors, tensors, strict=True):
                 note_example_sizes(fake.shape, tensor.shape)
@@ -269,8 +274,10 @@ class FlatModel(nn.Module):
             return self.aid.detached(result)
 
     @property
-    def values_read(self) -> ValueGuards:
-        return self.aid.tape.guards() if self.aid is not None and self.aid.tape is not None else ValueGuards()
+    def values_read(self) -> tuple[ValueGuards, StateGuards]:
+        if self.aid is None or self.aid.inputs is None or self.aid.state is None:
+            return ValueGuards(), StateGuards()
+        return self.aid.inputs.guards(), self.aid.state.state_guards()
 
     @property
     def stuck_at(self) -> str:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lazy_compile.tensor_builders import build_from_tensors
-from lazy_compile.value_guards import Tape, real_tensors
+from lazy_compile.value_guards import StateTape, Tape, real_tensors
 
 READS = frozenset(
     {
@@ -38,17 +38,20 @@ class ExportAid(TorchFunctionMode):
        from its value.
     3. What the model computes inside ``torch.no_grad()`` is detached where it leaves such a region; the capture itself
        runs without gradients, so that nothing else would remember.
-    4. With a tape, a value that is read from the model's inputs is worked out on the example; a tensor whose size
-       depends on such values becomes a constant. The tape notes both, so that a later call can be checked.
+    4. With tapes, a value that is read from the model's inputs, or from its state, is worked out on the example; a
+       tensor whose size depends on such values becomes a constant. A tape notes both, so that a later call can be
+       checked.
 
     Attributes:
-        tape: what is known of the inputs; None to let every read fail.
-        stuck: where the model read a value that depends on its weights; empty if it did not.
+        inputs: what is known of the inputs; None to let every read fail.
+        state: what is known of the weights.
+        stuck: where the model read a value that depends on inputs and weights; empty if it did not.
     """
 
-    def __init__(self, tape: Tape | None = None) -> None:
+    def __init__(self, inputs: Tape | None = None, state: StateTape | None = None) -> None:
         super().__init__()
-        self.tape = tape
+        self.inputs, self.state = inputs, state
+        self._tapes = [tape for tape in (inputs, state) if tape is not None]
         self.stuck = ""
         self._numbers: dict[int, Tensor] = {}
         self._gradients = GradientRegions()
@@ -57,8 +60,10 @@ class ExportAid(TorchFunctionMode):
         """Start with the inputs as export passes them, and those of them that the caller gave as Python numbers."""
         self._numbers = {id(tensor): tensor for tensor in numbers}
         self._gradients = GradientRegions()
-        if self.tape is not None:
-            self.tape.begin(inputs)
+        if self.inputs is not None:
+            self.inputs.begin(inputs)
+        if self.state is not None:
+            self.state.begin_now()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -84,63 +89,75 @@ class ExportAid(TorchFunctionMode):
         return self._gradients.outside(result)
 
     def _call(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if self.tape is None:
+        if not self._tapes:
             return func(*args, **kwargs)
         if name == "__iter__":
             return iter(self._call(torch.unbind, "unbind", args[:1], {}))
         if name in READS and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
-            if self.tape.knows(args, kwargs):
-                return self.tape.read(func, args, kwargs)
+            tape = self._tape_that_knows(args, kwargs)
+            if tape is not None:
+                return tape.read(func, args, kwargs)
             self.stuck = self.stuck or f"{name.strip('_')}() {_calling_line()}"
             return func(*args, **kwargs)
         if _repeats_by_tensor(name, args, kwargs):
-            return self._repeated(self.tape, func, args, kwargs)
+            return self._repeated(func, args, kwargs)
         if name in COUNTS or (name == "where" and len(args) == 1):
-            return self._counted(self.tape, func, args, kwargs)
+            return self._counted(func, args, kwargs)
         if name in ("__getitem__", "__setitem__"):
-            args = (args[0], self._read_index(self.tape, args[1]), *args[2:])
+            args = (args[0], self._read_index(args[1]), *args[2:])
         result = func(*args, **kwargs)
-        self.tape.record(func, args, kwargs, result)
+        self._record(func, args, kwargs, result)
         return result
+
+    def _record(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        for tape in self._tapes:
+            tape.record(func, args, kwargs, result)
+
+    def _tape_that_knows(self, *values: Any) -> Tape | None:
+        return next((tape for tape in self._tapes if tape.knows(*values)), None)
 
     def _dtype_of(self, tensor: Tensor) -> torch.dtype:
         """What a constructor makes of a tensor: a floating Python number takes the default type."""
         number = id(tensor) in self._numbers and tensor.is_floating_point()
         return torch.get_default_dtype() if number else tensor.dtype
 
-    def _counted(self, tape: Tape, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _counted(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The result as a constant, where its values are known."""
-        if not tape.knows(args, kwargs):
+        tape = self._tape_that_knows(args, kwargs)
+        if tape is None:
             return func(*args, **kwargs)
         constants = pytree.tree_map_only(Tensor, _constant, tape.read(func, args, kwargs))
-        tape.record(func, args, kwargs, constants)
+        self._record(func, args, kwargs, constants)
         return constants
 
-    def _repeated(self, tape: Tape, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _repeated(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What is repeated a known number of times is picked by an index."""
         call = dict(zip(("input", "repeats", "dim"), args, strict=False)) | kwargs
         source, repeats, axis = call["input"], call.get("repeats"), call.get("dim")
-        if repeats is None or not tape.knows(repeats):
-            return self._counted(tape, func, args, kwargs)
+        if repeats is None or self._tape_that_knows(repeats) is None:
+            return self._counted(func, args, kwargs)
         if axis is None:
             source, axis = self._call(Tensor.flatten, "flatten", (source,), {}), 0
         each = self._call(Tensor.expand, "expand", (repeats, source.shape[axis]), {})
-        index = self._counted(tape, torch.repeat_interleave, (each,), {})
+        index = self._counted(torch.repeat_interleave, (each,), {})
         return self._call(torch.index_select, "index_select", (source, axis, index), {})
 
-    def _read_index(self, tape: Tape, index: Any) -> Any:
+    def _read_index(self, index: Any) -> Any:
         """An index whose known boolean masks are replaced by the positions they select, and known bounds by numbers."""
         positions: list[Any] = []
         for item in index if isinstance(index, tuple) else (index,):
             if isinstance(item, slice):
-                bounds = (item.start, item.stop, item.step)
-                positions.append(slice(*(_read_bound(tape, bound) for bound in bounds)))
-            elif _is_mask(item) and tape.knows(item):
-                found = self._counted(tape, torch.nonzero, (item,), {})
+                positions.append(slice(*map(self._read_bound, (item.start, item.stop, item.step))))
+            elif _is_mask(item) and self._tape_that_knows(item) is not None:
+                found = self._counted(torch.nonzero, (item,), {})
                 positions += [found[:, axis] for axis in range(item.dim())]
             else:
                 positions.append(item)
         return tuple(positions) if isinstance(index, tuple) or len(positions) != 1 else positions[0]
+
+    def _read_bound(self, bound: Any) -> Any:
+        tape = self._tape_that_knows(bound) if isinstance(bound, Tensor) else None
+        return bound if tape is None else tape.read(Tensor.item, (bound,), {})
 
 
 @contextmanager
@@ -208,11 +225,6 @@ def _grad_manager() -> tuple[Any, str]:
         elif found[1]:
             break
     return found
-
-
-def _read_bound(tape: Tape, bound: Any) -> Any:
-    known = isinstance(bound, Tensor) and tape.knows(bound)
-    return tape.read(Tensor.item, (bound,), {}) if known else bound
 
 
 def _is_mask(item: Any) -> bool:

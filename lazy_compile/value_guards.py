@@ -1,22 +1,22 @@
-"""Values that a model reads from its inputs while it is captured, and the check that a later call has the same ones.
+"""Values that a model reads from its inputs or its own state while it is captured, and the check that they still hold.
 
 ``if mask.all(): ...`` or ``lengths.tolist()`` makes a graph that is right for one answer only. The tape keeps what was
 done to the inputs, so that the answer can be worked out during the capture, where tensors hold no numbers, and again at
-every call.
+every call. ``if (self.mask == causal).all()`` asks the model's own state: it is asked again where that was written to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from lazy_compile.errors import CaptureError
 
@@ -74,7 +74,7 @@ class ValueGuards:
     def __bool__(self) -> bool:
         return any(operation.is_read for operation in self.operations)
 
-    def hold(self, tensors: Sequence[Tensor]) -> bool:
+    def hold(self, tensors: Sequence[Tensor] | Mapping[int, Tensor]) -> bool:
         """Whether every value that was read is the same for these inputs."""
         if not self:
             return True
@@ -90,14 +90,41 @@ class ValueGuards:
         return True
 
 
+@dataclass
+class StateGuards:
+    """What must hold of weights, buffers and other tensors of a model for a capture that read them.
+
+    Attributes:
+        sources: where each of the tensors is looked up that were read.
+        guards: from those tensors to the values that were read.
+    """
+
+    sources: Mapping[int, Source] = field(default_factory=dict)
+    guards: ValueGuards = field(default_factory=ValueGuards)
+    _checked: list[tuple[Tensor, int]] = field(default_factory=list, init=False)
+
+    def hold(self) -> bool:
+        """Whether every value would be read as it was; asked again where a tensor was replaced or written to."""
+        tensors = {position: values[name] for position, (values, name) in self.sources.items()}
+        now = [(tensor, _version(tensor)) for tensor in tensors.values()]
+        checked = self._checked
+        if len(checked) != len(now) or any(a is not b or i != j for (a, i), (b, j) in zip(checked, now, strict=True)):
+            if not self.guards.hold(tensors):
+                return False
+            self._checked = now
+        return True
+
+
 class Tape:
     """What a model did to tensors whose values are known: its inputs, and what is made from them and from constants.
 
-    Weights are not known: a decision that depends on them cannot be checked before the model has run.
+    A value that depends on inputs and weights is not known: it could not be checked before the model has run.
 
     Args:
         examples: the user's own tensors, on which values are worked out.
     """
+
+    KNOWN = "inputs"
 
     def __init__(self, examples: Sequence[Tensor]) -> None:
         self._examples = list(examples)
@@ -138,17 +165,18 @@ class Tape:
         Raises:
             CaptureError: there are none.
         """
-        if any(example.is_meta for example in self._examples):
-            raise CaptureError(
-                f"the model reads values of its inputs ({function.__name__.strip('_')}), and inputs on the meta device "
-                "have none; capture it with real tensors"
-            )
         taken = self._as_slots(args, kwargs)
         question = Operation(function, *taken, answer=...)
-        before = [operation for operation in self._operations if not operation.is_read]
+        needed = self._needed([*(operation for operation in self._operations if not operation.is_read), question])
+        examples = {Slot(position): self._examples[position] for position in self._asked(needed)}
+        if any(example.is_meta for example in examples.values()):
+            raise CaptureError(
+                f"the model reads values of its {self.KNOWN} ({function.__name__.strip('_')}), and {self.KNOWN} on the "
+                "meta device have none; capture it with real tensors"
+            )
         with real_tensors():
-            values = {Slot(position): tensor.detach().clone() for position, tensor in enumerate(self._examples)}
-            for operation in self._needed([*before, question]):
+            values = {slot: tensor.detach().clone() for slot, tensor in examples.items()}
+            for operation in needed:
                 answer = _concrete(operation).run(values)
         self._operations.append(Operation(function, *taken, answer=answer))
         return answer
@@ -164,8 +192,12 @@ class Tape:
             if follows or not operation.is_read:
                 kept.append(operation)
         needed = [_concrete(operation) for operation in self._needed(kept)]
-        used = {slot.index for operation in needed for slot in _slots(operation)}
-        return ValueGuards(tuple(sorted(used & set(range(len(self._examples))))), tuple(needed))
+        return ValueGuards(self._asked(needed), tuple(needed))
+
+    def _asked(self, operations: Sequence[Operation]) -> tuple[int, ...]:
+        """Positions of the examples that operations take."""
+        used = {slot.index for operation in operations for slot in _slots(operation)}
+        return tuple(sorted(used & set(range(len(self._examples)))))
 
     def _needed(self, operations: Sequence[Operation]) -> list[Operation]:
         """The reads and what they depend on; whatever shares memory with something needed is."""
@@ -195,6 +227,47 @@ class Tape:
             lambda leaf: self._slots[id(leaf)] if isinstance(leaf, Tensor) else leaf, (tuple(args), kwargs)
         )
         return taken
+
+
+class StateTape(Tape):
+    """What a model did to its own weights, buffers and other tensors, and to constants, without any of its inputs."""
+
+    KNOWN = "weights"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sources = list(_sources(model))
+        super().__init__(self._now())
+
+    def begin_now(self) -> None:
+        """Know the tensors that stand for the model's own while it is captured."""
+        self.begin(self._now())
+
+    def state_guards(self) -> StateGuards:
+        guards = self.guards()
+        return StateGuards({position: self._sources[position] for position in guards.inputs}, guards)
+
+    def _now(self) -> list[Tensor]:
+        return [values[name] for values, name in self._sources]
+
+
+Source = tuple[Mapping[str, Any], str]
+"""What holds a tensor of a model, and under which name."""
+
+
+def _sources(model: nn.Module) -> Iterator[Source]:
+    """Each plain tensor that a model holds, once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for values in (module._parameters, module._buffers, vars(module)):
+            for name, value in values.items():
+                if isinstance(value, Tensor) and id(value) not in seen and not is_traceable_wrapper_subclass(value):
+                    seen.add(id(value))
+                    yield values, name
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; what was made under inference mode does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -189,6 +189,95 @@ def test_values_of_a_tensor_without_storage_are_asked_for_in_vain() -> None:
     )
 
 
+# What the model holds itself --------------------------------------------------------------------------------------
+
+
+class Causal(nn.Module):
+    """Looks at its own mask, as ``nn.TransformerDecoder`` does, and at a table that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mask", torch.ones(5, 5).tril())
+        self.table = torch.tensor([1.0, 2.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_causal = bool((self.mask == torch.ones(5, 5, device=x.device).tril()).all())
+        x = self.linear(x) * self.table.tolist()[1]
+        return x.cumsum(1) if is_causal else self.mask @ x
+
+
+def test_what_a_model_reads_from_its_own_state_is_asked_again_where_that_was_written_to() -> None:
+    model = randomize(Causal())
+    found = captured(model, x=X)
+    assert found.rung == GUARDED
+    assert not found.values
+    assert len(found.state.sources) == 2
+    with torch.no_grad():
+        for rows in (1, 4):
+            x = torch.randn(rows, 5, WIDTH)
+            assert found.accepts([x])
+            assert torch.equal(answer(found, model, x=x), model(x))
+        asked = found.state._checked
+        model.mask.mul_(1.0)
+        assert found.accepts([X]), "it was written to, and says the same"
+        assert found.state._checked is not asked
+        model.mask[0, 1] = 1.0
+        assert not found.accepts([X])
+        model.mask[0, 1] = 0.0
+        assert found.accepts([X])
+        model.table += 1
+        assert not found.accepts([X])
+
+
+def test_a_buffer_that_was_replaced_is_read_again() -> None:
+    model = randomize(Causal())
+    found = captured(model, x=X)
+    model.mask = model.mask.clone()
+    assert found.accepts([X])
+    model.mask = torch.ones(5, 5)
+    assert not found.accepts([X])
+
+
+def test_positions_that_a_buffer_selects_are_part_of_the_graph() -> None:
+    class Selects(Causal):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x[:, self.mask[2] > 0]).repeat_interleave(self.mask[2, :3].long(), dim=1)
+
+    model = randomize(Selects())
+    found = captured(model, x=X)
+    with torch.no_grad():
+        assert torch.equal(answer(found, model, x=X), model(X))
+        model.mask[2, 3] = 1.0
+    assert not found.accepts([X])
+
+
+def test_tied_weights_are_read_as_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.second(self.first(x)) if self.third.bias[0] > 0 else x)
+
+    model = randomize(Tied())
+    with torch.no_grad():
+        model.third.bias[0] = 1.0
+        found = captured(model, x=X)
+        assert torch.equal(answer(found, model, x=X), model(X))
+        model.third.bias[0] = -1.0
+        assert not found.accepts([X])
+
+
+def test_a_state_without_storage_is_read_in_vain() -> None:
+    with torch.device("meta"):
+        model, x = Causal(), torch.empty(3, 5, WIDTH)
+    with pytest.raises(CaptureError, match=r"values of its weights \(bool\), and weights on the meta device have none"):
+        captured(model, x=x)
+
+
 # In a lazy model --------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +303,34 @@ def test_another_value_captures_again_and_is_told_once(caplog: pytest.LogCapture
         "Masked was captured again because it reads the values of mask, and they changed: each answer has a graph of "
         "its own, and at most 2 are kept (LazyConfig.max_captures)"
     )
+
+
+def test_a_decoder_of_torch_with_masks_of_its_own_is_lazy() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerDecoderLayer(
+                WIDTH, 2, 2 * WIDTH, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.decoder = nn.TransformerDecoder(layer, 2)
+            self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(5))
+            self.register_buffer("memory_mask", torch.zeros(5, 3))
+
+        def forward(self, x: Tensor, t: Tensor, observed: Tensor) -> Tensor:
+            x = x + t[:, None, None]
+            return self.decoder(x, observed, tgt_mask=self.mask, memory_mask=self.memory_mask)
+
+    model, (t, observed) = randomize(Decoder()).eval(), (torch.full((3,), 0.5), torch.randn(3, 3, WIDTH))
+    lazy = lazy_compile.transform(model, (X, t, observed))
+    assert [branch.kind.value for branch in lazy.branches] == ["self_attention", "cross_attention", "mlp"] * 2
+    assert all(branch.row_separable for branch in lazy.branches)
+    with torch.no_grad():
+        assert torch.equal(lazy(X, t, observed), model(X, t, observed))
+        assert torch.equal(lazy(X[:1], t[:1], observed[:1]), model(X[:1], t[:1], observed[:1]))
+        assert lazy.stats.captures == 1
+        model.mask.zero_()
+        assert torch.equal(lazy(X, t, observed), model(X, t, observed))
+        assert lazy.stats.captures == 2
 
 
 def test_an_exported_file_is_said_to_serve_one_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
