@@ -189,9 +189,9 @@ def _by_rung(
         output_spec = exported.call_spec.out_spec
         assert output_spec is not None
         values, state = flat.values_read
-        name, places = label if values or state.guards else rung.name, "".join(rounded[:1])
         found = Capture(
-            program, name, tuple(attempts), output_spec, values, state, places, _compile_guards(exported)
+            program, label if values or state.guards else rung.name, tuple(attempts), output_spec,
+            values=values, state=state, rounds_at="".join(rounded[:1]), _guards=_compile_guards(exported),
         )  # fmt: skip
         if found.accepts(tensors):
             for fake, tensor in zip(found.fake_tensors, tensors, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice, permutations, takewhile
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,7 @@ from lazy_compile.rows import unfolding_views
 
 _ADDS = frozenset({"add", "add_", "sub", "addcmul", "lerp"})
 _SCALINGS = frozenset({"mul", "div"})
+_COMPLEMENTS = frozenset({"rsub", "sub"})
 
 
 @dataclass
@@ -54,7 +55,7 @@ def find_candidates(
     1. A *residual add* is an addition of two tensors, floating and of rank 3 or more (or packed tokens: of rank 2, and
        not one line for each row of the batch), one of which, the *skip*, has the shape of the sum and is an ancestor of
        the other, directly or seen through casts, views, earlier residual adds, and products with a constant or with a
-       tensor that is stretched over it (interpolation: ``(1 - a) * x + a * f(x)``).
+       tensor that is stretched over it or a gate that is taken to 1 (interpolation: ``(1 - a) * x + a * f(x)``).
     2. Its *region* is every node on a path from the skip to the other operand. Without a heavy operator in the region
        the add is arithmetic (a tanh formula, say) and not looked at further.
     3. Inner adds come first in graph order. An outer add owns the heavy operators that no inner branch has claimed.
@@ -125,7 +126,7 @@ def _skip_and_region(
     if operator_name(add) == "addcmul":
         pairs = [(operands[0], add)]
     elif len(operands) == 2:
-        first, second = operands
+        first, second = _without_gates(*operands)
         pairs = [pair for pair in ((first, second), (second, first)) if _same_shape(pair[0], add)]
     else:
         return add, 0
@@ -133,7 +134,7 @@ def _skip_and_region(
         for skip, value in pairs:
             origin = next(islice(_origins(skip, owner), distance, None), None)
             if origin is not None and (region := flow.region(origin, value)) & heavy_bits:
-                return origin, region
+                return origin, flow.region(origin, add) if operator_name(add) == "lerp" else region
     return add, 0
 
 
@@ -160,6 +161,16 @@ def _scaled(product: fx.Node) -> fx.Node | None:
     factors = product.all_input_nodes[: 1 if operator_name(product) == "div" else 2]
     whole = [factor for factor in factors if _same_shape(factor, product)]
     return whole[0] if len(whole) == 1 else None
+
+
+def _without_gates(first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """``x`` and ``z * f`` of ``(1 - z) * x + z * f``, in either order; other operands of an add as they are."""
+    for skip, value in ((first, second), (second, first)):
+        if operator_name(skip) == operator_name(value) == "mul":
+            for gate, kept in permutations(skip.all_input_nodes):
+                if operator_name(gate) in _COMPLEMENTS and gate.all_input_nodes[0] in value.all_input_nodes:
+                    return (kept, second) if skip is first else (first, kept)
+    return first, second
 
 
 def _is_token_stream(node: fx.Node, batch_size: str) -> bool:

@@ -80,6 +80,13 @@ BLOCKS: dict[str, tuple[Body, str, bool]] = {
     "gate of each token": (
         lambda self, x: (g := torch.sigmoid(x.mean(-1, keepdim=True))) * x + (1 - g) * self.mlp(x), "mlp", True,
     ),
+    "gate of each number": (
+        lambda self, x: (1 - (z := torch.sigmoid(self.down(y := self.mlp(x)) + self.vector))) * x
+        + z * torch.tanh(y), "mlp", True,
+    ),
+    "gate of each number, by lerp": (
+        lambda self, x: torch.lerp(x, self.mlp(x), torch.sigmoid(self.down(x))), "mlp", True,
+    ),
     "on the sphere": (
         lambda self, x: normed(normed(x) + self.vector * (normed(self.mlp(x)) - normed(x))), "mlp", True,
     ),
