@@ -37,6 +37,7 @@ class Candidate:
         body: bit set of the nodes to compute or reuse: everything between two of the heavy operators.
         refusal: why it is not a branch; empty if it is one.
         fed_by: bit set of heavy operators that feed nothing but its body.
+        path: where they lie in the model, for people to read.
     """
 
     adds: list[fx.Node]
@@ -45,6 +46,7 @@ class Candidate:
     body: int = 0
     refusal: str = ""
     fed_by: int = 0
+    path: str = ""
 
 
 def find_candidates(

@@ -15,7 +15,7 @@ from lazy_compile.dataflow import Dataflow
 from lazy_compile.folded_rows import FOLDED, follow_folded_rows, unfolded
 from lazy_compile.kinds import classify
 from lazy_compile.lazy_branch import ADD, TAG
-from lazy_compile.operators import CONVOLUTIONS, is_heavy, macs, operator_name, size_hint, size_text, value_of
+from lazy_compile.operators import CONVOLUTIONS, is_heavy, macs, operator_name, origins, size_hint, size_text, value_of
 from lazy_compile.pass_manager import GraphPass
 from lazy_compile.program import Program, Role
 from lazy_compile.residual import Candidate, common_path, find_candidates
@@ -63,14 +63,17 @@ class DiscoverBranches(GraphPass):
                 node.meta[TAG] = index
             for node in candidate.adds:
                 node.meta[ADD] = index
-        names = _unique([_path(flow, candidate.heavy) for candidate in accepted])
+        owners = _owners(program)
+        for candidate in candidates:
+            candidate.path = _path(flow, candidate.heavy, owners)
+        names = _unique([candidate.path for candidate in accepted])
         folded = follow_folded_rows(program.graph, symbol)
         program.branches = tuple(
             _describe(flow, candidate, index, name, rows, activations, folded)
             for index, (candidate, name) in enumerate(zip(accepted, names, strict=True))
         )
         program.refusals = tuple(
-            Refusal(candidate.adds[0].name, _path(flow, candidate.heavy), candidate.refusal)
+            Refusal(candidate.adds[0].name, candidate.path, candidate.refusal)
             for candidate in candidates
             if candidate.refusal
         )
@@ -112,7 +115,7 @@ def _describe(
         index=index,
         name=name,
         kind=classify(flow, body, entries, len(set(candidate.skips)), activations),
-        path=_path(flow, candidate.heavy),
+        path=candidate.path,
         macs=sum(macs(node) for node in body),
         entries=tuple(_border(node, rows, _channel_axis(node, inside), axes.get(node)) for node in entries),
         outputs=tuple(_border(node, rows, -1, axes.get(node)) for node in outputs),
@@ -153,8 +156,18 @@ def _activations(flow: Dataflow, program: Program) -> int:
     return result
 
 
-def _path(flow: Dataflow, heavy: int) -> str:
-    return common_path([node.meta.get("module_path", "") for node in flow.members(heavy) if is_heavy(node)])
+def _path(flow: Dataflow, heavy: int, owners: Mapping[fx.Node, str]) -> str:
+    """The module that the operators lie in; where they are in none, as under autocast, that of their weights."""
+    nodes = [node for node in flow.members(heavy) if is_heavy(node)]
+    within = common_path([node.meta.get("module_path", "") for node in nodes])
+    weights = [source for node in nodes for item in node.all_input_nodes for source in origins(item)]
+    return within or common_path([owners[source] for source in weights if source in owners])
+
+
+def _owners(program: Program) -> dict[fx.Node, str]:
+    """The path of the module that each parameter belongs to."""
+    inputs = zip(program.placeholders, program.inputs, strict=True)
+    return {node: item.name.rpartition(".")[0] for node, item in inputs if item.role is Role.PARAMETER}
 
 
 def _unique(paths: Sequence[str]) -> list[str]:

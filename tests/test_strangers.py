@@ -348,6 +348,16 @@ def test_a_branch_is_called_by_what_its_modules_have_in_common() -> None:
     assert [branch.name for branch in lazily(Bare(), *TOKENS).branches] == ["blocks.0", "blocks.1"]
 
 
+class Autocast(Bare):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x, t)
+
+
+def test_a_branch_under_autocast_is_called_by_its_weights() -> None:
+    assert [branch.name for branch in lazily(Autocast(), *TOKENS).branches] == ["blocks.0", "blocks.1"]
+
+
 def test_a_buffer_may_be_called_like_an_operator(tmp_path: Any) -> None:
     report = export_onnx(lazily(NoiseLevel(torch.log), *TOKENS), tmp_path / "model.onnx")
     assert report.if_nodes == 1
