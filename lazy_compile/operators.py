@@ -76,7 +76,15 @@ def origins(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def is_heavy(node: fx.Node) -> bool:
-    return operator_name(node) in HEAVY or is_foreign_kernel(node)
+    return (operator_name(node) in HEAVY and not _sums_nothing(node)) or is_foreign_kernel(node)
+
+
+def _sums_nothing(node: fx.Node) -> bool:
+    """An einsum that multiplies, and adds up over no axis, as ``bnc,bnk->bnkc`` does."""
+    if operator_name(node) != "einsum":
+        return False
+    operands, result = einsum_axes(str(node.args[0]), [len(shape) for shape in _einsum_shapes(node)])
+    return not {letter for letters in operands for letter in letters} - set(result)
 
 
 def is_foreign_kernel(node: fx.Node) -> bool:
@@ -192,10 +200,9 @@ def macs(node: fx.Node) -> int:
 
     A kernel from outside of PyTorch costs what its formula in ``torch.utils.flop_counter`` says, and 0 without one.
     """
-    name = operator_name(node)
-    if name in HEAVY:
-        return _MACS.get(name, _product_macs)(node)
-    return _registered_macs(node) if has_formula(node) else 0
+    if is_foreign_kernel(node):
+        return _registered_macs(node) if has_formula(node) else 0
+    return _MACS.get(operator_name(node), _product_macs)(node) if is_heavy(node) else 0
 
 
 def has_formula(node: fx.Node) -> bool:
@@ -233,15 +240,18 @@ def _product_macs(node: fx.Node) -> int:
 
 
 def _einsum_macs(node: fx.Node) -> int:
-    equation, operands = node.args[0], node.args[1]
-    if not isinstance(equation, str) or not isinstance(operands, Sequence):
-        return 0
-    shapes = [(shape_of(operand) if isinstance(operand, fx.Node) else None) or () for operand in operands]
+    shapes = _einsum_shapes(node)
     sizes: dict[str, int] = {}
-    for axes, shape in zip(einsum_axes(equation, list(map(len, shapes)))[0], shapes, strict=True):
+    for axes, shape in zip(einsum_axes(str(node.args[0]), list(map(len, shapes)))[0], shapes, strict=True):
         for letter, size in zip(axes, shape, strict=True):
             sizes[letter] = max(size, sizes.get(letter, 1))
     return math.prod(sizes.values())
+
+
+def _einsum_shapes(node: fx.Node) -> list[tuple[int, ...]]:
+    """Of each operand; one that is read twice counts twice."""
+    operands = cast(Sequence[fx.Node], node.args[1])
+    return [shape_of(operand) or () for operand in operands]
 
 
 def einsum_axes(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:

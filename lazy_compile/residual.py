@@ -15,6 +15,7 @@ from lazy_compile.operators import (
     is_heavy,
     is_quantiser,
     is_spatial_convolution,
+    macs,
     operator_name,
     size_text,
     value_of,
@@ -59,13 +60,14 @@ def find_candidates(
        the other, directly or seen through casts, views, earlier residual adds, and products with a constant or with a
        tensor that is stretched over it or a gate that is taken to 1 (interpolation: ``(1 - a) * x + a * f(x)``).
     2. Its *region* is every node on a path from the skip to the other operand. Without a heavy operator in the region
-       the add is arithmetic (a tanh formula, say) and not looked at further.
+       the add is arithmetic (a tanh formula, say) and not looked at further; nor is it where the skip lies between the
+       heavy operators of an earlier branch (values of the first attention that later ones mix in).
     3. Inner adds come first in graph order. An outer add owns the heavy operators that no inner branch has claimed.
     4. Adds whose regions share a heavy operator, neither inside the other's region, are one candidate, unless one
        takes all that the other owns and goes on from there (an attention that reads what another attended).
     5. The *body* is the convex hull of the owned heavy operators. If it holds another residual add, the candidate is a
-       container and refused; unless it owns more heavy operators than the branches that it holds, which are then part
-       of it (a temporal convolution with a skip of its own, inside an MLP).
+       container and refused; unless it owns more heavy operators, or more work, than the branches that it holds, which
+       are then part of it (a temporal convolution with a skip of its own inside an MLP, a scan inside a Mamba block).
     6. The body also takes heavy operators that feed nothing but it and do not depend on the skip (keys and values of a
        text), with what lies between, back to the nearest residual add or other body.
     7. Where an operator of the body makes several tensors, all of them belong to it. If it has more outputs than adds,
@@ -84,7 +86,7 @@ def find_candidates(
         if operator_name(add) not in _ADDS or not _is_token_stream(add, batch_size):
             continue
         skip, region = _skip_and_region(flow, add, owner, heavy_bits)
-        heavy = region & heavy_bits
+        heavy = 0 if _is_inside_another(flow, skip, candidates) else region & heavy_bits
         for node in owner:
             if region >> flow.position[node] & 1:
                 heavy &= ~(owner[node].heavy | owner[node].fed_by)
@@ -114,7 +116,7 @@ def find_candidates(
                 flow, candidate.body | _exclusive_producers(flow, candidate, heavy_bits, taken)
             )
             candidate.body = _until_outputs_meet(flow, candidate, activations, taken)
-            candidate.body = flow.hull(candidate.body | unfolding_views(flow, candidate.body, batch_symbol))
+            candidate.body = _with_parts(flow, candidate.body | unfolding_views(flow, candidate.body, batch_symbol))
             taken |= candidate.body
     _join_entangled(flow, candidates, owner)
     return candidates
@@ -165,6 +167,12 @@ def _scaled(product: fx.Node) -> fx.Node | None:
     return whole[0] if len(whole) == 1 else None
 
 
+def _is_inside_another(flow: Dataflow, skip: fx.Node, candidates: list[Candidate]) -> bool:
+    """Whether a tensor lies between the heavy operators of an earlier branch, as values do that later ones mix in."""
+    before, behind = flow.ancestors(skip), flow.descendants(skip)
+    return any(item.heavy & before and item.heavy & behind for item in candidates if not item.refusal)
+
+
 def _without_gates(first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:
     """``x`` and ``z * f`` of ``(1 - z) * x + z * f``, in either order; other operands of an add as they are."""
     for skip, value in ((first, second), (second, first)):
@@ -212,17 +220,26 @@ def _beyond_earlier(flow: Dataflow, heavy: int, candidates: list[Candidate]) -> 
 
 
 def _absorb_smaller(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node, Candidate]) -> None:
-    """Make branches part of a candidate that lies around them and has more heavy operators of its own than they."""
+    """Make branches part of a candidate that lies around them and is of more operators, or more work, than they."""
     held = _held(flow, candidate, owner)
     inner = {id(owner[node]): owner[node] for node in held}.values()
     if not held or any(item.refusal or set(item.adds) - set(held) for item in inner):
         return
-    if sum(item.heavy.bit_count() for item in inner) < candidate.heavy.bit_count():
+    held_in_all = flow.bits(node for item in inner for node in flow.members(item.heavy))
+    more = [
+        candidate.heavy.bit_count() > held_in_all.bit_count(),
+        _work(flow, candidate.heavy) > _work(flow, held_in_all),
+    ]
+    if any(more):
         for item in inner:
             candidate.heavy |= item.heavy
             item.refusal = f"part of a larger branch, that of {candidate.adds[0].name}"
         for node in held:
             del owner[node]
+
+
+def _work(flow: Dataflow, heavy: int) -> int:
+    return sum(macs(node) for node in flow.members(heavy))
 
 
 def _held(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node, Candidate]) -> list[fx.Node]:
@@ -262,9 +279,13 @@ def _exclusive_producers(flow: Dataflow, candidate: Candidate, heavy_bits: int, 
 
 
 def _with_parts(flow: Dataflow, body: int) -> int:
-    """A body with the parts of whatever it makes that is no tensor: only tensors leave a branch."""
-    bundles = (node for node in flow.members(body) if isinstance(value_of(node), list | tuple))
-    return body | flow.bits(user for node in bundles for user in node.users)
+    """The hull of a body with the parts of whatever it makes that is no tensor: only tensors leave a branch."""
+    while True:
+        hull = flow.hull(body)
+        bundles = (node for node in flow.members(hull) if isinstance(value_of(node), list | tuple))
+        body = hull | flow.bits(user for node in bundles for user in node.users)
+        if body == hull:
+            return body
 
 
 def _until_outputs_meet(flow: Dataflow, candidate: Candidate, activations: int, taken: int) -> int:
@@ -318,7 +339,7 @@ def _join_entangled(flow: Dataflow, candidates: list[Candidate], owner: dict[fx.
         for earlier in branches[:position]:
             if earlier.refusal or later.refusal or not (above & earlier.body and below & earlier.body):
                 continue
-            body = _with_parts(flow, flow.hull(earlier.body | later.body))
+            body = _with_parts(flow, earlier.body | later.body)
             if body & _taken(flow, [item for item in branches if item not in (earlier, later)], owner):
                 later.refusal = "entangled: it both feeds and reads the body of another branch"
                 continue

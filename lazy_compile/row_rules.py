@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -181,10 +182,15 @@ def _normalise(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Pl
 
 
 def _first_axis(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
-    """Works on all axes but the first."""
-    place = rows.place(batched[0])
+    """Works on all axes but the first; one axis less, and the first holds channels."""
+    place, name = rows.place(batched[0]), operator_name(node)
     alone = list(batched) == [node.args[0]]
-    return place if place is not None and alone and place.axis == 0 and _rank(batched[0]) > 2 else None
+    spatial = re.search(r"(\d)d$", name)
+    least = int(spatial[1]) + 2 if spatial else _LEAST_RANK.get(name, 3)
+    return place if place is not None and alone and place.axis == 0 and _rank(batched[0]) >= least else None
+
+
+_LEAST_RANK = {"im2col": 4, "pixel_shuffle": 4, "pixel_unshuffle": 4}
 
 
 def _by_channel(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
@@ -235,6 +241,19 @@ def _index(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place 
     if batched[0] is node.args[0]:
         return place if place.axis < min(indexed) else None
     return Place(place.axis + indexed[0], place.outer) if len(indexed) == 1 else None
+
+
+def _index_put(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Writes along later axes than that of the rows, at positions that all rows share."""
+    target, values = node.args[0], node.args[2]
+    place = rows.place(batched[0])
+    indices = _argument(node, "indices")
+    indexed = [axis for axis, index in enumerate(indices) if index is not None]
+    if place is None or target not in batched or set(batched) - {target, values} or place.axis >= min(indexed):
+        return None
+    written = _rank(batched[0]) - len(indexed) + max(_rank(indices[axis]) for axis in indexed)
+    alike = values not in batched or (rows.place(values) == place and _rank(values) == written)
+    return place if alike else None
 
 
 def _rank(node: fx.Node) -> int:
@@ -289,7 +308,7 @@ _RULES: dict[str, Rule] = {
             *CONVOLUTIONS, "group_norm", "native_group_norm", "batch_norm", "instance_norm", "pixel_shuffle",
             "pixel_unshuffle", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
             "upsample_bicubic2d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d", "adaptive_avg_pool2d",
-            "_adaptive_avg_pool2d",
+            "_adaptive_avg_pool2d", "im2col", "col2im",
         ],
         _first_axis,
     ),
@@ -307,4 +326,5 @@ _RULES: dict[str, Rule] = {
     "unfold": _windows,
     "one_hot": lambda rows, node, batched: rows.place(batched[0]),
     "index": _index,
+    "index_put": _index_put,
 }  # fmt: skip

@@ -46,6 +46,10 @@ def with_rows(between: str) -> str:
         ("r = inner(f, f); k = mean.dim(r, [2, 3]); u = unsqueeze(k, 2); b = mul.Tensor(f, u)", "inner (r)"),
         ("r = tensordot(k_in, f, [0], [2]); b = permute(r, [1, 2, 0])", "tensordot (r)"),
         ("r = unfold(f, 0, 1, 1); b = squeeze.dim(r, 3)", "unfold (r)"),
+        ("r = neg(f); b = index_put(f, [one], r)", "index_put (b)"),
+        ("t = transpose.int(f, 0, 1); r = index_put(t, [None, one], t); b = transpose.int(r, 0, 1)", "index_put (r)"),
+        ("r = slice.Tensor(f, 1, 0, 1); t = transpose.int(r, 0, 1); b = index_put(f, [None, one], t)", "index_put (b)"),
+        ("r = avg_pool2d(f, [1, 1]); b = relu(r)", "avg_pool2d (r)"),  # of rank 3: the first axis has channels
         (
             "t = transpose.int(f, 0, 1); r = scaled_dot_product_attention(t, t, t); b = transpose.int(r, 0, 1)",
             "scaled_dot_product_attention (r)",
@@ -90,6 +94,10 @@ def test_an_operator_that_works_across_rows_keeps_them_together(between: str, mi
         "t = permute(f, [1, 2, 0]); v = matmul(scale, t); r = transpose.int(v, 0, 1); k = unsqueeze(r, 2); "
         "b = mul.Tensor(f, k)",  # and on the left
         "t = permute(f, [2, 1, 0]); v = tensordot(t, k_in, [0], [0]); b = transpose.int(v, 0, 1)",
+        "g = index.Tensor(f, [None, eight]); r = neg(g); b = index_put(f, [None, eight], r)",
+        "b = index_put(f, [None, eight], scale)",
+        "b = index_put(f, [None, None, eight], f)",
+        "r = unsqueeze(f, 1); k = im2col(r, [1, 8], [1, 1], [0, 0], [1, 1]); b = transpose.int(k, 1, 2)",
         "t = transpose.int(f, 0, 1); v = unfold(t, 0, 1, 1); r = squeeze.dim(v, 3); b = transpose.int(r, 0, 1)",
     ],
 )
