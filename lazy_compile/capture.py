@@ -25,7 +25,7 @@ from lazy_compile.errors import CaptureError, LazyCompileError
 from lazy_compile.operators import note_example_sizes, value_of
 from lazy_compile.program import Program, Role, module_state
 from lazy_compile.python_state import left_as_it_was
-from lazy_compile.tracing import ExportAid, rounded_sizes
+from lazy_compile.tracing import ExportAid
 from lazy_compile.value_guards import StateGuards, StateTape, Tape, ValueGuards
 
 
@@ -40,7 +40,7 @@ class Capture:
         output_spec: how to build the model's own return value from flat outputs.
         values: what the model read from its inputs on the way, and must read again for the program to be right.
         state: what it read from its weights and buffers.
-        rounds_at: where the model made a whole number of a size that it had divided, which this way of export fixes.
+        fixed_at: where the model made a Python number of a size, which this way of export fixes.
     """
 
     program: Program
@@ -49,7 +49,7 @@ class Capture:
     output_spec: pytree.TreeSpec
     values: ValueGuards = field(default_factory=ValueGuards)
     state: StateGuards = field(default_factory=StateGuards)
-    rounds_at: str = ""
+    fixed_at: str = ""
     _guards: CodeType | None = None
     _verdicts: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
 
@@ -121,6 +121,9 @@ class Rung:
         return torch.export.export(flat, tuple(example), dynamic_shapes=(shapes,), strict=self.strict)
 
 
+WITHOUT_FIXING = Rung("batch", strict=True)
+"""For a model that makes a Python number of a size, which fixes it unless export is strict."""
+
 LADDER = (
     Rung("sizes"),
     Rung("sizes", strict=True),
@@ -136,8 +139,8 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
     1. The rungs of the ladder are tried in turn. Dynamic sizes come before fixed ones; a model that decides by the
        values of its inputs is captured for the values of this call, which are guarded.
     2. An example batch of 1 is repeated to 2 first, since export specialises the sizes 0 and 1.
-    3. A model that writes ``int(windows / (height * width / 16))`` fixes its sizes in a plain export; a strict one is
-       tried before that is accepted.
+    3. A model that writes ``len(x)``, or ``int(windows / (height * width / 16))``, fixes its sizes in a plain export; a
+       strict one, of which only the batch is dynamic, is tried before that is accepted.
     4. With ``reads_values`` only those rungs are tried that read values: then no size depends on a value.
     5. A decision by a value that depends on weights ends the search: it could not be checked before the model has run.
 
@@ -146,19 +149,13 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
     """
     _require_whole_weights(model)
     attempts: list[str] = []
-    rounded: Capture | None = None
     for rung in [rung for rung in LADDER if rung.reads_values or not reads_values]:
-        if rounded is not None and not rung.strict:
-            return rounded
         found = _by_rung(rung, model, layout, tensors, attempts)
-        if found is None:
-            continue
-        if rung != LADDER[0] or not found.rounds_at:
+        if found is not None and found.fixed_at and not rung.reads_values:
+            attempts.append(f"{found.rung}: a size is fixed by {found.fixed_at}")
+            return _by_rung(WITHOUT_FIXING, model, layout, tensors, attempts) or found
+        if found is not None:
             return found
-        rounded = found
-        attempts.append(f"{found.rung}: a size is fixed by int() of what was divided, {found.rounds_at}")
-    if rounded is not None:
-        return rounded
     raise CaptureError(
         f"{type(model).__name__} could not be captured; {attempts[0].rstrip('.')}. {_advice(model, _CHECK)}"
     )
@@ -172,7 +169,7 @@ def _by_rung(
         flat = FlatModel(model, layout)
         label = f"{rung.name}, guarded values" if rung.reads_values else rung.name
         try:
-            with quiet_evaluation(model), left_as_it_was(model), rounded_sizes() as rounded:
+            with quiet_evaluation(model), left_as_it_was(model):
                 exported = rung.export(flat, example).run_decompositions({})
             program = Program.from_exported(exported, parameter_prefix="model.")
             program.name_users(layout.names)
@@ -191,7 +188,7 @@ def _by_rung(
         values, state = flat.values_read
         found = Capture(
             program, label if values or state.guards else rung.name, tuple(attempts), output_spec,
-            values=values, state=state, rounds_at="".join(rounded[:1]), _guards=_compile_guards(exported),
+            values=values, state=state, fixed_at=flat.fixed_at, _guards=_compile_guards(exported),
         )  # fmt: skip
         if found.accepts(tensors):
             for fake, tensor in zip(found.fake_tensors, tensors, strict=True):
@@ -282,6 +279,10 @@ class FlatModel(nn.Module):
     @property
     def stuck_at(self) -> str:
         return "" if self.aid is None else self.aid.stuck
+
+    @property
+    def fixed_at(self) -> str:
+        return "" if self.aid is None else self.aid.fixed
 
 
 def _register_dataclasses(result: Any) -> None:

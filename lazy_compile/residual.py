@@ -24,6 +24,7 @@ from lazy_compile.rows import unfolding_views
 
 _ADDS = frozenset({"add", "add_", "sub", "addcmul", "lerp"})
 _SCALINGS = frozenset({"mul", "div"})
+_CUTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
 _COMPLEMENTS = frozenset({"rsub", "sub"})
 
 
@@ -59,6 +60,7 @@ def find_candidates(
        not one line for each row of the batch), one of which, the *skip*, has the shape of the sum and is an ancestor of
        the other, directly or seen through casts, views, earlier residual adds, and products with a constant or with a
        tensor that is stretched over it or a gate that is taken to 1 (interpolation: ``(1 - a) * x + a * f(x)``).
+       Or the skip was cut from what leads to the other through heavy operators alone (reversible blocks).
     2. Its *region* is every node on a path from the skip to the other operand. Without a heavy operator in the region
        the add is arithmetic (a tanh formula, say) and not looked at further; nor is it where the skip lies between the
        heavy operators of an earlier branch (values of the first attention that later ones mix in).
@@ -139,10 +141,35 @@ def _skip_and_region(
             origin = next(islice(_origins(skip, owner), distance, None), None)
             if origin is not None and (region := flow.region(origin, value)) & heavy_bits:
                 return origin, flow.region(origin, add) if operator_name(add) == "lerp" else region
+    for skip, value in pairs:
+        whole = _cut_from(skip)
+        if whole is not None and _passes_heavy(flow, whole, value, heavy_bits):
+            return whole, flow.region(whole, value)
     return add, 0
 
 
 _FARTHEST_SKIP = 16
+
+
+def _cut_from(part: fx.Node) -> fx.Node | None:
+    """What a part was cut from, as the halves of a reversible block are from one stream."""
+    bundle = part.args[0] if operator_name(part) == "getitem" else None
+    whole = bundle.args[0] if isinstance(bundle, fx.Node) and operator_name(bundle) in _CUTS else None
+    return whole if isinstance(whole, fx.Node) else None
+
+
+def _passes_heavy(flow: Dataflow, origin: fx.Node, value: fx.Node, heavy_bits: int) -> bool:
+    """Whether every path is through heavy operators; that of a scale, to which its shift is added, is not."""
+    region, seen, frontier = flow.region(origin, value), 0, [value]
+    while frontier:
+        node = frontier.pop()
+        bit = 1 << flow.position[node]
+        if node is origin:
+            return False
+        if bit & region & ~(seen | heavy_bits):
+            seen |= bit
+            frontier.extend(node.all_input_nodes)
+    return bool(region & heavy_bits)
 
 
 def _origins(skip: fx.Node, owner: dict[fx.Node, Candidate]) -> Iterator[fx.Node]:
@@ -177,8 +204,8 @@ def _without_gates(first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:
     """``x`` and ``z * f`` of ``(1 - z) * x + z * f``, in either order; other operands of an add as they are."""
     for skip, value in ((first, second), (second, first)):
         if operator_name(skip) == operator_name(value) == "mul":
-            for gate, kept in permutations(skip.all_input_nodes):
-                if operator_name(gate) in _COMPLEMENTS and gate.all_input_nodes[0] in value.all_input_nodes:
+            for gate, kept in permutations(skip.all_input_nodes, 2):
+                if operator_name(gate) in _COMPLEMENTS and set(gate.all_input_nodes) & set(value.all_input_nodes):
                     return (kept, second) if skip is first else (first, kept)
     return first, second
 

@@ -245,9 +245,8 @@ def _index(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place 
 
 def _index_put(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
     """Writes along later axes than that of the rows, at positions that all rows share."""
-    target, values = node.args[0], node.args[2]
+    target, indices, values = (_argument(node, name) for name in ("self", "indices", "values"))
     place = rows.place(batched[0])
-    indices = _argument(node, "indices")
     indexed = [axis for axis, index in enumerate(indices) if index is not None]
     if place is None or target not in batched or set(batched) - {target, values} or place.axis >= min(indexed):
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,13 +45,15 @@ class ExportAid(TorchFunctionMode):
         inputs: what is known of the inputs; None to let every read fail.
         state: what is known of the weights.
         stuck: where the model read a value that depends on inputs and weights; empty if it did not.
+        fixed: where it made a Python number of a size, by ``len()`` or by ``int()`` of what was divided: export fixes
+            that size, unless it is strict.
     """
 
     def __init__(self, inputs: Tape | None = None, state: StateTape | None = None) -> None:
         super().__init__()
         self.inputs, self.state = inputs, state
         self._tapes = [tape for tape in (inputs, state) if tape is not None]
-        self.stuck = ""
+        self.stuck = self.fixed = ""
         self._numbers: dict[int, Tensor] = {}
         self._gradients = GradientRegions()
 
@@ -65,6 +66,21 @@ class ExportAid(TorchFunctionMode):
         if self.state is not None:
             self.state.begin_now()
 
+    def __enter__(self) -> ExportAid:
+        original = self._int_of_size = torch.SymFloat.__int__
+
+        def note(size: torch.SymFloat) -> int:
+            self.fixed = self.fixed or f"int() {_calling_line()}"
+            return int(original(size))  # type: ignore[no-untyped-call]
+
+        torch.SymFloat.__int__ = note  # type: ignore[method-assign]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.SymFloat.__int__ = self._int_of_size  # type: ignore[method-assign]
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -72,6 +88,8 @@ class ExportAid(TorchFunctionMode):
         name = _name(func)
         if func is torch._C._set_grad_enabled:
             return self._gradients.switch(*args)
+        if name == "__len__" and isinstance(args[0].shape[0], torch.SymInt):
+            self.fixed = self.fixed or f"len() {_calling_line()}"
         args, kwargs = self._gradients.enter(args, kwargs)
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             func, args, name = Tensor.detach, args[:1], "detach"
@@ -158,23 +176,6 @@ class ExportAid(TorchFunctionMode):
     def _read_bound(self, bound: Any) -> Any:
         tape = self._tape_that_knows(bound) if isinstance(bound, Tensor) else None
         return bound if tape is None else tape.read(Tensor.item, (bound,), {})
-
-
-@contextmanager
-def rounded_sizes() -> Iterator[list[str]]:
-    """Collects the places where the model calls ``int()`` on a size that it has divided: export fixes that size."""
-    places: list[str] = []
-    original = torch.SymFloat.__int__
-
-    def note(size: torch.SymFloat) -> int:
-        places.append(_calling_line())
-        return int(original(size))  # type: ignore[no-untyped-call]
-
-    torch.SymFloat.__int__ = note  # type: ignore[method-assign]
-    try:
-        yield places
-    finally:
-        torch.SymFloat.__int__ = original  # type: ignore[method-assign]
 
 
 class GradientRegions:

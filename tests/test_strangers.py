@@ -71,6 +71,20 @@ def normed(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
+def scan(self: Stranger, state: Tensor) -> Tensor:
+    for _ in range(3):
+        state = torch.tanh(torch.einsum("bnr,rs->bns", state, self.matrix))
+    return state
+
+
+def by_index(self: Stranger, x: Tensor) -> Tensor:
+    """Each half of the tokens by itself, as experts for text and pixels do."""
+    result = torch.zeros_like(x)
+    for places in ([0, 2, 4], [1, 3, 5]):
+        result[:, places] = self.mlp(x[:, places])
+    return result
+
+
 BLOCKS: dict[str, tuple[Body, str, bool]] = {
     "chunk": (pair(lambda h: h.chunk(2, -1)), "mlp", True),
     "split": (pair(lambda h: h.split([16, 16], -1)), "mlp", True),
@@ -107,6 +121,15 @@ BLOCKS: dict[str, tuple[Body, str, bool]] = {
     "bilinear": (lambda self, x: x + self.bilinear(torch.relu(x), x), "mlp", True),
     "by the number of tokens": (inside(lambda self, h: h * h.shape[1] ** -0.5), "mlp", True),
     "by the number of rows": (inside(lambda self, h: h * h.shape[0] ** -0.5), "mlp", False),
+    "scan with a skip": (inside(lambda self, h: scan(self, h) + h * self.vector), "mlp", True),
+    "written by index": (lambda self, x: x + by_index(self, x), "mlp", True),
+    "product without a sum": (
+        lambda self, x: x + torch.einsum("bn,bnc->bnc", torch.sigmoid(x.mean(-1)), self.mlp(x)), "mlp", True,
+    ),
+    "neighbours": (
+        inside(lambda self, h: F.unfold(h.mT[..., None], (3, 1), padding=(1, 0)).unflatten(1, (WIDTH, 3)).mean(2).mT),
+        "mlp", True,
+    ),
     "recurrent": (lambda self, x: x + self.down(self.gru(x)[0]), "mlp", False),
 }  # fmt: skip
 """What a block does, the kind that its author would name, and whether each row can be computed alone."""
@@ -166,6 +189,75 @@ def test_updates_that_read_each_other_are_one_branch() -> None:
     assert sum(branch.macs for branch in lazy.branches) / lazy.graph.total_macs > 0.9
     for seen, expected in zip(lazy(*inputs), model(*inputs), strict=True):
         assert torch.equal(seen, expected)
+
+
+class Reversible(nn.Module):
+    """Halves of one stream that update each other, with the first cut from what was embedded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 2 * WIDTH), nn.Linear(2 * WIDTH, 4)
+        self.f, self.g = (nn.ModuleList(mlp() for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        a, b = (self.first(x) + t[:, None, None]).chunk(2, -1)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + f(b)
+            b = b + g(a)
+        return self.last(torch.cat([a, b], -1))
+
+
+@torch.no_grad()
+def test_halves_that_update_each_other_are_branches_of_their_own() -> None:
+    model = Reversible().eval()
+    lazy = lazily(model, *TOKENS)
+    assert [branch.name for branch in lazy.branches] == ["f.0", "g.0", "f.1", "g.1"]
+    assert torch.equal(lazy(*TOKENS), model(*TOKENS))
+
+
+class ScalesEachToken(nn.Module):
+    """Modulated by a shift and a scale of each token that were cut from one tensor, behind a mixer that has no skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix, self.condition, self.mlp = nn.Linear(4, WIDTH), mlp(), nn.Linear(4, 2 * WIDTH), mlp()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        shift, scale = (self.condition(x) + t[:, None, None]).chunk(2, -1)
+        x = self.mix(self.first(x) + scale) * (1 + scale) + shift
+        return x + self.mlp(x)
+
+
+def test_a_shift_is_no_skip_connection() -> None:
+    assert [branch.name for branch in lazily(ScalesEachToken(), *TOKENS).branches] == ["mlp"]
+
+
+class MixesValues(nn.Module):
+    """Every attention mixes the values of the first into its own; a projection lies between blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.between = (
+            nn.ModuleList(nn.Linear(WIDTH, width) for _ in range(3)) for width in (3 * WIDTH, WIDTH, WIDTH)
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x, first = torch.cat([x] * 4, -1) + t[:, None, None], None
+        for qkv, out, between in zip(self.qkv, self.out, self.between, strict=True):
+            q, k, v = qkv(x).chunk(3, -1)
+            first = v if first is None else first
+            x = between(x + out(F.scaled_dot_product_attention(q, k, 0.5 * v + 0.5 * first)))
+        return x
+
+
+@torch.no_grad()
+def test_values_that_later_attentions_mix_in_are_no_stream() -> None:
+    model = MixesValues().eval()
+    lazy = lazily(model, *TOKENS)
+    kinds = [(branch.kind.value, len(branch.entries), len(branch.outputs)) for branch in lazy.branches]
+    assert kinds == [("self_attention", 1, 2), *[("self_attention", 1, 1)] * 2]
+    assert torch.equal(lazy(*TOKENS), model(*TOKENS))
 
 
 class Biased(nn.Module):
