@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import keyword
 import logging
 import math
 import sys
@@ -27,6 +28,8 @@ from lazy_compile.program import Program, Role, module_state
 from lazy_compile.python_state import left_as_it_was
 from lazy_compile.tracing import ExportAid
 from lazy_compile.value_guards import StateGuards, StateTape, Tape, ValueGuards
+
+logger = logging.getLogger("lazy_compile")
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,9 @@ def _by_rung(
             program, label if values or state.guards else rung.name, tuple(attempts), output_spec,
             values=values, state=state, fixed_at=flat.fixed_at, _guards=_compile_guards(exported),
         )  # fmt: skip
+        if rung.strict and not found.values and (trouble := _trouble_with(found, model, layout, tensors)):
+            attempts.append(f"{label}: {trouble}")
+            continue
         if found.accepts(tensors):
             for fake, tensor in zip(found.fake_tensors, tensors, strict=True):
                 note_example_sizes(fake.shape, tensor.shape)
@@ -199,6 +205,29 @@ def _by_rung(
             return found
         attempts.append(f"{label}: the graph of a batch of 2 serves no other")
     return None
+
+
+def _trouble_with(found: Capture, model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> str:
+    """Why a program cannot be run; empty if it can. Only a strict export needs the question: it reads the model's byte
+    code, and may make something else of what NumPy, or Python, computes there."""
+    if not found.accepts(tensors) or any(tensor.is_meta for tensor in tensors):
+        return ""
+    args, kwargs = layout.rebuild(tensors)
+    with quiet_evaluation(model):
+        expected = pytree.tree_leaves(model(*args, **kwargs))
+        try:
+            seen = found.program.graph_module(*found.program.bind(module_state(model), tensors))
+        except Exception as error:
+            return _first_line(error)
+    pairs = zip(seen, expected, strict=True)
+    apart = [float((a - b).abs().max()) for a, b in pairs if isinstance(a, Tensor) and a.numel() and not a.is_complex()]
+    if max(apart, default=0.0) > 0:
+        logger.warning(
+            "the captured %s differs from the original by up to %.1e: only strict export could read it, which computes "
+            "what NumPy does in other types",
+            type(model).__name__, max(apart),
+        )  # fmt: skip
+    return ""
 
 
 def _require_whole_weights(model: nn.Module) -> None:
@@ -217,6 +246,11 @@ def _is_shard(parameter: nn.Parameter) -> bool:
 
 
 def _advice(model: nn.Module, usual: str) -> str:
+    names = [name for name, _ in model.named_modules() if keyword.iskeyword(name.rpartition(".")[2])]
+    if names:
+        return (
+            f"torch.export cannot write code for a module that is called like a word of Python, {names[0]!r}: rename it"
+        )
     if any(type(module).__module__.startswith("modelopt.") for module in model.modules()):
         return (
             "Its quantisers are ModelOpt's: import lazy_compile.integrations.modelopt and use "

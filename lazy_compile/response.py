@@ -201,9 +201,14 @@ class _Trace:
             self.sensitivity[step] += float(gradient.double().square().sum())
 
     def release(self) -> None:
-        """Let go of the graph, which holds the hooks, which hold this trace."""
+        """Let go of the graph: it holds the steps to be repeated, which hold the streams, whose tensors hold the graph,
+        and no garbage collector sees through it."""
         for hook in self.hooks:
             hook.remove()
+        for stream in self.streams.values():
+            stream.computed.clear()
+            stream.known.clear()
+            stream.latest.clear()
         self.streams.clear()
         self.first.clear()
 

@@ -24,7 +24,12 @@ logger = logging.getLogger("lazy_compile")
 MAX_STREAMS = 8
 """Calls in a row with one timestep that count as parallel streams (conditional, unconditional, ...) of a trajectory."""
 
-_TIME_WORDS = ("timestep", "timesteps", "time", "t", "sigma", "noise_level")
+_TIME_WORDS = frozenset(
+    [
+        *["timestep", "timesteps", "time", "times", "t", "ts", "t_hat", "tau", "sigma", "sigmas", "log_snr", "logsnr"],
+        *["noise_level", "noise_levels", "noise_labels", "noise_cond", "c_noise"],
+    ]
+)
 
 
 def find_timestep_input(program: Program, wanted: str | None) -> int | None:

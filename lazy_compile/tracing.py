@@ -40,6 +40,7 @@ class ExportAid(TorchFunctionMode):
     4. With tapes, a value that is read from the model's inputs, or from its state, is worked out on the example; a
        tensor whose size depends on such values becomes a constant. A tape notes both, so that a later call can be
        checked.
+    5. ``np.sqrt`` of a size, which asks it for a method of that name, finds one.
 
     Attributes:
         inputs: what is known of the inputs; None to let every read fail.
@@ -74,12 +75,14 @@ class ExportAid(TorchFunctionMode):
             return int(original(size))  # type: ignore[no-untyped-call]
 
         torch.SymFloat.__int__ = note  # type: ignore[method-assign]
+        torch.SymInt.sqrt = torch.SymFloat.sqrt = torch.sym_sqrt  # type: ignore[attr-defined]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch.SymFloat.__int__ = self._int_of_size  # type: ignore[method-assign]
+        del torch.SymInt.sqrt, torch.SymFloat.sqrt  # type: ignore[attr-defined]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

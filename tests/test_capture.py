@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -164,6 +165,67 @@ def test_a_batch_that_became_a_number_is_fixed_where_strict_export_fails() -> No
     assert found.rung == "export, dynamic sizes"
     assert accepts(found, x=x)
     assert not accepts(found, x=joined(3)["x"])
+
+
+class Rescales(nn.Module):
+    """Divides by what NumPy makes of a size, and by a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains, self.linear = nn.Parameter(torch.empty(8)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x / np.sqrt(x.shape[1]))
+        return torch.cat([x, *(y * (gain / np.sqrt(24)) for gain in self.gains.unbind())])
+
+
+def test_numpy_takes_the_root_of_a_size_that_stays_dynamic() -> None:
+    model, x = randomize(Rescales()), joined(2)["x"]
+    found = captured_call(model, x=x)
+    assert (found.rung, found.attempts) == ("export, dynamic sizes", ())
+    x = torch.randn(3, 9, WIDTH)
+    assert accepts(found, x=x)
+    with torch.no_grad():
+        assert torch.equal(found.program.graph_module(*found.program.bind(module_state(model), [x]))[0], model(x))
+    assert not hasattr(torch.SymInt, "sqrt"), "as torch has it, outside of a capture"
+
+
+def test_a_capture_that_rounds_otherwise_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lazy_compile.capture.LADDER", LADDER[1:2])
+    captured_call(randomize(Rescales()), x=joined(2)["x"])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the captured Rescales differs from the original by up to ")
+
+
+def test_a_program_that_cannot_be_run_is_no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Heads(nn.Module):
+        """Every head is a function that torch maps over its weights; export writes a program that torch refuses."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.Parameter(torch.empty(4, WIDTH, WIDTH // 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.vmap(lambda head: x @ head, out_dims=-1)(self.heads).flatten(-2)
+
+    monkeypatch.setattr("lazy_compile.capture.LADDER", LADDER[1:2])
+    with pytest.raises(CaptureError, match="SymIntArrayRef"):
+        captured_call(randomize(Heads()), x=joined(2)["x"])
+
+
+def test_a_module_that_is_called_like_a_word_of_python_is_named() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"in": MLP(), "out": MLP()})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.parts["in"](x)
+
+    with pytest.raises(CaptureError, match=r"called like a word of Python, 'parts\.in': rename it"):
+        captured_call(randomize(Parts()), x=joined(2)["x"])
 
 
 # The ladder -------------------------------------------------------------------------------------------------------

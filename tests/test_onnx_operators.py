@@ -84,6 +84,15 @@ class Factorises(Small):
         return super().blocks(h) + self.mlp(norm(h) @ torch.linalg.qr(self.basis + 1e-8)[0])
 
 
+class Merges(Small):
+    """Averages tokens into others, as token merging does; some of those were none of them before."""
+
+    def blocks(self, h: Tensor) -> Tensor:
+        into = (torch.arange(TOKENS) % 3)[None, :, None].expand_as(h)
+        merged = h.scatter_reduce(1, into, self.mlp(norm(h)), "mean")
+        return h + self.mlp(merged.scatter_reduce(1, into, norm(h), "mean", include_self=False))
+
+
 def agrees(model: nn.Module, arguments: dict[str, Any], folder: Path) -> bool:
     """ONNX Runtime gives what PyTorch gives, with and without reuse."""
     lazy = lazy_compile.transform(randomize(model).eval(), arguments)
@@ -97,7 +106,7 @@ def agrees(model: nn.Module, arguments: dict[str, Any], folder: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("model", [OverThreeAxes, OverFiveAxes, Flexible, ChoosesBooleans, Factorises])
+@pytest.mark.parametrize("model", [OverThreeAxes, OverFiveAxes, Flexible, ChoosesBooleans, Factorises, Merges])
 def test_an_operator_in_terms_of_others(model: type[nn.Module], tmp_path: Path) -> None:
     assert agrees(model(), call(SMALL), tmp_path)
 

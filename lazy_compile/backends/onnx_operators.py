@@ -140,10 +140,24 @@ def _attend_densely(_: Any, *args: Any) -> Any:
     return math_attention(*args)
 
 
+def _scatter(
+    operator: Any, target: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """A mean as a sum over a count: ONNX scatters no means, and the exporter writes the last one instead."""
+    if reduce != "mean":
+        scattered: Tensor = operator(target, dim, index, source, reduce, include_self=include_self)
+        return scattered
+    own = 1.0 if include_self else 0.0
+    total = (target * own).scatter_add(dim, index, source)
+    count = torch.full_like(target, own).scatter_add(dim, index, torch.ones_like(source))
+    return torch.where(count > 0, total / count.clamp(min=1.0), target)
+
+
 _LOWERINGS: dict[Any, Callable[..., Any]] = {
     select._opoverload: _select,
     fake_quantize._opoverload: _quantize,
     aten.scaled_dot_product_attention.default: _attend,
     flex_attention: _attend_densely,
+    aten.scatter_reduce.two: _scatter,
     **dict.fromkeys([*_SUMS, *_DIFFERENCES], _add),
 }
