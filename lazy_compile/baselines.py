@@ -7,6 +7,7 @@ of order 1 is FORA with ``reuse="linear"``.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,23 +85,22 @@ def relative_change(now: Tensor, before: Any) -> float:
 
 def measure_changes(lazy: LazyModule, sample: Sampler, *, seed: int = 0, max_age: int = 8) -> Floats:
     """``float64[T, max_age, G]``: relative change of every branch's output against that of 1, 2, ... steps before."""
-    outputs: list[dict[int, tuple[Tensor, ...]]] = []
+    latest: deque[dict[int, tuple[Tensor, ...]]] = deque(maxlen=max_age)
+    changes: list[Floats] = []
 
     def drive(call: ModelCall) -> Any:
         watching = _Watching()
         result = call.run(watching)
-        outputs.append(watching.outputs)
+        changes.append(np.full((max_age, len(lazy.branches)), np.inf))
+        for age, before in enumerate(latest):
+            for branch, values in watching.outputs.items():
+                changes[-1][age, branch] = max(map(relative_change, values, before[branch]))
+        latest.appendleft(watching.outputs)
         return result
 
     with torch.no_grad(), lazy.driven_by(drive):
         sample(lazy, seed)
-    changes = np.full((len(outputs), max_age, len(lazy.branches)), np.inf)
-    for step, now in enumerate(outputs):
-        for age in range(1, min(step, max_age) + 1):
-            for branch, values in now.items():
-                before = outputs[step - age][branch]
-                changes[step, age - 1, branch] = max(map(relative_change, values, before))
-    return changes
+    return np.stack(changes)
 
 
 def smoothcache_schedule(changes: Floats, threshold: float) -> CacheSchedule:

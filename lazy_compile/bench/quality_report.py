@@ -29,7 +29,7 @@ COLUMNS = {
 SETTINGS = {
     "digits": QualitySettings(),
     "scenes": QualitySettings(
-        samples=32, calibration_batch=64, gate_batch=3, oracle_samples=6, search=SearchOptions(rounds=4)
+        samples=32, calibration_batch=48, gate_batch=3, oracle_samples=6, search=SearchOptions(rounds=4)
     ),
 }
 """What is measured of each subject unless told otherwise: the larger model gets fewer images."""
