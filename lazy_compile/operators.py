@@ -171,11 +171,20 @@ def exact(expression: Any) -> Any:
     """A size in whole numbers and fractions, where the model divides with rounding: ``int(4 * n / 4.0)`` is ``n``.
 
     Floating point divides without error where nothing is left; where something is, sizes are not compared any closer.
+    A quotient of whole numbers is rounded alike whatever they have in common, so ``n * m / (n * 3)`` is ``m / 3``.
     """
-    if not expression.has(TruncToInt, FloorToInt):
-        return expression
-    return expression.replace(
-        lambda part: isinstance(part, TruncToInt | FloorToInt), lambda part: sympy.floor(_fraction(part.args[0]))
+    if expression.has(TruncToInt, FloorToInt):
+        expression = expression.replace(
+            lambda part: isinstance(part, TruncToInt | FloorToInt), lambda part: sympy.floor(_fraction(part.args[0]))
+        )
+    if expression.has(FloatTrueDiv, IntTrueDiv):
+        expression = expression.replace(_divides_whole_numbers, _fraction)
+    return expression
+
+
+def _divides_whole_numbers(part: Any) -> bool:
+    return isinstance(part, FloatTrueDiv | IntTrueDiv) and not any(
+        argument.has(FloatTrueDiv, IntTrueDiv, sympy.Float) for argument in part.args
     )
 
 
@@ -192,7 +201,7 @@ def _fraction(expression: Any) -> Any:
 @lru_cache(maxsize=1 << 14)
 def symbols_of(expression: Any) -> frozenset[str]:
     """The names of the symbols that an expression is computed from."""
-    return frozenset(map(str, expression.free_symbols))
+    return frozenset(map(str, exact(expression).free_symbols))
 
 
 def macs(node: fx.Node) -> int:

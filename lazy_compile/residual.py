@@ -17,6 +17,7 @@ from lazy_compile.operators import (
     is_spatial_convolution,
     macs,
     operator_name,
+    origins,
     size_text,
     value_of,
 )
@@ -196,8 +197,11 @@ def _scaled(product: fx.Node) -> fx.Node | None:
 
 def _is_inside_another(flow: Dataflow, skip: fx.Node, candidates: list[Candidate]) -> bool:
     """Whether a tensor lies between the heavy operators of an earlier branch, as values do that later ones mix in."""
-    before, behind = flow.ancestors(skip), flow.descendants(skip)
-    return any(item.heavy & before and item.heavy & behind for item in candidates if not item.refusal)
+    for source in origins(skip):
+        before, behind = flow.ancestors(source), flow.descendants(source)
+        if any(item.heavy & before and item.heavy & behind for item in candidates if not item.refusal):
+            return True
+    return False
 
 
 def _without_gates(first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -130,6 +130,7 @@ BLOCKS: dict[str, tuple[Body, str, bool]] = {
         inside(lambda self, h: F.unfold(h.mT[..., None], (3, 1), padding=(1, 0)).unflatten(1, (WIDTH, 3)).mean(2).mT),
         "mlp", True,
     ),
+    "by a share of the numbers": (inside(lambda self, h: h * (h[..., :4].numel() / h.numel()) ** 0.5), "mlp", True),
     "recurrent": (lambda self, x: x + self.down(self.gru(x)[0]), "mlp", False),
 }  # fmt: skip
 """What a block does, the kind that its author would name, and whether each row can be computed alone."""
@@ -246,7 +247,7 @@ class MixesValues(nn.Module):
         x, first = torch.cat([x] * 4, -1) + t[:, None, None], None
         for qkv, out, between in zip(self.qkv, self.out, self.between, strict=True):
             q, k, v = qkv(x).chunk(3, -1)
-            first = v if first is None else first
+            first = v if first is None else first.view_as(v)
             x = between(x + out(F.scaled_dot_product_attention(q, k, 0.5 * v + 0.5 * first)))
         return x
 
