@@ -193,7 +193,7 @@ def _fraction(expression: Any) -> Any:
         return _fraction(expression.args[0]) / _fraction(expression.args[1])
     if isinstance(expression, ToFloat):
         return expression.args[0]
-    if expression.is_Float and expression == int(expression):
+    if expression.is_Float and float(expression).is_integer():
         return sympy.Integer(int(expression))
     return expression.func(*map(_fraction, expression.args)) if expression.is_Mul else expression
 

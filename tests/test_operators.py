@@ -3,10 +3,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import sympy
 import torch
+from torch.utils._sympy.functions import FloatTrueDiv, FloorToInt, IntTrueDiv, ToFloat, TruncToInt
 
 from graphs import program
 from lazy_compile.operators import (
+    exact,
     is_dense_convolution,
     is_heavy,
     macs,
@@ -130,3 +133,22 @@ def test_origins_go_back_through_casts_and_views() -> None:
 )
 def test_a_dense_convolution_mixes_channels_over_positions(line: str, dense: bool) -> None:
     assert is_dense_convolution(last(line)) == dense
+
+
+N, M = sympy.symbols("n m", integer=True, positive=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (TruncToInt(FloatTrueDiv(ToFloat(4 * N), sympy.Float(4.0))), "n"),
+        (FloorToInt(FloatTrueDiv(IntTrueDiv(12 * N, 3), sympy.Float(2.0))), "2*n"),
+        (TruncToInt(IntTrueDiv(N, 3)), "floor(n/3)"),
+        (TruncToInt(FloatTrueDiv(ToFloat(4 * N), sympy.Float(1.5))), "floor(2.66666666666667*n)"),
+        (IntTrueDiv(N * M, 3 * N), "m/3"),
+        (IntTrueDiv(FloatTrueDiv(ToFloat(N), sympy.Float(3.0)), N), "IntTrueDiv(FloatTrueDiv(ToFloat(n), 3.0), n)"),
+        (N * M, "m*n"),
+    ],
+)
+def test_a_size_that_is_divided_without_rest_is_read_exactly(size: sympy.Expr, text: str) -> None:
+    assert str(exact(size)) == text
