@@ -89,11 +89,11 @@ def find_candidates(
         if operator_name(add) not in _ADDS or not _is_token_stream(add, batch_size):
             continue
         skip, region = _skip_and_region(flow, add, owner, heavy_bits)
-        heavy = 0 if _is_inside_another(flow, skip, candidates) else region & heavy_bits
+        heavy = region & heavy_bits
         for node in owner:
             if region >> flow.position[node] & 1:
                 heavy &= ~(owner[node].heavy | owner[node].fed_by)
-        if not heavy:
+        if not heavy or _is_inside_another(flow, skip, candidates):
             continue
         heavy = _beyond_earlier(flow, heavy, candidates)
         sibling = next((item for item in candidates if item.heavy & heavy and not item.refusal), None)
