@@ -250,9 +250,7 @@ def _index_put(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Pl
     indexed = [axis for axis, index in enumerate(indices) if index is not None]
     if place is None or target not in batched or set(batched) - {target, values} or place.axis >= min(indexed):
         return None
-    written = _rank(batched[0]) - len(indexed) + max(_rank(indices[axis]) for axis in indexed)
-    alike = values not in batched or (rows.place(values) == place and _rank(values) == written)
-    return place if alike else None
+    return place if values not in batched or rows.place(values) == place else None
 
 
 def _rank(node: fx.Node) -> int:

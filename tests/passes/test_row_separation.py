@@ -48,6 +48,7 @@ def with_rows(between: str) -> str:
         ("r = unfold(f, 0, 1, 1); b = squeeze.dim(r, 3)", "unfold (r)"),
         ("r = neg(f); b = index_put(f, [one], r)", "index_put (b)"),
         ("t = transpose.int(f, 0, 1); r = index_put(t, [None, one], t); b = transpose.int(r, 0, 1)", "index_put (r)"),
+        ("i = argmax(f, -1); b = index_put(f, [None, i], f)", "index_put (b)"),
         ("r = slice.Tensor(f, 1, 0, 1); t = transpose.int(r, 0, 1); b = index_put(f, [None, one], t)", "index_put (b)"),
         ("r = avg_pool2d(f, [1, 1]); b = relu(r)", "avg_pool2d (r)"),  # of rank 3: the first axis has channels
         (
