@@ -167,6 +167,7 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
 def _by_rung(
     rung: Rung, model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], attempts: list[str]
 ) -> Capture | None:
+    """What one way of export gives; None if it fails, with the reason added to ``attempts``."""
     doubled = _with_batch_of_two(tensors)
     for example in ([doubled] if doubled is not None else []) + [tuple(tensors)]:
         flat = FlatModel(model, layout)
@@ -213,14 +214,14 @@ def _trouble_with(found: Capture, model: nn.Module, layout: CallLayout, tensors:
     if not found.accepts(tensors) or any(tensor.is_meta for tensor in tensors):
         return ""
     args, kwargs = layout.rebuild(tensors)
-    with quiet_evaluation(model):
+    with quiet_evaluation(model), left_as_it_was(model):
         expected = pytree.tree_leaves(model(*args, **kwargs))
         try:
             seen = found.program.graph_module(*found.program.bind(module_state(model), tensors))
         except Exception as error:
             return _first_line(error)
     pairs = zip(seen, expected, strict=True)
-    apart = [float((a - b).abs().max()) for a, b in pairs if isinstance(a, Tensor) and a.numel() and not a.is_complex()]
+    apart = [float((a - b).abs().max()) for a, b in pairs if _is_floating(a) and a.numel()]
     if max(apart, default=0.0) > 0:
         logger.warning(
             "the captured %s differs from the original by up to %.1e: only strict export could read it, which computes "
@@ -228,6 +229,10 @@ def _trouble_with(found: Capture, model: nn.Module, layout: CallLayout, tensors:
             type(model).__name__, max(apart),
         )  # fmt: skip
     return ""
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _require_whole_weights(model: nn.Module) -> None:
