@@ -26,7 +26,7 @@ MAX_STREAMS = 8
 
 _TIME_WORDS = frozenset(
     [
-        *["timestep", "timesteps", "time", "times", "t", "ts", "t_hat", "tau", "sigma", "sigmas", "log_snr", "logsnr"],
+        *["timestep", "timesteps", "time", "t", "t_hat", "tau", "sigma", "sigmas", "log_snr", "logsnr"],
         *["noise_level", "noise_levels", "noise_labels", "noise_cond", "c_noise"],
     ]
 )
