@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile.call_layout import CallLayout
 from lazy_compile.errors import CaptureError, LazyCompileError
-from lazy_compile.operators import note_example_sizes, value_of
+from lazy_compile.operators import note_example_sizes, size_text, value_of
 from lazy_compile.program import Program, Role, module_state
 from lazy_compile.python_state import left_as_it_was
 from lazy_compile.tracing import ExportAid
@@ -154,7 +154,7 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
     attempts: list[str] = []
     for rung in [rung for rung in LADDER if rung.reads_values or not reads_values]:
         found = _by_rung(rung, model, layout, tensors, attempts)
-        if found is not None and found.fixed_at and not rung.reads_values:
+        if found is not None and found.fixed_at and not rung.reads_values and _fixes_rows(found, tensors):
             attempts.append(f"{found.rung}: a size is fixed by {found.fixed_at}")
             return _by_rung(WITHOUT_FIXING, model, layout, tensors, attempts) or found
         if found is not None:
@@ -256,11 +256,6 @@ def _advice(model: nn.Module, usual: str) -> str:
         return (
             f"torch.export cannot write code for a module that is called like a word of Python, {names[0]!r}: rename it"
         )
-    if any(type(module).__module__.startswith("modelopt.") for module in model.modules()):
-        return (
-            "Its quantisers are ModelOpt's: import lazy_compile.integrations.modelopt and use "
-            'mto.apply_mode(model, [("lazy_compile", {})]) instead of transform(model)'
-        )
     return usual
 
 
@@ -345,6 +340,10 @@ def _inputs_with_rows(tensors: Sequence[Tensor]) -> list[int]:
     """Those as long as the first tensor of tokens or pixels; a model need not say itself that they go together."""
     rows = next((t.shape[0] for t in tensors if t.dim() >= 3 and t.is_floating_point()), None)
     return [index for index, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == rows]
+
+
+def _fixes_rows(found: Capture, tensors: Sequence[Tensor]) -> bool:
+    return any(size_text(found.fake_tensors[index].shape[0]).isdigit() for index in _inputs_with_rows(tensors))
 
 
 def _compile_guards(exported: ExportedProgram) -> CodeType | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lazy_compile.artifact import read
 from lazy_compile.config import LazyConfig
-from lazy_compile.errors import ConfigError
+from lazy_compile.errors import CaptureError, ConfigError
 from lazy_compile.module import LazyModule
 from lazy_compile.pass_manager import PassManager
 from lazy_compile.passes.canonicalize import Canonicalize
@@ -62,10 +62,23 @@ def transform(
         raise ConfigError("this model is lazy already; use restore() to get the original back")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"transform() takes a torch.nn.Module or a diffusers pipeline; seen {type(model).__name__}")
+    _refuse_quantisers(model)
     chosen = chosen_config(config, options)
     lazy = LazyModule(model, chosen, gating_pipeline(chosen))
     _capture_example(lazy, example_inputs)
     return lazy
+
+
+def _refuse_quantisers(model: nn.Module) -> None:
+    """ModelOpt's quantisers are a dozen operators each, in which no engine sees a quantised product."""
+    for module in model.modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("modelopt.")}
+        if "TensorQuantizer" in kinds and module.is_enabled:
+            raise CaptureError(
+                f"the quantisers of {type(model).__name__} are ModelOpt's: import "
+                'lazy_compile.integrations.modelopt and use mto.apply_mode(model, [("lazy_compile", {})]) instead of '
+                "transform(model)"
+            )
 
 
 def chosen_config(config: LazyConfig | None, options: Mapping[str, Any]) -> LazyConfig:
