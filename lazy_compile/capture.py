@@ -343,7 +343,9 @@ def _inputs_with_rows(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _fixes_rows(found: Capture, tensors: Sequence[Tensor]) -> bool:
-    return any(size_text(found.fake_tensors[index].shape[0]).isdigit() for index in _inputs_with_rows(tensors))
+    """Whether a batch of this size has a graph of its own, as one of 1 often has whatever the model does."""
+    rows = [index for index in _inputs_with_rows(tensors) if len(tensors[index]) > 1]
+    return any(size_text(found.fake_tensors[index].shape[0]).isdigit() for index in rows)
 
 
 def _compile_guards(exported: ExportedProgram) -> CodeType | None:
