@@ -2,35 +2,23 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from captures import accepts, captured_call, joined
 from layers import MLP, WIDTH, norm, sinusoid
-from lazy_compile import transform
 from lazy_compile.call_layout import CallLayout
-from lazy_compile.capture import LADDER, Capture, capture
+from lazy_compile.capture import LADDER, capture
 from lazy_compile.errors import CaptureError
 from lazy_compile.operators import operator_name
 from lazy_compile.program import Role, module_state
 from models import REFUSED, call, randomize
-
-
-def captured_call(model: nn.Module, **arguments: Any) -> Capture:
-    layout, tensors = CallLayout.of((), arguments)
-    return capture(model.eval(), layout, tensors)
-
-
-def accepts(found: Capture, **arguments: Tensor) -> bool:
-    return found.accepts(list(arguments.values()))
-
 
 # What a capture serves --------------------------------------------------------------------------------------------
 
@@ -45,12 +33,6 @@ class Joins(nn.Module):
     def forward(self, x: Tensor, text: Tensor, t: Tensor) -> Tensor:
         h = torch.cat([text, x], dim=1) + sinusoid(t, WIDTH)[:, None]
         return (h + self.mlp(h))[:, text.shape[1] :]
-
-
-def joined(batch: int, tokens: int = 16, words: int = 5) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    x, text = (torch.randn(batch, length, WIDTH, generator=generator) for length in (tokens, words))
-    return {"x": x, "text": text, "t": torch.full((batch,), 500.0)}
 
 
 def test_a_batch_of_one_gives_a_graph_for_every_batch() -> None:
@@ -122,110 +104,6 @@ def test_a_fixed_batch_is_captured_as_it_is() -> None:
     assert accepts(found, x=torch.ones(1, 16, 8))
     assert not accepts(found, x=torch.ones(2, 16, 8))
     assert found.attempts == ("export, dynamic sizes: the graph of a batch of 2 serves no other",)
-
-
-class CountsRows(nn.Module):
-    """Makes a Python number of its batch size: by ``len()``, or from its windows as Swin transformers do."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.mlp = MLP()
-        self.how = how
-
-    def forward(self, x: Tensor) -> Tensor:
-        windows = x.reshape(-1, 4, WIDTH)
-        rows = len(x) if self.how == "len" else int(windows.shape[0] / (16 / 4))
-        return x + self.mlp(windows).view(rows, 16, -1)
-
-
-@pytest.mark.parametrize("how", ["len", "int"])
-def test_a_batch_that_became_a_number_stays_dynamic_in_strict_export(how: str) -> None:
-    model, x = randomize(CountsRows(how)), joined(2)["x"]
-    found = captured_call(model, x=x)
-    assert found.rung == "strict export, dynamic batch"
-    (reason,) = found.attempts
-    assert reason.startswith(f"export, dynamic sizes: a size is fixed by {how}() in forward, test_capture.py:")
-    lazy = transform(model, (x,))
-    assert [branch.row_separable for branch in lazy.branches] == [True]
-    for rows in (2, 3):
-        x = joined(rows)["x"]
-        assert accepts(found, x=x)
-        assert torch.equal(lazy(x), model(x))
-    assert lazy.stats.captures == 1
-
-
-def test_a_batch_that_became_a_number_is_fixed_where_strict_export_fails() -> None:
-    class LooksAround(CountsRows):
-        def forward(self, x: Tensor) -> Tensor:
-            assert sys._getframe().f_code.co_name == "forward"
-            return super().forward(x)
-
-    x = joined(2)["x"]
-    found = captured_call(randomize(LooksAround("int")), x=x)
-    assert found.rung == "export, dynamic sizes"
-    assert accepts(found, x=x)
-    assert not accepts(found, x=joined(3)["x"])
-
-
-class Rescales(nn.Module):
-    """Divides by what NumPy makes of a size, and by a number of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gains, self.linear = nn.Parameter(torch.empty(8)), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x / np.sqrt(x.shape[1]))
-        return torch.cat([x, *(y * (gain / np.sqrt(24)) for gain in self.gains.unbind())])
-
-
-def test_numpy_takes_the_root_of_a_size_that_stays_dynamic() -> None:
-    model, x = randomize(Rescales()), joined(2)["x"]
-    found = captured_call(model, x=x)
-    assert (found.rung, found.attempts) == ("export, dynamic sizes", ())
-    x = torch.randn(3, 9, WIDTH)
-    assert accepts(found, x=x)
-    with torch.no_grad():
-        assert torch.equal(found.program.graph_module(*found.program.bind(module_state(model), [x]))[0], model(x))
-    assert not hasattr(torch.SymInt, "sqrt"), "as torch has it, outside of a capture"
-
-
-def test_a_capture_that_rounds_otherwise_is_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("lazy_compile.capture.LADDER", LADDER[1:2])
-    captured_call(randomize(Rescales()), x=joined(2)["x"])
-    (record,) = caplog.records
-    assert record.getMessage().startswith("the captured Rescales differs from the original by up to ")
-
-
-def test_a_program_that_cannot_be_run_is_no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Heads(nn.Module):
-        """Every head is a function that torch maps over its weights; export writes a program that torch refuses."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.heads = nn.Parameter(torch.empty(4, WIDTH, WIDTH // 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + torch.vmap(lambda head: x @ head, out_dims=-1)(self.heads).flatten(-2)
-
-    monkeypatch.setattr("lazy_compile.capture.LADDER", LADDER[1:2])
-    with pytest.raises(CaptureError, match="SymIntArrayRef"):
-        captured_call(randomize(Heads()), x=joined(2)["x"])
-
-
-def test_a_module_that_is_called_like_a_word_of_python_is_named() -> None:
-    class Parts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts = nn.ModuleDict({"in": MLP(), "out": MLP()})
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.parts["in"](x)
-
-    with pytest.raises(CaptureError, match=r"called like a word of Python, 'parts\.in': rename it"):
-        captured_call(randomize(Parts()), x=joined(2)["x"])
 
 
 # The ladder -------------------------------------------------------------------------------------------------------
