@@ -1,5 +1,7 @@
 """Captures of small models, and the calls that they are made from."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -36,7 +36,7 @@ def test_a_batch_that_became_a_number_stays_dynamic_in_strict_export(how: str) -
     found = captured_call(model, x=x)
     assert found.rung == "strict export, dynamic batch"
     (reason,) = found.attempts
-    assert reason.startswith(f"export, dynamic sizes: a size is fixed by {how}() in forward, test_capture.py:")
+    assert reason.startswith(f"export, dynamic sizes: a size is fixed by {how}() in forward, test_capture_numbers.py:")
     lazy = transform(model, (x,))
     assert [branch.row_separable for branch in lazy.branches] == [True]
     for rows in (2, 3):
