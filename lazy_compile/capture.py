@@ -145,7 +145,7 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
     3. A model that writes ``len(x)``, or ``int(windows / (height * width / 16))``, fixes its sizes in a plain export; a
        strict one, of which only the batch is dynamic, is tried before that is accepted.
     4. With ``reads_values`` only those rungs are tried that read values: then no size depends on a value.
-    5. A decision by a value that depends on inputs and weights ends the search: it could not be checked before the model has run.
+    5. A decision by a value that depends on inputs and weights ends the search: it could not be checked beforehand.
 
     Raises:
         CaptureError: every rung failed; the message names the decisive reason. Or the weights are sharded.
