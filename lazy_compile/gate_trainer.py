@@ -203,8 +203,9 @@ class GateTrainer:
             excess = self._saved_beyond_target(lazy_ratio, compute_ratio)
             if abs(excess) < closest:
                 closest, best = abs(excess), (shifted, lazy_ratio, compute_ratio)
-            self.on_progress("setting the ratio", trial + 1, SHIFTS)
-            if closest < 0.002:
+            is_close = closest < 0.002
+            self.on_progress("setting the ratio", SHIFTS if is_close else trial + 1, SHIFTS)
+            if is_close:
                 break
             low, high = (shift, high) if excess > 0 else (low, shift)
             shift = (low + high) / 2

@@ -34,6 +34,17 @@ def test_the_target_ratio_is_reached(objective: Any, reuse: Any) -> None:
     assert lazy.stats.lazy_ratio == pytest.approx(0.4, abs=0.08)
 
 
+def test_every_stage_is_told_of_until_it_is_done() -> None:
+    told: dict[str, tuple[int, int]] = {}
+
+    def on_progress(stage: str, done: int, total: int, note: str = "") -> None:
+        told[stage] = (done, total)
+
+    calibrate(lazy_tiny_dit(), options(), sample=sample, on_progress=on_progress)
+    assert {"searching schedules", "training gates", "setting the ratio"} <= told.keys()
+    assert all(done == total for done, total in told.values())
+
+
 def test_a_compute_target_is_reached() -> None:
     lazy = lazy_tiny_dit()
     report = calibrate(lazy, options(target_lazy_ratio=None, target_compute_ratio=0.7), sample=sample)
