@@ -35,7 +35,7 @@ test: lint ## lint, check types, run the tests
 TORCHAO := build/torchao
 test-torchao: $(INSTALLED) ## integer weights of torchao, installed beside .venv (28 MB)
 	@test -d $(TORCHAO) || $(BIN)/python -m pip install -q --no-deps --target $(TORCHAO) -c constraints.txt torchao
-	PYTHONPATH=$(TORCHAO) $(BIN)/pytest -m torchao tests/integrations/test_torchao.py tests/test_gallery.py
+	PYTHONPATH=$(TORCHAO) $(BIN)/pytest -m torchao tests/integrations/test_torchao.py tests/examples/test_gallery.py
 
 PRUNA := build/pruna
 test-pruna: $(INSTALLED) ## the cacher of examples/pruna, with Pruna installed beside .venv (300 MB)

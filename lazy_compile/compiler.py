@@ -1,70 +1,102 @@
-"""The front door: from a model to its lazy form and back. The one place that states the order of the passes."""
+"""The front door: from a model or a diffusers pipeline to its lazy form, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, overload
 
 from torch import nn
 
-from lazy_compile.artifact import read
-from lazy_compile.config import LazyConfig
+from lazy_compile.config import LazyConfig, chosen_config
 from lazy_compile.errors import CaptureError, ConfigError
-from lazy_compile.module import LazyModule
-from lazy_compile.pass_manager import PassManager
-from lazy_compile.passes.canonicalize import Canonicalize
-from lazy_compile.passes.discover_branches import DiscoverBranches
-from lazy_compile.passes.hoist_step_invariants import HoistStepInvariants
-from lazy_compile.passes.insert_gates import InsertGates
-from lazy_compile.passes.join_slices import JoinSlices
-from lazy_compile.passes.merge_repeats import MergeRepeats
-from lazy_compile.passes.outline_branches import OutlineBranches
+from lazy_compile.integrations import diffusers_pipeline
+from lazy_compile.runtime.artifact import read
+from lazy_compile.runtime.module import LazyModule
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
+Example = Mapping[str, Any] | Sequence[Any] | None
 
 
-def gating_pipeline(config: LazyConfig) -> PassManager:
-    """From a captured program to a gated one."""
-    return PassManager(
-        [
-            Canonicalize(),
-            JoinSlices(),
-            MergeRepeats(),
-            HoistStepInvariants(),
-            DiscoverBranches(conv_branches=config.conv_branches),
-            OutlineBranches(),
-            InsertGates(),
-        ]
-    )
-
-
+@overload
 def transform(
-    model: nn.Module,
-    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    model: nn.Module, example_inputs: Example = None, config: LazyConfig | None = None, **options: Any
+) -> LazyModule: ...
+@overload
+def transform(
+    model: Any,
+    example_inputs: None = None,
     config: LazyConfig | None = None,
+    *,
+    components: Sequence[str] | None = None,
     **options: Any,
-) -> LazyModule:
-    """Make a diffusion transformer lazy.
+) -> Any: ...
+def transform(
+    model: Any,
+    example_inputs: Example = None,
+    config: LazyConfig | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    **options: Any,
+) -> Any:
+    """Make a diffusion transformer lazy, or the denoisers of a diffusers pipeline.
 
     Args:
-        model: any denoiser. It is not modified, and its parameters are shared.
+        model: any denoiser: it is not modified, and a lazy model that shares its parameters is returned. Or a pipeline:
+            its denoisers are replaced in place, and it is returned.
         example_inputs: arguments of one call, by name or by position, to capture with now. None captures at the first
             call. Shapes, dtypes and devices matter; values do not.
         config: all options; or give them by name: ``transform(model, reuse="last")``.
+        components: which models of a pipeline, by name. None takes its transformers and U-Nets.
 
     Raises:
         ConfigError: the model or an option is not of the expected kind.
         CaptureError: the model cannot be turned into a graph.
         NoBranchError: nothing in it can be gated.
     """
+    if not diffusers_pipeline.is_pipeline(model):
+        if components is not None:
+            raise ConfigError(f"components names models of a pipeline; seen {type(model).__name__}, which is none")
+        return _transform_model(model, example_inputs, chosen_config(config, options))
+    if example_inputs is not None:
+        raise ConfigError("a pipeline needs no example_inputs: its denoisers capture at their first call; leave it out")
+    return diffusers_pipeline.transform_pipeline(model, chosen_config(config, options), components)
+
+
+def load(directory: str | Path, model: Any, example_inputs: Example = None) -> Any:
+    """Make a model lazy again, with the options, policy and gates that ``save`` wrote; or the denoisers of a pipeline,
+    with those that ``save_pretrained`` of a lazy pipeline wrote beside the weights.
+
+    Raises:
+        ArtifactError: the folder is damaged, or was made for another model.
+    """
+    if diffusers_pipeline.is_pipeline(model):
+        return diffusers_pipeline.load_pipeline(directory, model)
+    artifact = read(directory)
+    lazy = _transform_model(model, None, artifact.config)
+    artifact.check_model(model)
+    _capture_example(lazy, example_inputs)
+    if example_inputs is not None:
+        artifact.check_branches(lazy.branches)
+    lazy.policy = artifact.policy
+    return lazy
+
+
+def restore(lazy: Any) -> Any:
+    """The original model, untouched; or the pipeline, with its original models back in place."""
+    if diffusers_pipeline.is_pipeline(lazy):
+        return diffusers_pipeline.restore_pipeline(lazy)
+    if not isinstance(lazy, LazyModule):
+        raise ConfigError(f"restore() takes what transform() returned; seen {type(lazy).__name__}")
+    return lazy.release()
+
+
+def _transform_model(model: nn.Module, example_inputs: Example, config: LazyConfig) -> LazyModule:
     if isinstance(model, LazyModule):
         raise ConfigError("this model is lazy already; use restore() to get the original back")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"transform() takes a torch.nn.Module or a diffusers pipeline; seen {type(model).__name__}")
     _refuse_quantisers(model)
-    chosen = chosen_config(config, options)
-    lazy = LazyModule(model, chosen, gating_pipeline(chosen))
+    lazy = LazyModule(model, config)
     _capture_example(lazy, example_inputs)
     return lazy
 
@@ -81,45 +113,7 @@ def _refuse_quantisers(model: nn.Module) -> None:
             )
 
 
-def chosen_config(config: LazyConfig | None, options: Mapping[str, Any]) -> LazyConfig:
-    """The one given, or made of options by name.
-
-    Raises:
-        ConfigError: both are given, or one is not of the expected form.
-    """
-    if config is not None and not isinstance(config, LazyConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; expected LazyConfig(...), or give options by name")
-    if config is not None and options:
-        raise ConfigError(f"give either config or options by name, not both; seen both config and {', '.join(options)}")
-    return config or LazyConfig.from_dict(dict(options))
-
-
-def load(
-    directory: str | Path, model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any] | None = None
-) -> LazyModule:
-    """Make ``model`` lazy again, with the options, policy and gates that :meth:`LazyModule.save` wrote.
-
-    Raises:
-        ArtifactError: the folder is damaged, or was made for another model.
-    """
-    artifact = read(directory)
-    lazy = transform(model, config=artifact.config)
-    artifact.check_model(model)
-    _capture_example(lazy, example_inputs)
-    if example_inputs is not None:
-        artifact.check_branches(lazy.branches)
-    lazy.policy = artifact.policy
-    return lazy
-
-
-def restore(lazy: LazyModule) -> nn.Module:
-    """The original model, untouched."""
-    if not isinstance(lazy, LazyModule):
-        raise ConfigError(f"restore() takes what transform() returned; seen {type(lazy).__name__}")
-    return lazy.release()
-
-
-def _capture_example(lazy: LazyModule, example_inputs: Mapping[str, Any] | Sequence[Any] | None) -> None:
+def _capture_example(lazy: LazyModule, example_inputs: Example) -> None:
     if isinstance(example_inputs, Mapping):
         lazy.capture(**example_inputs)
     elif isinstance(example_inputs, list | tuple):

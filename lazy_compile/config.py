@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -72,3 +73,16 @@ def check_group(group: object) -> None:
 def _require_one_of(option: str, seen: object, allowed: tuple[str, ...]) -> None:
     if seen not in allowed:
         raise ConfigError(f"{option} is {seen!r}; expected one of {', '.join(map(repr, allowed))}")
+
+
+def chosen_config(config: LazyConfig | None, options: Mapping[str, Any]) -> LazyConfig:
+    """The one given, or made of options by name.
+
+    Raises:
+        ConfigError: both are given, or one is not of the expected form.
+    """
+    if config is not None and not isinstance(config, LazyConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; expected LazyConfig(...), or give options by name")
+    if config is not None and options:
+        raise ConfigError(f"give either config or options by name, not both; seen both config and {', '.join(options)}")
+    return config or LazyConfig.from_dict(dict(options))

@@ -9,12 +9,12 @@ import torch
 from torch import fx
 
 from lazy_compile.errors import ConfigError
-from lazy_compile.lazy_branch import TAG
-from lazy_compile.operators import value_of
-from lazy_compile.ops import DECISIONS, STATE_NAMES, BranchArms, inline, replace_results, state_names
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program, ProgramInput, Role
-from lazy_compile.slots import LOGITS
+from lazy_compile.ir.branch_arms import DECISIONS, STATE_NAMES, BranchArms, inline, replace_results, state_names
+from lazy_compile.ir.lazy_branch import TAG
+from lazy_compile.ir.operators import value_of
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program, ProgramInput, Role
+from lazy_compile.ir.state_tensors import LOGITS
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ApplySchedule(GraphPass):
         return (%y, %arms_0[1], %logits)        |   return (%y, %o)      |   return (%y,)
 
     1. The outputs behind the model's own are the slots that this step changes, named by
-       :func:`lazy_compile.ops.state_names`: the caller keeps all others.
+       :func:`lazy_compile.ir.branch_arms.state_names`: the caller keeps all others.
     2. Inputs that nothing reads any more are dropped: gates, the slots of branches that compute, the parameters of
        branches that reuse. The user's own inputs stay.
     3. Linear reuse keeps its clock; the decisions of this step are a constant of the program. Branches that share a

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.operators import operator_name, origins, value_of
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program, erase_dead
+from lazy_compile.ir.operators import operator_name, origins, value_of
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program, erase_dead
 
 _END = 2**63 - 1
 
@@ -26,7 +26,7 @@ class Canonicalize(GraphPass):
         %out     = aten.linear(%div, ...)                |
 
     The graph must be functional (``ExportedProgram.run_decompositions({})`` sees to that): with nothing written in
-    place, a copy and its source cannot be told apart, so the copy can go. Rules:
+    place, a copy and its source cannot be distinguished, so the copy can go. Rules:
 
     1. A node is dropped if its value has the shape, dtype and device of its input and its operator is an alias, a
        plain clone, a copy to the same type, a dropout in evaluation mode, a slice or expand of everything, a squeeze

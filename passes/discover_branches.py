@@ -10,17 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.branch import BranchTensor, Refusal, ResidualBranch
-from lazy_compile.dataflow import Dataflow
-from lazy_compile.folded_rows import FOLDED, follow_folded_rows, unfolded
-from lazy_compile.kinds import classify
-from lazy_compile.lazy_branch import ADD, TAG
-from lazy_compile.operators import CONVOLUTIONS, is_heavy, macs, operator_name, origins, size_hint, size_text, value_of
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program, Role
-from lazy_compile.residual import Candidate, common_path, find_candidates
-from lazy_compile.row_rules import Place
-from lazy_compile.rows import batch_axis, batch_rows, batch_size, follow_rows
+from lazy_compile.analysis.batch_rows import batch_axis, batch_rows, batch_size, follow_rows
+from lazy_compile.analysis.branch_kind import classify
+from lazy_compile.analysis.dataflow import Dataflow
+from lazy_compile.analysis.folded_rows import FOLDED, follow_folded_rows, unfolded
+from lazy_compile.analysis.residual_branches import Candidate, common_path, find_candidates
+from lazy_compile.analysis.row_places import Place
+from lazy_compile.ir.branch import BranchTensor, Refusal, ResidualBranch
+from lazy_compile.ir.lazy_branch import ADD, TAG
+from lazy_compile.ir.operators import (
+    CONVOLUTIONS,
+    is_heavy,
+    macs,
+    operator_name,
+    origins,
+    size_hint,
+    size_text,
+    value_of,
+)
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program, Role
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ class DiscoverBranches(GraphPass):
         %add = add(%x, %g)                                    residual add
 
     The body is the convex hull of a branch's heavy operators, so norms and adaLN modulation before it, and output gate,
-    residual scale and post-norm behind it, run at every step. ``lazy_compile.residual`` states the rule.
+    residual scale and post-norm behind it, run at every step. :mod:`lazy_compile.analysis.residual_branches` states
+    the rule.
 
     Numerics are preserved: the graph is not edited.
     """

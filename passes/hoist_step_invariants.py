@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from lazy_compile.dataflow import Dataflow
-from lazy_compile.operators import VIEWS, is_heavy, is_random, operator_name, origins, value_of
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program, ProgramInput, Role, erase_dead
+from lazy_compile.analysis.dataflow import Dataflow
+from lazy_compile.ir.operators import VIEWS, is_heavy, is_random, operator_name, origins, value_of
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program, ProgramInput, Role, erase_dead
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.lazy_branch import TAG, LazyBranch
-from lazy_compile.operators import operator_name, origins, value_of
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program, ProgramInput, Role
-from lazy_compile.rows import batch_axis, batch_symbol
+from lazy_compile.analysis.batch_rows import batch_axis, batch_symbol
+from lazy_compile.ir.lazy_branch import TAG, LazyBranch
+from lazy_compile.ir.operators import operator_name, origins, value_of
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program, ProgramInput, Role
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from lazy_compile.operators import operator_name, origins, value_of
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program
+from lazy_compile.ir.operators import operator_name, origins, value_of
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program
 
 aten = torch.ops.aten
 

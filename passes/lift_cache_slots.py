@@ -11,15 +11,15 @@ import torch
 from torch import fx
 
 from lazy_compile.config import BatchRule, ReuseArm
-from lazy_compile.extrapolation import CLOCK, SLOPE, advance_clock, read_clock
-from lazy_compile.gate_ops import add_decision, add_predictor, logit_table
-from lazy_compile.grouping import GateLayout
-from lazy_compile.lazy_branch import LazyBranch, lazy_calls
-from lazy_compile.operators import value_of
-from lazy_compile.ops import DECISIONS, STATE_NAMES, BranchArms, formula, inline
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program, ProgramInput, Role
-from lazy_compile.slots import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name, slot_names
+from lazy_compile.ir.branch_arms import DECISIONS, STATE_NAMES, BranchArms, formula, inline
+from lazy_compile.ir.lazy_branch import LazyBranch, lazy_calls
+from lazy_compile.ir.linear_reuse import CLOCK, SLOPE, advance_clock, read_clock
+from lazy_compile.ir.operators import value_of
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program, ProgramInput, Role
+from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name, slot_names
+from lazy_compile.policies.gate_graph import add_decision, add_predictor, logit_table
+from lazy_compile.policies.gate_layout import GateLayout
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ class LiftCacheSlots(GraphPass):
     1. Slots are inputs of role SLOT: ``cache_{branch}_{output}``, and with ``reuse="linear"`` also
        ``delta_{branch}_{output}``. The outputs behind the model's own are the next values of all slots, in the
        order of the inputs, then ``compute_logits: float32[rows, G]``.
-    2. Linear reuse moves a cache on by a part of its delta. :mod:`lazy_compile.extrapolation` says how, and names the
+    2. Linear reuse moves a cache on by a part of its delta. :mod:`lazy_compile.ir.linear_reuse` says how, and names the
        slots ``float32[G]`` that keep time, and the input ``slope: float32[G]`` of role GATE.
     3. ``leaders`` says for each branch which one decides for it; G gates belong to those that decide for themselves.
        Empty stands for every branch.
@@ -51,8 +51,8 @@ class LiftCacheSlots(GraphPass):
        every row.
     5. ``gating="input"``: inputs of role GATE are ``should_compute_{branch}: bool[]``, one for each gate. With
        ``predictors`` the row of a gate table comes in too and the logits go out, for whoever decides the next step.
-    6. A slot starts as :func:`lazy_compile.slots.initial_value` says. Nothing here knows a first step: the caller
-       forces it to compute.
+    6. A slot starts as :func:`lazy_compile.ir.state_tensors.initial_value` says. Nothing here knows a first step: the
+       caller forces it to compute.
 
     While every branch computes, the model's own outputs are preserved bit for bit.
     """

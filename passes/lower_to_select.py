@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lazy_compile.lazy_branch import TAG
-from lazy_compile.ops import BranchArms, inline, replace_results
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program
+from lazy_compile.ir.branch_arms import BranchArms, inline, replace_results
+from lazy_compile.ir.lazy_branch import TAG
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program
 
 
 @dataclass(frozen=True)

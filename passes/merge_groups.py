@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from lazy_compile.dataflow import Dataflow
-from lazy_compile.lazy_branch import ADD, TAG
-from lazy_compile.operators import is_heavy
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program
+from lazy_compile.analysis.dataflow import Dataflow
+from lazy_compile.ir.lazy_branch import ADD, TAG
+from lazy_compile.ir.operators import is_heavy
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program
 
 SELECT = torch.ops.lazy_compile.select.default
 

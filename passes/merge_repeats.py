@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from lazy_compile.operators import is_random, origins
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program
+from lazy_compile.ir.operators import is_random, origins
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import torch
 from torch import fx
 from torch.fx.passes.tools_common import stable_topological_sort
 
-from lazy_compile.branch import ResidualBranch
-from lazy_compile.folded_rows import FOLDED, insert_fold, insert_unfold, unfolded
-from lazy_compile.lazy_branch import TAG
-from lazy_compile.operators import NUMBERS, value_of
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program
-from lazy_compile.rows import axis_of_size, batch_rows, is_measurable
+from lazy_compile.analysis.batch_rows import axis_of_size, batch_rows, is_measurable
+from lazy_compile.analysis.folded_rows import FOLDED, insert_fold, insert_unfold, unfolded
+from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.ir.lazy_branch import TAG
+from lazy_compile.ir.operators import NUMBERS, value_of
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program
 
 _NAME = "name_in_branch"
 """``node.meta[_NAME]`` is the name that an output of an outlined branch had: another branch may read it under that."""

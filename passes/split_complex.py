@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.operators import operator_name, value_of
-from lazy_compile.pass_manager import GraphPass
-from lazy_compile.program import Program
+from lazy_compile.ir.operators import operator_name, value_of
+from lazy_compile.ir.pass_manager import GraphPass
+from lazy_compile.ir.program import Program
 
 aten = torch.ops.aten
 

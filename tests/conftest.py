@@ -11,12 +11,12 @@ import torch
 
 import lazy_compile
 from lazy_compile import AlwaysCompute, LazyConfig, LazyModule
-from lazy_compile.backends.onnx import OnnxReport, export_onnx
-from lazy_compile.call_layout import CallLayout
-from lazy_compile.capture import capture
-from lazy_compile.program import Program
-from models import REFUSED, TOYS, call
-from small import fresh
+from lazy_compile.backends.onnx.export import OnnxReport, export_onnx
+from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.ladder import capture
+from lazy_compile.ir.program import Program
+from support.small_model import fresh
+from support.toy_models import REFUSED, TOYS, call
 
 torch.set_num_threads(1)
 

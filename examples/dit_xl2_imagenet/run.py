@@ -23,7 +23,7 @@ from torchmetrics.image.inception import InceptionScore
 
 import lazy_compile
 from lazy_compile import AlwaysCompute
-from lazy_compile.calibration import CalibrationConfig, calibrate
+from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
 from lazy_compile.errors import ArtifactError, ConfigError, LazyCompileError
 from lazy_compile.progress import progress_bars
 from lazy_compile.storage import save_json

@@ -9,8 +9,8 @@ from components import STEPS, denoiser, inputs, outputs, show
 import lazy_compile
 from lazy_compile import AlwaysCompute, CacheSchedule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
+from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
 from lazy_compile.backends.open import open_runner
-from lazy_compile.backends.ort_mobile import convert_to_ort
 
 lazy = lazy_compile.transform(denoiser(), inputs())
 dense = outputs(lazy)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from lazy_compile import LazyModule
-from lazy_compile.ops import BranchArms, state_names
-from lazy_compile.pass_manager import PassManager
+from lazy_compile.ir.branch_arms import BranchArms, state_names
+from lazy_compile.ir.pass_manager import PassManager
+from lazy_compile.ir.program import Program, Role, module_state
+from lazy_compile.ir.state_tensors import initial_value
 from lazy_compile.passes.apply_schedule import ApplySchedule
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
-from lazy_compile.program import Program, Role, module_state
-from lazy_compile.slots import initial_value
 
 Step = Callable[[], Any]
 

@@ -19,10 +19,12 @@ from lean_steps import LeanSteps, captured
 
 from lazy_compile import CacheSchedule, LazyConfig, LazyModule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
-from lazy_compile.backends.onnx import export_onnx
-from lazy_compile.backends.onnxruntime import OnnxRunner
+from lazy_compile.backends.onnx.export import export_onnx
+from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.backends.runner import Runner
-from lazy_compile.backends.tensorrt import BuildConfig, TensorRTRunner, build_engine, build_engines
+from lazy_compile.backends.tensorrt.build import build_engine, build_engines
+from lazy_compile.backends.tensorrt.config import BuildConfig
+from lazy_compile.backends.tensorrt.runner import TensorRTRunner
 from lazy_compile.errors import LazyCompileError
 
 Step = Callable[[], Any]

@@ -19,7 +19,7 @@ from pruna.engine.save import SAVE_FUNCTIONS
 
 import lazy_compile
 from lazy_compile import LazyConfig, LazyModule, Policy
-from lazy_compile.policy import GateQuery
+from lazy_compile.policies.policy import GateQuery
 
 
 @dataclass(frozen=True)

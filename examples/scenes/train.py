@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lazy_compile.demo import scenes
-from lazy_compile.demo.training import save_checkpoint, training_options
+from lazy_compile.bench.tasks import scenes
+from lazy_compile.bench.tasks.training import save_checkpoint, training_options
 from lazy_compile.progress import progress_bars
 
 

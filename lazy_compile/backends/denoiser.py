@@ -13,16 +13,16 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lazy_compile.backends.onnx_metadata import OnnxMetadata
+from lazy_compile.backends.onnx.metadata import OnnxMetadata
 from lazy_compile.backends.runner import Force, Mask, Runner, Stream
-from lazy_compile.branch import ResidualBranch
-from lazy_compile.call_layout import CallLayout
+from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ConfigError
-from lazy_compile.gate import GateRow
-from lazy_compile.policy import AlwaysCompute, Learned, Policy, Scheduled
-from lazy_compile.runtime import LazyStats
-from lazy_compile.timestep import Trajectories
+from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.policies.gate_table import GateRow
+from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
+from lazy_compile.runtime.stats import LazyStats
+from lazy_compile.runtime.trajectory import Trajectories
 
 logger = logging.getLogger("lazy_compile")
 
@@ -48,9 +48,10 @@ class _Place:
 class EngineDenoiser:
     """A runner of an exported model, called like the original.
 
-    Trajectories and parallel streams are told apart by the timestep input, as in
-    :class:`~lazy_compile.module.LazyModule`, and the decisions are the same as there with the ``batch_rule`` and the
-    groups that the model was exported with. Arguments that are not tensors were fixed by the export and are ignored.
+    Trajectories and streams are distinguished by the timestep input, as in
+    :class:`~lazy_compile.runtime.module.LazyModule`, and the decisions are the same as there with the ``batch_rule``
+    and the groups that the model was exported with. Arguments that are not tensors were fixed by the export and are
+    ignored.
 
     Args:
         runner: the exported model.
@@ -116,15 +117,16 @@ class EngineDenoiser:
         inputs = self._inputs(args, kwargs)
         name = self.runner.metadata.timestep_input
         timestep = None if name is None else float(inputs[name].max())
-        state, step, _ = self._trajectories.advance(timestep)
+        stream, step, _ = self._trajectories.advance(timestep)
+        state = stream.caches
         place = state.memory.get("engine")
         if not isinstance(place, _Place):
             place = _Place(self.runner.new_stream(), np.full(len(self.branches), step))
             state.memory["engine"] = place
         now, before = float(step) if timestep is None else timestep, state.timestep_before
-        if (misfit := self._policy.misfit(step, now, before)) and misfit not in self._told:
-            self._told.add(misfit)
-            logger.warning("%s", misfit)
+        if (mismatch_reason := self._policy.mismatch_reason(step, now, before)) and mismatch_reason not in self._told:
+            self._told.add(mismatch_reason)
+            logger.warning("%s", mismatch_reason)
         row, force = self._decide(place, step, now, before)
         place.stream.skip(max(step - place.last_step - 1, 0))
         slopes = self._policy.slopes(step, now, before)

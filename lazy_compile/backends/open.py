@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lazy_compile.backends.onnx_masks import MaskSet
+from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.runner import Runner
 
 
@@ -15,11 +15,11 @@ def open_runner(path: str | Path) -> Runner:
         ArtifactError: it is missing or damaged.
         BackendError: that runtime cannot run it here.
     """
-    file = next(iter(MaskSet.load(path).files.values())) if Path(path).is_dir() else Path(path)
+    file = next(iter(ScheduleVariants.load(path).files.values())) if Path(path).is_dir() else Path(path)
     if file.suffix in (".onnx", ".ort"):
-        from lazy_compile.backends.onnxruntime import OnnxRunner
+        from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 
         return OnnxRunner(path)
-    from lazy_compile.backends.tensorrt_runner import TensorRTRunner
+    from lazy_compile.backends.tensorrt.runner import TensorRTRunner
 
     return TensorRTRunner(path)

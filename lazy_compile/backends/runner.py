@@ -13,16 +13,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lazy_compile.backends.onnx_metadata import InputSpec, OnnxMetadata, SlotSpec
-from lazy_compile.branch import ResidualBranch
+from lazy_compile.backends.onnx.metadata import InputSpec, OnnxMetadata, SlotSpec
 from lazy_compile.errors import ConfigError
-from lazy_compile.extrapolation import SLOPE
-from lazy_compile.gate import FORCE, GateRow
-from lazy_compile.gate_ops import decision
-from lazy_compile.grouping import GateLayout
-from lazy_compile.policy import Policy
-from lazy_compile.slots import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name
-from lazy_compile.step_invariants import Seen
+from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.ir.linear_reuse import SLOPE
+from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name
+from lazy_compile.policies.gate_graph import decision
+from lazy_compile.policies.gate_layout import GateLayout
+from lazy_compile.policies.gate_table import FORCE, GateRow
+from lazy_compile.policies.policy import Policy
+from lazy_compile.runtime.tensor_snapshot import TensorSnapshot
 
 Force = Literal["compute", "reuse"] | Sequence[bool | None]
 Mask = tuple[bool, ...]
@@ -36,7 +36,7 @@ class TensorSpec:
     dtype: torch.dtype
 
 
-class Lane(Protocol):
+class ExecutionContext(Protocol):
     """What the calls of one stream need of a runtime for themselves, such as an execution context."""
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
@@ -59,7 +59,7 @@ class LoadedFile(Protocol):
     @property
     def outputs(self) -> Mapping[str, TensorSpec]: ...
 
-    def lane(self) -> Lane: ...
+    def context(self) -> ExecutionContext: ...
 
 
 class Session(LoadedFile, Protocol):
@@ -80,9 +80,9 @@ class Stream:
     def __init__(self, slots: Sequence[SlotSpec], device: torch.device, invariants: Sequence[InputSpec] = ()) -> None:
         self.slots = slots
         self.filled = False
-        self.lanes: dict[Mask, Lane] = {}
-        self.prologue: Lane | None = None
-        self.seen: dict[str, Seen] | None = None
+        self.contexts: dict[Mask, ExecutionContext] = {}
+        self.prologue: ExecutionContext | None = None
+        self.seen: dict[str, TensorSnapshot] | None = None
         with torch.inference_mode(False):
             self.invariants = {
                 spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
@@ -203,7 +203,7 @@ class Runner:
         tensors = self._checked(inputs)
         mask, gates, self.fixed = self._decide(row, force, stream.filled)
         session = self.sessions[mask]
-        lane = stream.lanes.get(mask) or stream.lanes.setdefault(mask, session.lane())
+        context = stream.contexts.get(mask) or stream.contexts.setdefault(mask, session.context())
         results = {
             name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
             for name, spec in session.outputs.items()
@@ -214,7 +214,7 @@ class Runner:
         self._renew_invariants(stream, inputs, tensors)
         given = {**tensors, **stream.invariants, **read, **gates, SLOPE: self._slope(slopes)}
         outputs = results | {f"next_{slot}": stream.buffers[slot][1] for slot in written}
-        lane.run({name: given[name] for name in session.inputs}, outputs)
+        context.run({name: given[name] for name in session.inputs}, outputs)
         stream.swap(written)
         self.logits = results.pop(LOGITS, None)
         return tuple(results[name] for name in self.metadata.outputs if name is not None)
@@ -233,9 +233,9 @@ class Runner:
         if seen is not None and all(seen[name].equals(tensor) for name, tensor in named.items()):
             stream.seen = seen
             return
-        stream.prologue = stream.prologue or self.prologue.lane()
+        stream.prologue = stream.prologue or self.prologue.context()
         stream.prologue.run({name: tensors[name] for name in named}, stream.invariants)
-        stream.seen = {name: Seen(tensor) for name, tensor in named.items()}
+        stream.seen = {name: TensorSnapshot(tensor) for name, tensor in named.items()}
 
     @cached_property
     def _next(self) -> dict[str, str]:

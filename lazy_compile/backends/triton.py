@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lazy_compile.backends.onnx_embed import NEXT_STEP, START, STEP, add_start, embed_policy
-from lazy_compile.backends.onnx_metadata import KEY, OnnxMetadata, first_line
-from lazy_compile.backends.onnx_save import save_model
-from lazy_compile.backends.tensorrt_build import build_engine, builder_for
-from lazy_compile.backends.tensorrt_config import BuildConfig
+from lazy_compile.backends.onnx.embed import NEXT_STEP, START, STEP, add_start, embed_policy
+from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx.save import save_model
+from lazy_compile.backends.tensorrt.build import build_engine, builder_for
+from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.errors import ArtifactError, ConfigError, import_optional
-from lazy_compile.policy import AlwaysCompute, Policy
+from lazy_compile.policies.policy import AlwaysCompute, Policy
 from lazy_compile.storage import atomic_path
 
 if TYPE_CHECKING:

@@ -16,16 +16,13 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lazy_compile import pipelines
 from lazy_compile.bench.full_size_models import FULL_SIZE
-from lazy_compile.compiler import gating_pipeline, transform
-from lazy_compile.lazy_graph import LazyGraph
-from lazy_compile.module import LazyModule
-from lazy_compile.operators import macs
-from lazy_compile.pass_manager import PassManager
-from lazy_compile.passes.canonicalize import Canonicalize
-from lazy_compile.passes.hoist_step_invariants import HoistStepInvariants
-from lazy_compile.passes.merge_repeats import MergeRepeats
+from lazy_compile.compiler import transform
+from lazy_compile.ir.operators import macs
 from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.runtime.lazy_graph import LazyGraph
+from lazy_compile.runtime.module import LazyModule
 from lazy_compile.storage import atomic_path, save_json
 
 
@@ -127,17 +124,15 @@ def count_macs(model: nn.Module, inputs: dict[str, Any]) -> int:
 def step_invariant_macs(graph: LazyGraph) -> int:
     """Multiply-accumulates that stay the same if all inputs but the first, the latents, and the time do."""
     _latents, *others = graph.layout.names
-    passes = PassManager(
-        [Canonicalize(), MergeRepeats(), HoistStepInvariants(frozenset(others) - {graph.timestep_input})]
-    )
-    prologue = passes.run(graph.captured.program).prologue
+    invariants = frozenset(others) - {graph.timestep_input}
+    prologue = pipelines.hoisting(invariants).run(graph.captured.program).prologue
     return sum(map(macs, prologue.graph.nodes)) if prologue else 0
 
 
 def time_passes(lazy: LazyModule) -> dict[str, float]:
     """Seconds that each pass takes on the graph that was captured last."""
     program, seconds = lazy.graph.captured.program, {}
-    for item in gating_pipeline(lazy.lazy_config).passes:
+    for item in pipelines.gating(lazy.lazy_config).passes:
         start = time.process_time()
         program = item(program).program
         seconds[item.name] = time.process_time() - start

@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from lazy_compile.bench.in_turn import time_in_turn
 from lazy_compile.bench.midsize import MIDSIZE, build, later
+from lazy_compile.bench.timing import one_thread, time_in_turn
 from lazy_compile.compiler import transform
-from lazy_compile.module import LazyModule
-from lazy_compile.policy import Scheduled
+from lazy_compile.policies.policy import Scheduled
+from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, no_progress
-from lazy_compile.schedule import CacheSchedule
+from lazy_compile.runtime.module import LazyModule
 from lazy_compile.storage import save_json
-from lazy_compile.threads import one_thread
 
 _WARM_STEPS = 2
 

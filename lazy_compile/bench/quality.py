@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lazy_compile import baselines
-from lazy_compile.bench.subjects import Subject
-from lazy_compile.calibration import CalibrationConfig, calibrate
+from lazy_compile.bench.tasks.digits import frechet_distance
+from lazy_compile.bench.tasks.registry import Subject
+from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
 from lazy_compile.compiler import transform
 from lazy_compile.config import ReuseArm
-from lazy_compile.demo.digits import frechet_distance
-from lazy_compile.effects import Sampler
-from lazy_compile.module import LazyModule
-from lazy_compile.planning import Budget, plan
-from lazy_compile.policy import GateQuery, Learned, Policy, Scheduled
+from lazy_compile.planning import baselines
+from lazy_compile.planning.import_schedule import freeze
+from lazy_compile.planning.linear_model import swap
+from lazy_compile.planning.planner import Budget, plan
+from lazy_compile.planning.response import measure_response
+from lazy_compile.planning.search import SearchOptions
+from lazy_compile.policies.policy import GateQuery, Learned, Policy, Scheduled
+from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, no_progress
-from lazy_compile.response import measure_response
-from lazy_compile.schedule import CacheSchedule
-from lazy_compile.schedule_io import freeze
-from lazy_compile.schedule_search import SearchOptions
-from lazy_compile.search import swap
+from lazy_compile.runtime.module import LazyModule
+from lazy_compile.runtime.sampling import Sampler
 
 Family = Literal["dense", "baseline", "planned", "learned", "oracle"]
 Run = Callable[[int], tuple[Tensor, float]]

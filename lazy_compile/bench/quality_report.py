@@ -12,11 +12,11 @@ from typing import Any
 from rich.table import Table
 
 from lazy_compile.bench.quality import QualitySettings, measure
-from lazy_compile.bench.subjects import SUBJECTS
+from lazy_compile.bench.tasks.registry import SUBJECTS
 from lazy_compile.errors import ConfigError
+from lazy_compile.planning.search import SearchOptions
 from lazy_compile.progress import OnProgress, no_progress
-from lazy_compile.report_figures import Draw, Theme, _figure, _style, picture
-from lazy_compile.schedule_search import SearchOptions
+from lazy_compile.reporting.figures import Draw, Theme, _figure, _style, picture
 from lazy_compile.storage import atomic_path, load_json, save_json
 
 COLUMNS = {
@@ -153,7 +153,7 @@ Written by `make results`; what was learned from it stands in [findings](finding
 
 Every method starts from the same noise and is held against the dense samples of the same model. MACs count
 everything, the parts that always run included. RMSE is over the numbers of all images, in a range of 2, and the mean
-over sets of noise; ± is its spread over sets of noise and calibrations. A few images that turn into other pictures
+over sets of noise; ± is its spread over sets of noise and calibrations. A few images that diverge
 decide it, so the median image stands beside it. The Fréchet distance is taken in the features of a small classifier,
 to 100-step samples from the same noise. Rules that decide in whole steps get the next larger amount of compute, never
 less.

@@ -16,17 +16,16 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from lazy_compile.bench.in_turn import time_in_turn
 from lazy_compile.bench.midsize import build
+from lazy_compile.bench.timing import one_thread, time_in_turn
 from lazy_compile.compiler import transform
 from lazy_compile.config import ReuseArm
 from lazy_compile.errors import import_optional
-from lazy_compile.module import LazyModule
-from lazy_compile.policy import Scheduled
+from lazy_compile.policies.policy import Scheduled
+from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, no_progress
-from lazy_compile.schedule import CacheSchedule
+from lazy_compile.runtime.module import LazyModule
 from lazy_compile.storage import save_json
-from lazy_compile.threads import one_thread
 
 REUSE = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -145,8 +144,8 @@ def _onnxruntime(
     model: torch.nn.Module, lazy: LazyModule, inputs: dict[str, Any], *, mobile: bool = False
 ) -> tuple[Callable[[], None], Callable[[CacheSchedule], Iterator[None]]]:
     from lazy_compile.backends.denoiser import EngineDenoiser
-    from lazy_compile.backends.onnx import export_onnx
-    from lazy_compile.backends.onnxruntime import OnnxRunner
+    from lazy_compile.backends.onnx.export import export_onnx
+    from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 
     onnxruntime = import_optional("onnxruntime", "onnx")
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
@@ -177,7 +176,7 @@ def _onnxruntime(
 
 
 def _as_ort(onnx: Path) -> Path:
-    from lazy_compile.backends.ort_mobile import convert_to_ort
+    from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
 
     convert_to_ort(onnx, onnx.with_suffix(".ort"))
     return onnx.with_suffix(".ort")

@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
-    from lazy_compile.demo.digits import DigitsSampler
+    from lazy_compile.bench.tasks.digits import DigitsSampler
 
 ROWS = 16
 
 
 def model() -> tuple[DiTTransformer2DModel, dict[str, Any]]:
     """The trained digits model, and a call of :data:`ROWS` rows."""
-    from lazy_compile.demo.digits import load_or_train_digits_dit
-    from lazy_compile.demo.run import default_checkpoints, example_inputs
+    from lazy_compile.bench.tasks.digits import default_checkpoints, example_inputs, load_or_train_digits_dit
 
     return load_or_train_digits_dit(default_checkpoints() / "digits_dit.safetensors"), example_inputs(ROWS)
 
 
 def sampler(steps: int = 20) -> DigitsSampler:
     """Draws digits with classifier-free guidance: two rows an image."""
-    from lazy_compile.demo.contest import DemoSettings
+    from lazy_compile.demo.comparison import DemoSettings
 
     return DemoSettings().sampler(ROWS // 2, steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
-import lazy_compile
-from lazy_compile.calibration import CalibrationConfig, calibrate
-from lazy_compile.cli_tables import branch_table, inspection, inspection_summary
-from lazy_compile.demo import digits
-from lazy_compile.demo.contest import FIRST_EVALUATION_SEED, Contest, DemoSettings
-from lazy_compile.module import LazyModule
-from lazy_compile.planning import Budget, plan
-from lazy_compile.policy import Policy, Scheduled
+from lazy_compile.bench.tasks import digits
+from lazy_compile.bench.tasks.digits import default_checkpoints, example_inputs
+from lazy_compile.bench.timing import one_thread
+from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
+from lazy_compile.compiler import transform
+from lazy_compile.demo.comparison import FIRST_EVALUATION_SEED, Comparison, DemoSettings
+from lazy_compile.planning.planner import Budget, plan
+from lazy_compile.policies.policy import Policy, Scheduled
+from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, progress_bars
-from lazy_compile.report import SAMPLES, SUMMARY, write_report
-from lazy_compile.schedule import CacheSchedule
+from lazy_compile.reporting.page import SAMPLES, SUMMARY, write_report
+from lazy_compile.reporting.tables import branch_table, inspection, inspection_summary
+from lazy_compile.runtime.module import LazyModule
 from lazy_compile.storage import atomic_path, save_json
-from lazy_compile.threads import one_thread
 
 ONNX = "digits.onnx"
 SHOWN = 20
@@ -57,25 +56,25 @@ def _run(output: Path, settings: DemoSettings, checkpoints: Path | None, progres
     folder = checkpoints or default_checkpoints()
     model = digits.load_or_train_digits_dit(folder / "digits_dit.safetensors", progress=progress)
     classifier = digits.load_or_train_digits_classifier(folder / "digits_classifier.safetensors")
-    lazy = lazy_compile.transform(model, example_inputs())
+    lazy = transform(model, example_inputs())
     seen = inspection("digits DiT", lazy)
     console.print(branch_table(seen), inspection_summary(seen), sep="\n")
     with progress_bars(progress) as on_progress:
         plans = plan_targets(lazy, settings, on_progress)
         gates = calibrate_targets(lazy, settings, plans, output, on_progress)
-        contest = Contest(settings, model, lazy, classifier, on_progress)
-        compete(contest, gates, plans)
+        comparison = Comparison(settings, model, lazy, classifier, on_progress)
+        compare_methods(comparison, gates, plans)
         onnx = follow_in_onnx_runtime(lazy, gates[max(settings.targets)], settings, output / ONNX, on_progress)
     summary = {
         "model": f"digits DiT ({type(model).__name__}, {len(lazy.branches)} branches, "
         f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters)",
         "steps": settings.steps,
-        "rows": contest.summary_rows(),
-        "decisions_varying_between_samples": contest.result("lazy", max(settings.targets)).varying,
+        "rows": comparison.summary_rows(),
+        "decisions_varying_between_samples": comparison.result("lazy", max(settings.targets)).varying,
         "onnx": onnx,
     }
     save_json(output / SUMMARY, summary)
-    _save_samples(output / SAMPLES, contest, [branch.name for branch in lazy.branches])
+    _save_samples(output / SAMPLES, comparison, [branch.name for branch in lazy.branches])
     write_report(output / SUMMARY, output / "report.html")
     return summary
 
@@ -113,21 +112,23 @@ def calibrate_targets(
     return policies
 
 
-def compete(contest: Contest, gates: Mapping[float, Policy], plans: Mapping[float, CacheSchedule]) -> None:
+def compare_methods(
+    comparison: Comparison, gates: Mapping[float, Policy], plans: Mapping[float, CacheSchedule]
+) -> None:
     """Every method in turn. What is random or planned has the target of the gates; fewer steps get no less compute."""
-    steps, branches = contest.settings.steps, len(contest.lazy.branches)
-    sets = contest.settings.seeds
-    contest.dense(steps, "dense")
+    steps, branches = comparison.settings.steps, len(comparison.lazy.branches)
+    sets = comparison.settings.seeds
+    comparison.dense(steps, "dense")
     every_other = [Scheduled(CacheSchedule.every(2, steps, branches))] * sets
-    contest.lazily(every_other, "fora2")
-    with options(contest.lazy, reuse="last"):
-        contest.lazily(every_other, "fora2_last")
+    comparison.lazily(every_other, "fora2")
+    with options(comparison.lazy, reuse="last"):
+        comparison.lazily(every_other, "fora2_last")
     for target, policy in sorted(gates.items()):
-        ours = contest.lazily([policy] * sets, "lazy", target)
+        ours = comparison.lazily([policy] * sets, "lazy", target)
         drawn = [CacheSchedule.random(ours.lazy_ratio, steps, branches, seed) for seed in range(sets)]
-        contest.lazily([Scheduled(schedule) for schedule in drawn], "random", target)
-        contest.lazily([Scheduled(plans[target])] * sets, "planned", target)
-        contest.dense(math.ceil(ours.compute_ratio * steps), "ddim", target)
+        comparison.lazily([Scheduled(schedule) for schedule in drawn], "random", target)
+        comparison.lazily([Scheduled(plans[target])] * sets, "planned", target)
+        comparison.dense(math.ceil(ours.compute_ratio * steps), "ddim", target)
 
 
 def follow_in_onnx_runtime(
@@ -135,8 +136,8 @@ def follow_in_onnx_runtime(
 ) -> dict[str, Any]:
     """Export, and run one trajectory in ONNX Runtime and in PyTorch under one decision per call."""
     from lazy_compile.backends.denoiser import EngineDenoiser
-    from lazy_compile.backends.onnx import export_onnx
-    from lazy_compile.backends.onnxruntime import OnnxRunner
+    from lazy_compile.backends.onnx.export import export_onnx
+    from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 
     sampler = settings.sampler(batch=4)
     with options(lazy, batch_rule="all_reuse"):
@@ -167,27 +168,10 @@ def options(lazy: LazyModule, **changes: Any) -> Iterator[None]:
         lazy.reset()
 
 
-def default_checkpoints() -> Path:
-    """``examples/digits`` of a source tree, else a folder of the user's cache."""
-    examples = Path(lazy_compile.__file__).parents[1] / "examples" / "digits"
-    if examples.is_dir():
-        return examples
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lazy_compile"
-
-
-def example_inputs(rows: int = 2) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.zeros(rows, 1, 8, 8),
-        "timestep": torch.full((rows,), 500),
-        "class_labels": torch.zeros(rows, dtype=torch.long),
-        "return_dict": False,
-    }
-
-
-def _save_samples(path: Path, contest: Contest, branches: Sequence[str]) -> None:
+def _save_samples(path: Path, comparison: Comparison, branches: Sequence[str]) -> None:
     """What the report draws: the first images of the first set, and who reused when, by row of the summary."""
-    arrays: dict[str, Any] = {"branches": np.array(branches), "reference": contest.reference[0][:SHOWN].numpy()}
-    for position, result in enumerate(contest.results):
+    arrays: dict[str, Any] = {"branches": np.array(branches), "reference": comparison.reference[0][:SHOWN].numpy()}
+    for position, result in enumerate(comparison.results):
         arrays[f"images_{position}"] = result.images[0][:SHOWN].numpy()
         if result.reuse is not None:
             arrays[f"reuse_{position}"] = result.reuse

@@ -12,11 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from lazy_compile.compiler import chosen_config, gating_pipeline
-from lazy_compile.config import LazyConfig
+from lazy_compile.config import LazyConfig, chosen_config
 from lazy_compile.errors import ConfigError
 from lazy_compile.integrations.diffusers_pipeline import LazyDenoiser
-from lazy_compile.module import LazyModule
+from lazy_compile.runtime.module import LazyModule
 
 _HANDLE = "lazy"
 _TAKEN_OVER = ("forward", "cache_context", "_reset_stateful_cache", "save_pretrained")
@@ -44,7 +43,7 @@ def apply_lazy_cache(module: nn.Module, config: LazyConfig | None = None, **opti
         raise ConfigError(f"apply_lazy_cache() takes a torch.nn.Module; seen {type(module).__name__}")
     chosen = chosen_config(config, options)
     inner = copy.copy(module)  # has the same dictionaries of parameters and submodules, and keeps the dense forward
-    lazy = LazyDenoiser(inner, chosen, gating_pipeline(chosen))
+    lazy = LazyDenoiser(inner, chosen)
     own = vars(module)
     before = {name: own[name] for name in _TAKEN_OVER if name in own}
 

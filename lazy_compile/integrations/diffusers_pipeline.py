@@ -15,12 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from lazy_compile.artifact import MANIFEST, read
-from lazy_compile.compiler import gating_pipeline
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ArtifactError, ConfigError
-from lazy_compile.module import LazyModule
-from lazy_compile.pass_manager import PassManager
+from lazy_compile.runtime.artifact import MANIFEST, read
+from lazy_compile.runtime.module import LazyModule
 
 GATES = "lazy"
 """The folder beside a denoiser's weights that holds its gates."""
@@ -33,8 +31,8 @@ class LazyDenoiser(LazyModule):
     ``type()`` tells the truth. ``cache_context`` keeps apart what a guidance calls once for each condition.
     """
 
-    def __init__(self, original: nn.Module, config: LazyConfig, pipeline: PassManager) -> None:
-        super().__init__(original, config, pipeline)
+    def __init__(self, original: nn.Module, config: LazyConfig) -> None:
+        super().__init__(original, config)
         self.__dict__["__module__"] = type(original).__module__  # diffusers reads the library's name there
         if save_pretrained := getattr(original, "save_pretrained", None):  # and from its signature what it may pass
 
@@ -70,7 +68,7 @@ class LazyDenoiser(LazyModule):
     def _save_with_gates(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """The original's weights and configuration, and the policy with its gates in a folder ``lazy`` beside them."""
         self.original.save_pretrained(save_directory, *args, **kwargs)  # type: ignore[operator]
-        if self._store.graphs:
+        if self._graphs.graphs:
             self.save(Path(save_directory) / GATES)
 
 
@@ -107,7 +105,7 @@ def transform_pipeline(pipe: Any, config: LazyConfig, components: Sequence[str] 
         require_resting_weights(modules[name])
     with _models_exchanged(pipe):
         for name in chosen:
-            setattr(pipe, name, LazyDenoiser(modules[name], config, gating_pipeline(config)))
+            setattr(pipe, name, LazyDenoiser(modules[name], config))
     return pipe
 
 

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lazy_compile.compiler import chosen_config, gating_pipeline
-from lazy_compile.config import LazyConfig
+from lazy_compile.config import LazyConfig, chosen_config
 from lazy_compile.errors import NoBranchError
-from lazy_compile.module import LazyModule
-from lazy_compile.policy import Policy
+from lazy_compile.policies.policy import Policy
+from lazy_compile.runtime.module import LazyModule
 
 logger = logging.getLogger("lazy_compile")
 
@@ -95,7 +94,7 @@ class _Compiled:
     def __init__(self, graph_module: fx.GraphModule, config: LazyConfig, policy: Policy | None) -> None:
         self._dense = graph_module
         self._model = _TracedModel(graph_module)
-        self._lazy: LazyModule | None = LazyModule(self._model, config, gating_pipeline(config))
+        self._lazy: LazyModule | None = LazyModule(self._model, config)
         if policy is not None:
             self._lazy.policy = policy
         _made.append(weakref.ref(self._lazy))

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lazy_compile.artifact import fingerprint
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.open import open_runner
 from lazy_compile.backends.runner import Runner
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ArtifactError, BackendError
-from lazy_compile.module import LazyModule
-from lazy_compile.policy import Policy
-from lazy_compile.runtime import LazyStats
-from lazy_compile.timestep import use_stream
+from lazy_compile.policies.policy import Policy
+from lazy_compile.runtime.artifact import fingerprint
+from lazy_compile.runtime.module import LazyModule
+from lazy_compile.runtime.stats import LazyStats
+from lazy_compile.runtime.trajectory import use_stream
 
 
 class EngineModule(nn.Module):

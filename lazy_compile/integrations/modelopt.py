@@ -20,13 +20,12 @@ import torch
 from pydantic import create_model
 from torch import Tensor, nn
 
-from lazy_compile.artifact import read
-from lazy_compile.compiler import gating_pipeline
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import import_optional
-from lazy_compile.fake_quantize import fake_quantize
-from lazy_compile.lazy_graph import LazyGraph
-from lazy_compile.module import LazyModule
+from lazy_compile.ir.fake_quantize import fake_quantize
+from lazy_compile.runtime.artifact import read
+from lazy_compile.runtime.lazy_graph import LazyGraph
+from lazy_compile.runtime.module import LazyModule
 
 import_optional("modelopt.torch.opt", "modelopt")
 
@@ -56,11 +55,11 @@ class ModelOptLazyModule(LazyModule):
     def __reduce__(self) -> tuple[Any, ...]:
         return *super().__reduce__(), {key: self.__dict__[key] for key in _STATE}
 
-    def _answer(self, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         if any(quantizer._if_calib for quantizer in _quantizers(self.original)):
             self.reset()
             return self.original(*args, **kwargs)
-        return super()._answer(*args, **kwargs)
+        return super()._call(*args, **kwargs)
 
     def _graph_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LazyGraph, list[Tensor]]:
         for quantizer in _quantizers(self.original):
@@ -105,7 +104,7 @@ def _move_record(source: nn.Module, target: nn.Module) -> None:
 
 def _convert(model: nn.Module, config: Any) -> tuple[LazyModule, dict[str, Any]]:
     chosen = LazyConfig.from_dict(config.model_dump())
-    lazy = ModelOptLazyModule(model, chosen, gating_pipeline(chosen))
+    lazy = ModelOptLazyModule(model, chosen)
     _move_record(model, lazy)
     return lazy, {}
 

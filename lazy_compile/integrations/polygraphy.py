@@ -21,12 +21,12 @@ from polygraphy.tools.args import util as args_util
 from polygraphy.tools.args.base import BaseRunnerArgs
 from polygraphy.tools.script import make_invocable
 
-from lazy_compile import artifact
 from lazy_compile.backends.open import open_runner
 from lazy_compile.backends.runner import Force
 from lazy_compile.errors import ConfigError
-from lazy_compile.gate import GateRow
-from lazy_compile.policy import AlwaysCompute, Learned, Policy, Scheduled
+from lazy_compile.policies.gate_table import GateRow
+from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
+from lazy_compile.runtime import artifact
 
 
 class LazyRunner(BaseRunner):  # type: ignore[misc]

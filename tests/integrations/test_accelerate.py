@@ -18,17 +18,18 @@ from torch.distributed.fsdp import fully_shard
 from typer.testing import CliRunner
 
 import lazy_compile
-from factories import TinyDiT
-from lazy_compile import CacheSchedule, Learned, artifact
-from lazy_compile.calibration import CalibrationConfig, calibrate
+from lazy_compile import CacheSchedule, Learned
+from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
 from lazy_compile.cli import app
 from lazy_compile.errors import CaptureError, ConfigError
+from lazy_compile.planning.search import ScheduleSearch, SearchOptions
 from lazy_compile.processes import Processes
-from lazy_compile.schedule_search import ScheduleSearch, SearchOptions
-from sampling import STEPS, lazy_tiny_dit, sample
+from lazy_compile.runtime import artifact
+from support.factories import TinyDiT
+from support.sampling import STEPS, lazy_tiny_dit, sample
 
 TESTS = Path(__file__).resolve().parents[1]
-EULER = ["factories:tiny_dit", "--sampler", "factories:euler", "--steps", "4", "--json"]
+EULER = ["support.factories:tiny_dit", "--sampler", "support.factories:euler", "--steps", "4", "--json"]
 LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "lazy_compile"]
 

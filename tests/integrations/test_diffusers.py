@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lazy_compile
-from lazy_compile.cli_models import load_lazy, load_model, load_sampler
+from lazy_compile.cli.models import load_lazy, load_model, load_sampler
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.integrations.diffusers import SchedulerSampler, load_denoiser, make_scheduler
 

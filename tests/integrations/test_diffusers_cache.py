@@ -10,8 +10,8 @@ from torch import nn
 
 from lazy_compile import CacheSchedule, LazyConfig, Scheduled, apply_lazy_cache
 from lazy_compile.errors import ConfigError
-from models import TOYS, randomize, trajectory
-from pipelines import dit, wan
+from support.diffusers_pipelines import dit, wan
+from support.toy_models import TOYS, randomize, trajectory
 
 STEPS = 6
 DIT = TOYS["dit"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lazy_compile
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.errors import ConfigError
-from pipelines import STEPS, Case, flux, normal, stable_diffusion, wan
+from support.diffusers_pipelines import STEPS, Case, flux, normal, stable_diffusion, wan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),

@@ -11,7 +11,7 @@ import torch
 import lazy_compile
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.errors import ArtifactError, ConfigError
-from pipelines import CASES, STEPS, Case, dit, flux, pixart, wan
+from support.diffusers_pipelines import CASES, STEPS, Case, dit, flux, pixart, wan
 
 # Two of diffusers' schedulers trip over numpy's own deprecation.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

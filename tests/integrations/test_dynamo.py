@@ -14,7 +14,7 @@ import lazy_compile
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.errors import ConfigError
 from lazy_compile.integrations import dynamo
-from models import TOYS, randomize, trajectory
+from support.toy_models import TOYS, randomize, trajectory
 
 STEPS = 6
 DIT = TOYS["dit"]

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import lazy_compile
-from hoisting import counted
 from lazy_compile import AlwaysCompute, CacheSchedule, Scheduled
-from lazy_compile.backends.onnx import export_onnx
-from lazy_compile.backends.onnxruntime import OnnxRunner
+from lazy_compile.backends.onnx.export import export_onnx
+from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.errors import ArtifactError, BackendError, ConfigError
 from lazy_compile.integrations.engine_module import EngineModule, observed_call
-from pipelines import CASES, STEPS, Case, dit, wan
+from support.diffusers_pipelines import CASES, STEPS, Case, dit, wan
+from support.hoisting import counted
 
 # Two of diffusers' schedulers trip over numpy's own deprecation.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

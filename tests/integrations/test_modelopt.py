@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 import lazy_compile
-from families import FAMILIES
 from lazy_compile import BranchKind, CacheSchedule, LazyModule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
-from lazy_compile.backends.onnxruntime import OnnxRunner
-from lazy_compile.backends.ort_mobile import convert_to_ort
-from lazy_compile.backends.tensorrt import BuildConfig, build_engine
+from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
+from lazy_compile.backends.onnxruntime.runner import OnnxRunner
+from lazy_compile.backends.tensorrt.build import build_engine
+from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.errors import CaptureError
-from lazy_compile.fake_quantize import fake_quantize
-from models import randomize
+from lazy_compile.ir import fake_quantize
+from support.diffusers_families import FAMILIES
+from support.toy_models import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # ModelOpt's own, about packages that it was not tested with
 

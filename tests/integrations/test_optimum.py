@@ -20,13 +20,13 @@ def optimum_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_verb_runs_with_its_options() -> None:
-    done = optimum_cli("lazy-compile", "inspect", "factories:tiny_dit", "--set", "reuse=last", "--json")
+    done = optimum_cli("lazy-compile", "inspect", "support.factories:tiny_dit", "--set", "reuse=last", "--json")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["branches"]) == 4
 
 
 def test_an_error_is_one_line_and_its_exit_code() -> None:
-    done = optimum_cli("lazy-compile", "inspect", "factories:nothing")
+    done = optimum_cli("lazy-compile", "inspect", "support.factories:nothing")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: factories has no 'nothing'")
 

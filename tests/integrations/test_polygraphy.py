@@ -15,7 +15,7 @@ from polygraphy.tools import main
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.errors import ConfigError
 from lazy_compile.integrations.polygraphy import LazyRunner
-from models import TOYS, trajectory
+from support.toy_models import TOYS, trajectory
 
 # Polygraphy reads entry points as Python 3.9 had them.
 pytestmark = pytest.mark.filterwarnings("ignore:SelectableGroups dict interface:DeprecationWarning")
@@ -27,7 +27,7 @@ Exported = Callable[[str, str], tuple[LazyModule, Path, Any]]
 DATA = """
 import sys
 sys.path.insert(0, {tests!r})
-from models import TOYS, trajectory
+from support.toy_models import TOYS, trajectory
 
 def load_data():
     for call in trajectory(TOYS["dit"], steps={steps}):

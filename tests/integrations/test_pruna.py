@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.integrations.diffusers_pipeline import LazyDenoiser
-from pipelines import STEPS, Case, dit
+from support.diffusers_pipelines import STEPS, Case, dit
 
 pytestmark = [pytest.mark.pruna, pytest.mark.filterwarnings("ignore")]
 

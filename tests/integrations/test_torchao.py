@@ -11,8 +11,8 @@ from torch import nn
 
 import lazy_compile
 from lazy_compile import CacheSchedule, Scheduled
-from models import TOYS, call, randomize, trajectory
-from small import SMALL, Small, run, same
+from support.small_model import SMALL, Small, run, same
+from support.toy_models import TOYS, call, randomize, trajectory
 
 pytestmark = pytest.mark.torchao
 

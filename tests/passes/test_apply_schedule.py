@@ -8,12 +8,12 @@ import torch
 import lazy_compile
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.errors import ConfigError
-from lazy_compile.ops import state_names
+from lazy_compile.ir.branch_arms import state_names
+from lazy_compile.ir.program import Program, Role
 from lazy_compile.passes.apply_schedule import ApplySchedule
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
-from lazy_compile.program import Program, Role
-from lowering import STEPS, OneBranch, Replay, text
-from models import TOYS, trajectory
+from support.lowering import STEPS, OneBranch, Replay, text
+from support.toy_models import TOYS, trajectory
 
 Compiled = Callable[..., LazyModule]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from branch_texts import bodies, discover
-from lazy_compile.program import Program
+from lazy_compile.ir.program import Program
+from support.branch_texts import bodies, discover
 
 INPUTS = """
     x: f32[B, N, 8]

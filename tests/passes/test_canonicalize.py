@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import lazy_compile
-from graphs import after, calls, program
-from layers import MLP, WIDTH
 from lazy_compile.passes.canonicalize import Canonicalize
-from models import randomize
+from support.graph_text import after, calls, program
+from support.layers import MLP, WIDTH
+from support.toy_models import randomize
 
 INPUTS = """
     x: f32[B, N, 8]

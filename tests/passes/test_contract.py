@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx
 
 import lazy_compile.passes
-from graphs import program
 from lazy_compile.errors import PassError
-from lazy_compile.lazy_branch import TAG, LazyBranch
-from lazy_compile.pass_manager import GraphPass, PassManager
+from lazy_compile.ir.lazy_branch import TAG, LazyBranch
+from lazy_compile.ir.pass_manager import GraphPass, PassManager
+from lazy_compile.ir.program import Program, Role, module_state
 from lazy_compile.passes.apply_schedule import ApplySchedule
 from lazy_compile.passes.canonicalize import Canonicalize
 from lazy_compile.passes.discover_branches import DiscoverBranches
@@ -30,8 +30,8 @@ from lazy_compile.passes.merge_groups import MergeGroups
 from lazy_compile.passes.merge_repeats import MergeRepeats
 from lazy_compile.passes.outline_branches import OutlineBranches
 from lazy_compile.passes.split_complex import SplitComplex
-from lazy_compile.program import Program, Role, module_state
-from models import TOYS, call
+from support.graph_text import program
+from support.toy_models import TOYS, call
 
 Captured = Callable[[str], Program]
 

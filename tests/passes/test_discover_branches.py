@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 
-from branch_texts import ATTENTION, INPUTS, MLP, bodies, discover
-from graphs import after, program, text
+from lazy_compile.ir.program import Program
 from lazy_compile.passes.canonicalize import Canonicalize
 from lazy_compile.passes.discover_branches import DiscoverBranches
-from lazy_compile.program import Program
-from models import REFUSED, TOYS
+from support.branch_texts import ATTENTION, INPUTS, MLP, bodies, discover
+from support.graph_text import after, program, text
+from support.toy_models import REFUSED, TOYS
 
 Captured = Callable[[str], Program]
 

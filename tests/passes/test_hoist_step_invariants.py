@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from graphs import after, calls, program, text
+from lazy_compile.ir.program import Role
 from lazy_compile.passes.hoist_step_invariants import HoistStepInvariants
-from lazy_compile.program import Role
+from support.graph_text import after, calls, program, text
 
 INPUTS = """
     x: f32[B, N, 8]

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphs import after, program, text
-from lazy_compile.lazy_branch import LazyBranch
+from lazy_compile.ir.lazy_branch import LazyBranch
+from lazy_compile.ir.program import Program, Role
 from lazy_compile.passes.discover_branches import DiscoverBranches
 from lazy_compile.passes.insert_gates import InsertGates
 from lazy_compile.passes.outline_branches import OutlineBranches
-from lazy_compile.program import Program, Role
+from support.graph_text import after, program, text
 
 SOURCE = """
     x: f32[B, N, 8]

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs import after, calls
-from lazy_compile.call_layout import CallLayout
-from lazy_compile.capture import capture
-from lazy_compile.operators import operator_name
+from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.ladder import capture
+from lazy_compile.ir.operators import operator_name
 from lazy_compile.passes.canonicalize import Canonicalize
 from lazy_compile.passes.join_slices import JoinSlices
+from support.graph_text import after, calls
 
 END = 2**63 - 1
 INPUTS = """

@@ -8,13 +8,13 @@ import torch
 
 import lazy_compile
 from lazy_compile import LazyModule, Learned
-from lazy_compile.gate_ops import decision
-from lazy_compile.grouping import GateLayout
-from lazy_compile.ops import state_names
+from lazy_compile.ir.branch_arms import state_names
+from lazy_compile.ir.program import Role
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
-from lazy_compile.program import Role
-from lowering import STEPS, OneBranch, Replay, forced, knots, random_gates, text
-from models import TOYS, call, trajectory
+from lazy_compile.policies.gate_graph import decision
+from lazy_compile.policies.gate_layout import GateLayout
+from support.lowering import STEPS, OneBranch, Replay, forced, knots, random_gates, text
+from support.toy_models import TOYS, call, trajectory
 
 Compiled = Callable[..., LazyModule]
 

@@ -8,14 +8,14 @@ import torch
 
 import lazy_compile
 from lazy_compile import LazyModule
-from lazy_compile.lazy_branch import TAG
-from lazy_compile.operators import is_heavy
-from lazy_compile.ops import select
+from lazy_compile.ir.branch_arms import select
+from lazy_compile.ir.lazy_branch import TAG
+from lazy_compile.ir.operators import is_heavy
+from lazy_compile.ir.program import Program
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.passes.lower_to_select import LowerToSelect
-from lazy_compile.program import Program
-from lowering import STEPS, OneBranch, Replay, forced, knots, random_gates, text
-from models import TOYS, trajectory
+from support.lowering import STEPS, OneBranch, Replay, forced, knots, random_gates, text
+from support.toy_models import TOYS, trajectory
 
 Compiled = Callable[..., LazyModule]
 SELECT = torch.ops.lazy_compile.select.default

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 import lazy_compile
 from lazy_compile import LazyModule
-from lazy_compile.grouping import GateLayout
-from lazy_compile.lazy_branch import TAG
-from lazy_compile.operators import is_heavy
+from lazy_compile.ir.lazy_branch import TAG
+from lazy_compile.ir.operators import is_heavy
+from lazy_compile.ir.program import Program
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.passes.lower_to_select import LowerToSelect
 from lazy_compile.passes.merge_groups import SELECT, MergeGroups
-from lazy_compile.program import Program
-from lowering import Replay, forced, knots, random_gates, text
-from models import TOYS, trajectory
+from lazy_compile.policies.gate_layout import GateLayout
+from support.lowering import Replay, forced, knots, random_gates, text
+from support.toy_models import TOYS, trajectory
 
 Compiled = Callable[..., LazyModule]
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from graphs import after, calls
 from lazy_compile.passes.merge_repeats import MergeRepeats
+from support.graph_text import after, calls
 
 INPUTS = """
     x: f32[B, N, 8]

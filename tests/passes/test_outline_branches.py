@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import fx
 
-from graphs import after, program, text
-from lazy_compile.lazy_branch import TAG
+from lazy_compile.ir.lazy_branch import TAG
+from lazy_compile.ir.program import Program
 from lazy_compile.passes.discover_branches import DiscoverBranches
 from lazy_compile.passes.outline_branches import OutlineBranches
-from lazy_compile.program import Program
+from support.graph_text import after, program, text
 
 INPUTS = """
     x: f32[B, N, 8]

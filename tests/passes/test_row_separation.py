@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from branch_texts import INPUTS, bodies, discover
+from support.branch_texts import INPUTS, bodies, discover
 
 
 def with_rows(between: str) -> str:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphs import after
-from lazy_compile.operators import value_of
+from lazy_compile.ir.operators import value_of
+from lazy_compile.ir.program import Program, module_state
 from lazy_compile.passes.canonicalize import Canonicalize
 from lazy_compile.passes.split_complex import SplitComplex
-from lazy_compile.program import Program, module_state
+from support.graph_text import after
 
 ROTATION = torch.polar(torch.ones(6, 3), torch.arange(18.0).reshape(6, 3))
 

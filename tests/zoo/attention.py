@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 
-from lazy_compile.lazy_branch import lazy_calls
-from lazy_compile.operators import macs, size_hint
-from lazy_compile.program import Program, Role
+from lazy_compile.ir.lazy_branch import lazy_calls
+from lazy_compile.ir.operators import macs, size_hint
+from lazy_compile.ir.program import Program, Role
 
 aten = torch.ops.aten
 

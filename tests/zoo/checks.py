@@ -14,14 +14,14 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile import CacheSchedule, LazyModule, Learned, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
-from lazy_compile.backends.onnx import export_onnx
-from lazy_compile.backends.onnx_structure import check_structure
-from lazy_compile.backends.onnxruntime import OnnxRunner
-from lazy_compile.call_layout import CallLayout
-from lazy_compile.lazy_branch import LazyBranch
-from lazy_compile.runtime import CacheState
-from lazy_compile.soft_step import SoftStep
-from models import TOLERANCE, counted_by_torch
+from lazy_compile.backends.onnx.export import export_onnx
+from lazy_compile.backends.onnx.structure import check_structure
+from lazy_compile.backends.onnxruntime.runner import OnnxRunner
+from lazy_compile.calibration.soft_step import SoftStep
+from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.ir.lazy_branch import LazyBranch
+from lazy_compile.runtime.cache import CacheState
+from support.toy_models import TOLERANCE, counted_by_torch
 from zoo.attention import attentions, names_inside, names_outside, token_macs
 from zoo.exceptions import OUTSIDE
 from zoo.gates import mixed_gates

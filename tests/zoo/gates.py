@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from lazy_compile import GateTable, LazyModule, Policy
-from lazy_compile.gate import compute_logit
-from lazy_compile.policy import GateQuery
+from lazy_compile.policies.gate_table import compute_logit
+from lazy_compile.policies.policy import GateQuery
 from zoo.subject import Call, run
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lazy_compile.branch import BranchTensor, ResidualBranch
 from lazy_compile.errors import LazyCompileError
+from lazy_compile.ir.branch import BranchTensor, ResidualBranch
 from zoo.registry import zoo
 from zoo.subject import Subject, subject
 

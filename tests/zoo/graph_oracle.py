@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.branch import ResidualBranch
-from lazy_compile.program import Program, module_state
+from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.ir.program import Program, module_state
 
 
 class GraphOracle:

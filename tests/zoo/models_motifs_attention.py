@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers import HEADS, MLP, WIDTH, Attention, SwiGLU, merge_heads, norm, split_heads
+from support.layers import HEADS, MLP, WIDTH, Attention, SwiGLU, merge_heads, norm, split_heads
 from zoo.parts import denoiser
 from zoo.registry import Family, zoo_model
 

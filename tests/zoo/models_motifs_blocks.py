@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from layers import MLP, WIDTH, Attention, SwiGLU, modulate, norm
+from support.layers import MLP, WIDTH, Attention, SwiGLU, modulate, norm
 from zoo.parts import Denoiser, denoiser, token_call
 from zoo.registry import Family, zoo_model
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers import MLP, TOKENS, WIDTH, Attention, TimeEmbedding, merge_heads, norm, split_heads
+from support.layers import MLP, TOKENS, WIDTH, Attention, TimeEmbedding, merge_heads, norm, split_heads
 from zoo.inputs import latents, text, timestep
 from zoo.parts import CHANNELS, Denoiser, token_call
 from zoo.registry import Family, zoo_model

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers import CLASSES, HEADS, MLP, WIDTH, TimeEmbedding, merge_heads, modulate, norm, split_heads
+from support.layers import CLASSES, HEADS, MLP, WIDTH, TimeEmbedding, merge_heads, modulate, norm, split_heads
 from zoo.inputs import latents, timestep
 from zoo.registry import Family, zoo_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from layers import TOKENS, WIDTH, TimeEmbedding, norm
+from support.layers import TOKENS, WIDTH, TimeEmbedding, norm
 from zoo.inputs import latents, timestep
 from zoo.registry import Family
 

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 import lazy_compile
 from lazy_compile import AlwaysCompute, LazyConfig, LazyModule
-from lazy_compile.call_layout import CallLayout
-from lazy_compile.lazy_graph import LazyGraph
-from lazy_compile.rows import batch_axis, batch_symbol
-from models import randomize
+from lazy_compile.analysis.batch_rows import batch_axis, batch_symbol
+from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.runtime.lazy_graph import LazyGraph
+from support.toy_models import randomize
 from zoo.registry import zoo
 
 BATCH = 2

@@ -1,0 +1,378 @@
+"""Export to ONNX: a model in which every branch is an ``If``, with caches and gates as inputs and outputs."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lazy_compile import pipelines
+from lazy_compile.analysis.timestep_input import names_the_time
+from lazy_compile.backends.onnx.convert import all_outputs, convert, name_values, own_outputs, quiet
+from lazy_compile.backends.onnx.example import all_inputs, example_call
+from lazy_compile.backends.onnx.masks import ScheduleVariants, SharedWeights
+from lazy_compile.backends.onnx.metadata import KEY, Gating, InputSpec, OnnxMetadata, SlotSpec, first_line
+from lazy_compile.backends.onnx.prologue import (
+    PROLOGUE_KEY,
+    drop_unread_inputs,
+    hoisted_graph,
+    make_prologue,
+    prologue_macs,
+    prologue_path,
+    without_prologue,
+)
+from lazy_compile.backends.onnx.rules import check_rules
+from lazy_compile.backends.onnx.save import OPSETS, save_model, written_model
+from lazy_compile.backends.onnx.sink import sink_branches
+from lazy_compile.backends.onnx.structure import StructureReport as StructureReport
+from lazy_compile.backends.onnx.structure import check_structure
+from lazy_compile.config import BatchRule, Group, check_group
+from lazy_compile.errors import BackendError, ConfigError, import_optional
+from lazy_compile.ir.program import Program, Role
+from lazy_compile.ir.state_tensors import initial_value
+from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
+from lazy_compile.policies.policy import Learned, Scheduled
+from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.runtime.artifact import fingerprint
+from lazy_compile.runtime.module import LazyGraph, LazyModule
+
+if TYPE_CHECKING:
+    from onnx_ir import Model
+
+logger = logging.getLogger("lazy_compile")
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written.
+
+    Attributes:
+        path: the model; with ``gating="schedule"`` a folder of models.
+        opset: its opset.
+        bytes: size of all its files.
+        gating: who decides.
+        masks: how many models there are, one for each set of decisions; 1 unless ``gating="schedule"``.
+        inputs: names of all inputs.
+        outputs: names of all outputs.
+        nodes: nodes of the main graph.
+        branches: gated branches.
+        if_nodes: conditionals; one for each branch or group of branches.
+        heavy_ops_inside: matrix products and convolutions that a reused branch skips.
+        always_on: those that belong to no branch.
+        heavy_ops_outside_if: those that should be skipped and are not; a warning names them.
+        prologue: the model that computes what stays the same along a trajectory; None if nothing is hoisted.
+        invariants: the inputs that it reads.
+        hoisted_tensors: how many tensors it computes.
+        hoisted_macs: multiply-accumulates that a step no longer spends, at the captured sizes.
+        hoisted_share: of those of a dense step.
+        simplified: whether onnxsim was run and its result kept.
+        seconds: how long the export took.
+    """
+
+    path: Path
+    opset: int
+    bytes: int
+    gating: Gating
+    masks: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: int
+    branches: int
+    if_nodes: int
+    heavy_ops_inside: int
+    always_on: int
+    heavy_ops_outside_if: tuple[str, ...]
+    prologue: Path | None
+    invariants: tuple[str, ...]
+    hoisted_tensors: int
+    hoisted_macs: int
+    hoisted_share: float
+    simplified: bool
+    seconds: float
+
+
+def export_onnx(
+    lazy: LazyModule,
+    path: str | Path,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    *,
+    gating: Gating = "predicate",
+    group: Group | None = None,
+    predictors: bool | None = None,
+    invariants: Sequence[str] = (),
+    opset: int = 20,
+    simplify: bool = False,
+    on_progress: OnProgress = no_progress,
+) -> OnnxReport:
+    """Write a lazy model as ONNX, for the sizes of one example call.
+
+    Inputs are the model's own, named by argument, and ``cache_*`` slots; outputs are ``output_0`` and so on, and
+    ``next_*`` for every slot. What else there is depends on who decides:
+
+    - ``gating="predicate"``: the model reads its gates. ``gate_weight`` and ``gate_bias``, one row of a gate table, go
+      in and ``compute_logits`` comes out. One file serves every policy: what a step decides is in its row.
+    - ``gating="input"``: the host. One ``should_compute_*: bool`` for each gate goes in. Rows and logits are there too
+      if the policy is ``Learned``, so that a step can be decided by the logits of the one before.
+    - ``gating="schedule"``: nobody. The policy must be ``Scheduled``; a folder is written with one model for each
+      distinct row of its table, without any ``If``, and one copy of the weights.
+
+    With ``invariants`` what they and the weights alone decide (keys and values of a text, its embedder) is written as
+    a second model, the prologue: ``m.prologue.onnx`` beside ``m.onnx``, ``prologue.onnx`` in a folder. Its outputs
+    ``invariant_0`` and so on are inputs of the first, which no longer takes an input that only the prologue reads.
+
+    :class:`OnnxMetadata` describes all of it inside the file.
+
+    Args:
+        lazy: a captured lazy model. ``batch_rule="per_sample"`` is exported as ``"all_reuse"``.
+        path: where to write. The file appears when it is complete and checked; weights of more than 2 GB stand beside
+            it in ``<stem>.<random>.data``.
+        example_inputs: arguments of one call, by name or by position: their sizes become fixed. None takes those that
+            the model was captured with.
+        gating: who decides.
+        group: branches under one gate, see :class:`~lazy_compile.config.LazyConfig`; None takes the model's own. A
+            group is one ``If`` with the residual adds of its branches inside.
+        predictors: whether ``gating="input"`` also takes rows and returns logits; None leaves it to the policy.
+        invariants: names of inputs that stay the same along a trajectory. A runner computes the prologue when one
+            starts, and again should one of them change. A warning says if there is nothing that it could compute.
+        opset: 18 to 22.
+        simplify: also run onnxsim on the result, and keep what it makes if every ``If`` still holds what it held. It is
+            off because it gains nothing measurable: a model of 12 branches ran at the same speed, and it fails on two
+            of five families (PixArt, Wan) whose inner graphs read outer values. Run before the branches are moved into
+            their arms it does harm: it fuses attention into an operator that TensorRT does not build inside an ``If``.
+        on_progress: called after each stage.
+
+    Raises:
+        ConfigError: the model is not lazy or not captured yet, has no such input, or an option is not supported.
+        BackendError: the exporter does not know an operator of the model, or the result fails a check.
+        ArtifactError: the file cannot be written.
+        MissingDependencyError: ONNX is not installed.
+    """
+    start = time.perf_counter()
+    export = _Export.of(lazy, example_inputs, gating, group, predictors, invariants, opset)
+    target = Path(path)
+    beside: Path | None = None
+    if gating == "schedule":
+        assert isinstance(lazy.policy, Scheduled)
+        masks = ScheduleVariants.of(lazy.policy.schedule.tied(export.leaders), target)
+        with SharedWeights(target) as weights:
+            for position, (mask, file) in enumerate(masks.files.items()):
+                model = export.make(mask)
+                weights.take(model)
+                save_model(model, file)
+                on_progress("exporting to ONNX", position + 1, len(masks.files), "one model for each set of decisions")
+            keep = [weights.name]
+            if export.prologue is not None:
+                beside = prologue_path(target / "mask.onnx", gating)
+                weights.take(export.prologue)
+                save_model(export.prologue, beside)
+                keep.append(beside.name)
+            masks.save(target, keep)
+        size, count = sum(file.stat().st_size for file in target.iterdir()), len(masks.files)
+    else:
+        model = export.make((), on_progress)
+        model = (export.simplified(model) if simplify else None) or model
+        with ExitStack() as written:
+            size, count = written.enter_context(written_model(model, target)), 1
+            if export.prologue is not None:
+                beside = prologue_path(target, gating)
+                size += written.enter_context(written_model(export.prologue, beside))
+        on_progress("exporting to ONNX", 4, 4, "written")
+    structure = check_structure(model)
+    return OnnxReport(
+        path=target,
+        opset=opset,
+        bytes=size,
+        gating=gating,
+        masks=count,
+        inputs=tuple(str(value.name) for value in model.graph.inputs),
+        outputs=tuple(str(value.name) for value in model.graph.outputs),
+        nodes=len(model.graph),
+        branches=structure.branches,
+        if_nodes=structure.if_nodes,
+        heavy_ops_inside=structure.heavy_ops_inside,
+        always_on=structure.always_on,
+        heavy_ops_outside_if=structure.heavy_ops_outside_if,
+        prologue=beside,
+        invariants=export.hoisted_from,
+        hoisted_tensors=0 if export.prologue is None else len(export.prologue.graph.outputs),
+        hoisted_macs=prologue_macs(export.graph.program),
+        hoisted_share=prologue_macs(export.graph.program) / export.graph.total_macs,
+        simplified=export.is_simplified,
+        seconds=time.perf_counter() - start,
+    )
+
+
+@dataclass
+class _Export:
+    """A lifted program and the call that its sizes are taken from, ready to be converted for any set of decisions.
+
+    Attributes:
+        prologue: what computes the inputs of role INVARIANT, converted; None if there are none.
+    """
+
+    lazy: LazyModule
+    graph: LazyGraph
+    lifted: Program
+    prologue: Model | None
+    example: dict[str, Tensor]
+    gating: Gating
+    leaders: tuple[int, ...]
+    rule: BatchRule
+    predictors: bool
+    opset: int
+    is_simplified: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        lazy: LazyModule,
+        example_inputs: Mapping[str, Any] | Sequence[Any] | None,
+        gating: Gating,
+        group: Group | None,
+        predictors: bool | None,
+        invariants: Sequence[str],
+        opset: int,
+    ) -> _Export:
+        if not isinstance(lazy, LazyModule):
+            raise ConfigError(f"export_onnx() takes what transform() returned; seen {type(lazy).__name__}")
+        if opset not in OPSETS:
+            raise ConfigError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
+        if gating not in get_args(Gating):
+            raise ConfigError(f"gating is {gating!r}; expected one of {', '.join(map(repr, get_args(Gating)))}")
+        if gating == "schedule" and not isinstance(lazy.policy, Scheduled):
+            raise ConfigError(
+                f"gating='schedule' fixes a schedule, the model's policy is {type(lazy.policy).__name__}; "
+                "set lazy.policy = Scheduled(...), or take another gating"
+            )
+        config = lazy.lazy_config
+        check_group(group := config.group if group is None else group)
+        import_optional("onnxscript", "onnx")
+        graph, tensors = example_call(lazy, example_inputs)
+        of_time = [name for name in graph.guarded_inputs if name == graph.timestep_input or names_the_time(name)]
+        if of_time:
+            raise ConfigError(
+                f"{type(lazy.original).__name__} reads the value of {of_time[0]} while it runs (by item(), float() or "
+                "an if), so that a file would hold for one timestep alone; compute with the tensor instead"
+            )
+        if graph.guarded_inputs:
+            logger.warning(
+                "the exported %s is right only where it reads the same values from %s as from the example; export one "
+                "file for each that you need",
+                type(lazy.original).__name__, ", ".join(graph.guarded_inputs),
+            )  # fmt: skip
+        graph = hoisted_graph(lazy, graph, invariants)
+        leaders = graph.leaders(group)
+        rule: BatchRule = "all_reuse" if config.batch_rule == "per_sample" else config.batch_rule
+        if predictors is None:
+            predictors = isinstance(lazy.policy, Learned)
+        predictors = gating == "predicate" or (gating == "input" and predictors)
+        lift = LiftCacheSlots(
+            config.reuse, rule, "predicate" if gating == "predicate" else "input", leaders, predictors
+        )
+        lifted = without_prologue(pipelines.lifting(lift).run(graph.program))
+        example = dict(all_inputs(lazy, graph, lifted, tensors))
+        hoists = graph.program.prologue is not None
+        prologue = make_prologue(lazy.original, graph.program, tensors, opset) if hoists else None
+        return cls(lazy, graph, lifted, prologue, example, gating, leaders, rule, predictors, opset)
+
+    @property
+    def hoisted_from(self) -> tuple[str, ...]:
+        """The user's inputs that the prologue reads."""
+        return () if self.prologue is None else tuple(str(value.name) for value in self.prologue.graph.inputs)
+
+    def make(self, mask: tuple[bool, ...], on_progress: OnProgress = no_progress) -> Model:
+        """The model for one set of decisions; without a mask, the one with conditionals."""
+        name = type(self.lazy.original).__name__
+        passes = pipelines.scheduled(mask) if mask else pipelines.lowering()
+        program = passes.run(self.lifted)
+        on_progress("exporting to ONNX", 1, 4, "branches lowered")
+        roles = (Role.USER, Role.INVARIANT, Role.SLOT, Role.GATE)
+        inputs = [item.name for item in program.inputs if item.role in roles]
+        model = convert(self.lazy.original, program, [self.example[item] for item in inputs], self.opset)
+        on_progress("exporting to ONNX", 2, 4, "operators converted")
+        name_values(model, inputs, all_outputs(program))
+        conditionals = sink_branches(model)
+        drop_unread_inputs(model, self.hoisted_from)
+        model.metadata_props[KEY] = self._metadata(program, mask, conditionals).to_json()
+        structure = check_structure(model)
+        broken = (*structure.problems[: structure.if_nodes != structure.conditionals], *check_rules(model))
+        if broken:
+            raise BackendError(f"the exported {name} is not sound: {broken[0]}")
+        for problem in structure.problems:
+            logger.warning("the exported %s is right but not as lazy as it could be: %s", name, problem)
+        on_progress("exporting to ONNX", 3, 4, "branches moved into If nodes")
+        return model
+
+    def _metadata(self, program: Program, mask: tuple[bool, ...], conditionals: int) -> OnnxMetadata:
+        parameters = inspect.signature(self.lazy.original.forward).parameters.values()
+        named = all(item.kind not in (item.VAR_POSITIONAL, item.POSITIONAL_ONLY) for item in parameters)
+        position = self.graph.timestep_position
+        return OnnxMetadata(
+            model=type(self.lazy.original).__name__,
+            branches=program.branches,
+            inputs=tuple(InputSpec(*item) for item in self._described(Role.USER)),
+            outputs=tuple(own_outputs(program)),
+            slots=tuple(
+                SlotSpec(name, f"next_{name}", shape, dtype, initial_value(name))
+                for name, shape, dtype in self._described(Role.SLOT)
+            ),
+            invariants=tuple(InputSpec(*item) for item in self._described(Role.INVARIANT)),
+            prologue="" if self.prologue is None else self.prologue.metadata_props[PROLOGUE_KEY],
+            reuse=self.lazy.lazy_config.reuse,
+            batch_rule=self.rule,
+            gating=self.gating,
+            leaders=self.leaders,
+            predictors=self.predictors,
+            conditionals=conditionals,
+            should_compute=mask,
+            fingerprint=fingerprint(self.lazy.original),
+            arguments=tuple(item.name for item in parameters if named and item.kind is item.POSITIONAL_OR_KEYWORD),
+            timestep_input=None if position is None else self.graph.layout.names[position],
+            output_spec=_dump(self.graph.captured.output_spec),
+            total_macs=self.graph.total_macs,
+            warmup_steps=self.lazy.lazy_config.warmup_steps,
+            max_reuse_age=self.lazy.lazy_config.max_reuse_age,
+        )
+
+    def _described(self, role: Role) -> list[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and dtype of all inputs of one role that the lifted program has."""
+        tensors = [(item.name, self.example[item.name]) for item in self.lifted.inputs if item.role is role]
+        if role is Role.INVARIANT:  # files hand complex numbers to each other as pairs
+            tensors = [(name, torch.view_as_real(item) if item.is_complex() else item) for name, item in tensors]
+        return [(name, tuple(item.shape), str(item.dtype).removeprefix("torch.")) for name, item in tensors]
+
+    def simplified(self, model: Model) -> Model | None:
+        """What onnxsim makes of a model; None if it fails, or if the branches are no longer the same."""
+        ir, onnxsim = import_optional("onnx_ir", "onnx"), import_optional("onnxsim", "onnx")
+        description = model.metadata_props[KEY]
+        try:
+            with quiet():
+                result: Model = ir.from_proto(onnxsim.simplify(ir.to_proto(model))[0])
+        except Exception as error:
+            logger.warning("onnxsim cannot simplify this model and was left out: %s", first_line(error))
+            return None
+        result.metadata_props.clear()
+        result.metadata_props[KEY] = description
+        names = [[value.name for value in (*item.graph.inputs, *item.graph.outputs)] for item in (model, result)]
+        if names[0] != names[1] or check_structure(result) != check_structure(model):
+            logger.warning("onnxsim moved operators of a branch; its result was left out")
+            return None
+        self.is_simplified = True
+        return result
+
+
+def _dump(spec: pytree.TreeSpec) -> str:
+    """Empty for a return type that pytree cannot write down: the runner then returns a plain tuple."""
+    try:
+        return pytree.treespec_dumps(spec)
+    except NotImplementedError:
+        return ""

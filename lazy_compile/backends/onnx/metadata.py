@@ -1,0 +1,135 @@
+"""What an exported model says about itself, so that a runtime needs nothing but the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lazy_compile.config import BatchRule, ReuseArm
+from lazy_compile.errors import ArtifactError
+from lazy_compile.ir.branch import BranchKind, BranchTensor, ResidualBranch
+
+KEY = "lazy_compile"
+"""The entry of ``ModelProto.metadata_props``; its value is JSON."""
+
+VERSION = 4
+
+Gating = Literal["predicate", "input", "schedule"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input: its name, and the one shape and dtype that the file was exported for."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """A cache slot: the input, the output that is its next value, and what it holds before the first step."""
+
+    input: str
+    output: str
+    shape: tuple[int, ...]
+    dtype: str
+    initial: float
+
+
+@dataclass(frozen=True)
+class OnnxMetadata:
+    """The contract of an exported model, beside its graph.
+
+    Attributes:
+        model: class of the original.
+        branches: the gated branches in the order of ``gate_bias`` and ``compute_logits``.
+        inputs: the user's inputs, in the order of the original's arguments.
+        outputs: the model's own outputs; None for one that is no tensor.
+        slots: all cache slots.
+        invariants: inputs whose values stay the same along a trajectory; the prologue computes them from some of
+            ``inputs``. A file takes those of both that it reads.
+        prologue: the digest that the prologue carries, see :mod:`lazy_compile.backends.onnx.prologue`; empty if there
+            is none.
+        reuse: what a branch returns that does not compute.
+        batch_rule: how the decisions of the rows are joined.
+        gating: who decides. ``"predicate"``: the gates in the graph, by the row of a gate table that comes in.
+            ``"input"``: the host, by one boolean for each gate. ``"schedule"``: nobody, the decisions are fixed.
+        leaders: for each branch, the one that decides for it.
+        predictors: whether gates are read, and their logits come out.
+        conditionals: how many ``If`` nodes the model was exported with.
+        should_compute: the fixed decisions of ``gating="schedule"``; empty otherwise.
+        fingerprint: of the original, see :func:`lazy_compile.runtime.artifact.fingerprint`.
+        arguments: names of the original's positional arguments, in order.
+        timestep_input: which input carries the timestep; None if the model has none.
+        output_spec: how to build the original's return value from flat outputs, as ``treespec_dumps`` writes it; empty
+            if it cannot be written.
+        total_macs: of one dense evaluation.
+        warmup_steps: first steps that compute, see :class:`~lazy_compile.config.LazyConfig`; a host sees to it.
+        max_reuse_age: reuses in a row after which a branch computes; a host sees to it.
+    """
+
+    model: str
+    branches: tuple[ResidualBranch, ...]
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str | None, ...]
+    slots: tuple[SlotSpec, ...]
+    invariants: tuple[InputSpec, ...]
+    prologue: str
+    reuse: ReuseArm
+    batch_rule: BatchRule
+    gating: Gating
+    leaders: tuple[int, ...]
+    predictors: bool
+    conditionals: int
+    should_compute: tuple[bool, ...]
+    fingerprint: str
+    arguments: tuple[str, ...]
+    timestep_input: str | None
+    output_spec: str
+    total_macs: int
+    warmup_steps: int
+    max_reuse_age: int | None
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)}, default=lambda kind: kind.value)
+
+    @classmethod
+    def parse(cls, properties: Mapping[str, str]) -> OnnxMetadata:
+        """
+        Raises:
+            ArtifactError: the model was written by something else, or its description is damaged.
+        """
+        if KEY not in properties:
+            raise ArtifactError("this ONNX file was not written by export_onnx: it does not describe its branches")
+        try:
+            values = json.loads(properties[KEY])
+            if values.pop("version") != VERSION:
+                raise ValueError(f"its version is not {VERSION}")
+            values["branches"] = tuple(_branch(item) for item in values["branches"])
+            for name in ("inputs", "invariants"):
+                values[name] = tuple(InputSpec(**_tuples(item)) for item in values[name])
+            values["slots"] = tuple(SlotSpec(**_tuples(item)) for item in values["slots"])
+            return cls(**_tuples(values))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"the description inside this ONNX file is damaged ({error!r}); export the model again"
+            ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _branch(values: dict[str, Any]) -> ResidualBranch:
+    for role in ("entries", "outputs"):
+        values[role] = tuple(BranchTensor(**_tuples(item)) for item in values[role])
+    return ResidualBranch(**{**values, "kind": BranchKind(values["kind"])})
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -1,0 +1,1 @@
+"""Runs exported models with ONNX Runtime. Imports backends.runner and backends.onnx."""

@@ -1,0 +1,52 @@
+"""The format of ONNX Runtime's builds for phones: an exported model, optimized for no machine in particular."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx.prologue import find_prologue, prologue_path
+from lazy_compile.backends.onnxruntime.runner import open_session
+from lazy_compile.errors import BackendError, import_optional
+from lazy_compile.storage import atomic_path
+
+
+def convert_to_ort(onnx: str | Path, path: str | Path) -> int:
+    """Write an exported model as an ``.ort`` file, its prologue beside it if it has one; returns their size in bytes.
+
+    Its conditionals, names and description are those of the ONNX file, so that :class:`OnnxRunner` runs it too. What it
+    is optimized by holds on every CPU.
+
+    Raises:
+        BackendError: ONNX Runtime cannot convert it.
+        ArtifactError: the file cannot be written, or the prologue of the model is missing.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    onnx, path = Path(onnx), Path(path)
+    properties = _convert(onnx, path)
+    metadata = OnnxMetadata.parse(properties) if KEY in properties else None
+    if metadata is None or (prologue := find_prologue(onnx, metadata)) is None:
+        return path.stat().st_size
+    beside = prologue_path(path, metadata.gating)
+    _convert(prologue, beside)
+    return path.stat().st_size + beside.stat().st_size
+
+
+def _convert(onnx: Path, path: Path) -> Mapping[str, str]:
+    """Write one file; what it says about itself."""
+    ort = import_optional("onnxruntime", "onnx")
+    with atomic_path(path) as temporary:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(temporary)
+        options.add_session_config_entry("session.save_model_format", "ORT")
+        try:
+            session = open_session(onnx, options, ["CPUExecutionProvider"])
+        except Exception as error:
+            raise BackendError(
+                f"ONNX Runtime cannot convert {onnx} ({first_line(error)}); export with --target onnx and run that"
+            ) from error
+    properties: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+    return properties

@@ -1,0 +1,254 @@
+"""Building an engine: read, check, build, look at what came out, and only then write it under its name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lazy_compile.backends.onnx.masks import ScheduleVariants
+from lazy_compile.backends.onnx.metadata import first_line
+from lazy_compile.backends.onnx.prologue import prologue_path
+from lazy_compile.backends.onnx.structure import heavy_nodes
+from lazy_compile.backends.tensorrt.api import Flavor, Message, flavor_of, load, record
+from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
+from lazy_compile.backends.tensorrt.config import BuildConfig
+from lazy_compile.backends.tensorrt.layers import parse_layers
+from lazy_compile.backends.tensorrt.network import configure, parse_network, serialize
+from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, digest, policy_to_json
+from lazy_compile.backends.tensorrt.source import OnnxSource
+from lazy_compile.errors import ArtifactError, BackendError, import_optional
+from lazy_compile.policies.policy import AlwaysCompute, Policy, Scheduled
+from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.storage import atomic_path
+
+logger = logging.getLogger("lazy_compile")
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built.
+
+    Attributes:
+        path: the engine; its description stands beside it, see :class:`EngineSidecar`.
+        flavor: TensorRT or TensorRT-RTX, and its version.
+        bytes: size of the engine.
+        structure: where its kernels stand.
+        skipped: whether the engine was there already, made from the same file with the same options.
+        seconds: how long it took.
+        prologue: what was built of the prologue; None if there is none.
+    """
+
+    path: Path
+    flavor: str
+    bytes: int
+    structure: EngineStructure
+    skipped: bool
+    seconds: float
+    prologue: BuildReport | None = None
+
+
+def build_engine(
+    onnx: str | Path,
+    engine: str | Path,
+    config: BuildConfig | None = None,
+    *,
+    policy: Policy | None = None,
+    on_progress: OnProgress = no_progress,
+) -> BuildReport:
+    """Build a TensorRT engine from an ONNX file, in which every ``If`` is a jump over the kernels of its branch.
+
+    An engine that was made from the same file with the same options by the same builder is left as it is. The prologue
+    of a model becomes an engine beside it: ``m.prologue.engine`` beside ``m.engine``.
+
+    Args:
+        onnx: what ``export_onnx`` wrote; any other ONNX model is built too.
+        engine: where to write. The file appears when it is complete and checked.
+        config: all options.
+        policy: the rule that a runner of this engine follows unless told otherwise.
+        on_progress: called as the builder's phases go on.
+
+    Raises:
+        ArtifactError: the ONNX file or its prologue cannot be read, or the engine not written.
+        BackendError: the builder refuses, or the engine has not one jump for each ``If``.
+        ConfigError: the options contradict each other or the file.
+        MissingDependencyError: that flavor of TensorRT is not installed.
+    """
+    source, target, config = OnnxSource.read(onnx), Path(engine), config or BuildConfig()
+    prologue = source.read_prologue()
+    made = _make(source, target, config, policy or AlwaysCompute(), on_progress)
+    beside = None if prologue is None else _make_prologue(prologue, source, target, config, on_progress).write()
+    return replace(made.write(), prologue=beside)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An engine that is not written yet.
+
+    Attributes:
+        plan: its content; None if it was there already.
+    """
+
+    target: Path
+    title: str
+    plan: Any
+    sidecar: EngineSidecar
+    structure: EngineStructure
+    seconds: float
+
+    def write(self) -> BuildReport:
+        if self.plan is not None:
+            with atomic_path(self.target) as temporary:
+                temporary.write_bytes(self.plan)
+            self.sidecar.save(self.target)
+            for problem in self.structure.problems:
+                logger.warning("%s is right but not as lazy as it could be: %s", self.target, problem)
+        size, skipped = self.target.stat().st_size, self.plan is None
+        return BuildReport(self.target, self.title, size, self.structure, skipped, self.seconds)
+
+
+def _make(source: OnnxSource, target: Path, config: BuildConfig, policy: Policy, on_progress: OnProgress) -> _Made:
+    """One engine of one file."""
+    start = time.perf_counter()
+    flavor, trt, device = builder_for(config)
+    version, title = str(trt.__version__), f"{flavor.title} {trt.__version__}"
+    key = _key(source, config, policy, version, device)
+    if (known := _finished(target, key)) is not None:
+        return _Made(target, title, None, known, known.structure(), time.perf_counter() - start)
+    if source.model is not None:
+        policy.check(source.model.branches)
+    with record(trt) as messages, tempfile.TemporaryDirectory() as folder:
+        path = _sanitized(source, Path(folder)) if config.sanitize else source.path
+        network = parse_network(trt, flavor, path, messages)
+        settings, profile = configure(network, config, _timing_cache(config))
+        plan = serialize(network, settings, messages, on_progress)
+        structure = _structure(messages, source.nodes)
+        tensors = network.tensors(profile)
+        _keep_timing_cache(config, settings)
+    sidecar = EngineSidecar(
+        flavor.name, version, device, key, digest(plan), config.options(), tensors, source.model, source.prologue,
+        policy, source.nodes, structure.layers,
+    )  # fmt: skip
+    return _Made(target, title, plan, sidecar, structure, time.perf_counter() - start)
+
+
+def _make_prologue(
+    prologue: OnnxSource, source: OnnxSource, target: Path, config: BuildConfig, on_progress: OnProgress
+) -> _Made:
+    """The engine of the prologue of ``source``, beside ``target``; its sizes are fixed."""
+    assert source.model is not None
+    config = replace(config, min_shapes={}, opt_shapes={}, max_shapes={})
+    return _make(prologue, prologue_path(target, source.model.gating), config, AlwaysCompute(), on_progress)
+
+
+def builder_for(config: BuildConfig) -> tuple[Flavor, ModuleType, str]:
+    """The flavor, its package, and the GPU that an engine will be tied to, empty if to none; quick to ask.
+
+    Raises:
+        BackendError: there is no GPU where one is needed, or the package cannot be used.
+        MissingDependencyError: it is not installed.
+    """
+    flavor = flavor_of(config.flavor)
+    trt = load(flavor)
+    if flavor.builds_without_gpu and "CURRENT" not in config.compute_capabilities:
+        return flavor, trt, ""
+    if not torch.cuda.is_available():
+        raise BackendError(
+            f"{flavor.title} builds for the GPU at hand, and PyTorch sees none here; build on the machine that will "
+            "run the engine, or use flavor='rtx', which needs no GPU"
+        )
+    return flavor, trt, torch.cuda.get_device_name()
+
+
+def build_engines(
+    onnx: str | Path, engines: str | Path, config: BuildConfig | None = None, *, on_progress: OnProgress = no_progress
+) -> list[BuildReport]:
+    """Build an engine for each model of a folder that ``export_onnx(gating="schedule")`` wrote, into another folder.
+
+    Every engine holds the weights that its own step needs, so together they hold those of shared branches several
+    times, on disk and on the GPU; what they do not hold twice is an engine: equal rows of the schedule share one. They
+    share the engine of their prologue too, which the first report has.
+
+    Raises:
+        ArtifactError: the folder holds no such set, or see :func:`build_engine`.
+    """
+    masks = ScheduleVariants.load(onnx)
+    result = ScheduleVariants.of(masks.schedule, Path(engines), ".engine")
+    policy = Scheduled(masks.schedule)
+    config, keep = config or BuildConfig(), []
+    first, reports = OnnxSource.read(next(iter(masks.files.values()))), []
+    prologue = first.read_prologue()
+    for mask, file in masks.files.items():
+        reports.append(_make(OnnxSource.read(file), result.files[mask], config, policy, on_progress).write())
+    if prologue is not None:
+        beside = _make_prologue(prologue, first, reports[0].path, config, on_progress).write()
+        reports[0], keep = replace(reports[0], prologue=beside), [beside.path.name]
+    result.save(Path(engines), keep)
+    return reports
+
+
+def _key(source: OnnxSource, config: BuildConfig, policy: Policy, version: str, device: str) -> str:
+    """All that an engine and its description depend on, in one digest."""
+    values = [source.sha256, config.flavor, config.options(), policy_to_json(policy), version, device]
+    return digest(json.dumps(values, sort_keys=True).encode())
+
+
+def _finished(target: Path, key: str) -> EngineSidecar | None:
+    """The description of an engine that is there, whole, and made from the same."""
+    try:
+        sidecar = EngineSidecar.load(target)
+        if sidecar.key != key:
+            return None
+        sidecar.check_file(target)
+    except ArtifactError:
+        return None
+    return sidecar
+
+
+def _structure(messages: list[Message], nodes: dict[str, tuple[str, ...]]) -> EngineStructure:
+    listed = [message.text for message in messages if "LayerType: " in message.text]
+    layers = parse_layers(listed[-1] if listed else "")
+    structure = check_branches(layers, len(nodes) - 1, nodes)
+    if len(structure.branches) != len(nodes) - 1:
+        raise BackendError(f"the engine is not lazy: {structure.problems[0]}; nothing was written")
+    return structure
+
+
+def _sanitized(source: OnnxSource, folder: Path) -> Path:
+    """What Polygraphy makes of a model; the model itself if its conditionals no longer hold the same."""
+    loaders = import_optional("polygraphy.backend.onnx", "tensorrt-rtx")
+    result = folder / source.path.name
+    try:
+        folded = loaders.fold_constants(
+            loaders.onnx_from_path(str(source.path)), allow_onnxruntime_shape_inference=False
+        )
+        loaders.save_onnx(folded, str(result), external_data_path=f"{source.path.name}.data")
+    except Exception as error:
+        logger.warning("Polygraphy cannot fold constants here and was left out: %s", first_line(error))
+        return source.path
+    if heavy_nodes(result) != source.nodes:
+        logger.warning("Polygraphy moved operators of a branch; its result was left out")
+        return source.path
+    return result
+
+
+def _timing_cache(config: BuildConfig) -> bytes:
+    try:
+        return b"" if config.timing_cache is None else Path(config.timing_cache).read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ArtifactError(f"cannot read the timing cache {config.timing_cache}: {error.strerror}") from error
+
+
+def _keep_timing_cache(config: BuildConfig, settings: Any) -> None:
+    if config.timing_cache is not None and (cache := settings.get_timing_cache()) is not None:
+        with atomic_path(config.timing_cache) as temporary:
+            temporary.write_bytes(cache.serialize())

@@ -1,0 +1,269 @@
+"""Engines run step by step, with the interface that all exported models have."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lazy_compile.backends.onnx.masks import ScheduleVariants
+from lazy_compile.backends.onnx.metadata import OnnxMetadata
+from lazy_compile.backends.onnx.prologue import check_prologue, find_prologue
+from lazy_compile.backends.runner import Runner, TensorSpec
+from lazy_compile.backends.tensorrt.api import first_error, flavor_of, load, logger_of
+from lazy_compile.backends.tensorrt.device import ALIGNMENT, CudaDevice
+from lazy_compile.backends.tensorrt.network import dtype_name
+from lazy_compile.backends.tensorrt.sidecar import EngineSidecar
+from lazy_compile.errors import ArtifactError, BackendError
+
+logger = logging.getLogger("lazy_compile")
+
+
+class TensorRTRunner(Runner):
+    """An engine that ``build_engine`` wrote, or a folder of them, on the GPU at hand.
+
+    Every stream, conditional or unconditional or of another request, has an execution context and a CUDA stream of its
+    own; calls are queued in the order of the caller's own work, and nothing waits for the GPU. Calls with fixed
+    decisions are replayed as CUDA graphs where the engine allows it.
+
+    Args:
+        path: the engine, with its description beside it, and its prologue if it has one; or a folder that
+            ``build_engines`` wrote.
+        cuda_graphs: False leaves CUDA graphs alone.
+
+    Raises:
+        ArtifactError: there is no such engine, its description or prologue is missing or of another engine, or it is
+            not lazy.
+        BackendError: there is no GPU, or the engine is for another one or another version of TensorRT.
+        MissingDependencyError: its flavor of TensorRT is not installed.
+    """
+
+    def __init__(self, path: str | Path, *, cuda_graphs: bool = True) -> None:
+        files = ScheduleVariants.load(path).files if Path(path).is_dir() else {(): Path(path)}
+        device: Any = None
+        sessions = {}
+        for mask, file in files.items():
+            sidecar = EngineSidecar.load(file)
+            plan = sidecar.check_file(file)
+            device = device or open_device()
+            sessions[mask] = EngineSession(file, sidecar, plan, device, cuda_graphs)
+        prologue: EngineFile | None = None
+        for mask, file in files.items():
+            metadata = sessions[mask].metadata
+            beside = find_prologue(file, metadata)
+            if beside is not None:
+                sidecar = EngineSidecar.load(beside)
+                check_prologue(beside, sidecar.prologue, file, metadata)
+                # It runs once a trajectory: a CUDA graph would take more memory than time.
+                prologue = prologue or EngineFile(beside, sidecar, sidecar.check_file(beside), device, False)
+        super().__init__(sessions, prologue)
+        self.policy = next(iter(sessions.values())).sidecar.policy
+
+
+def open_device() -> CudaDevice:
+    return CudaDevice()
+
+
+class EngineFile:
+    """One loaded engine; see :class:`~lazy_compile.backends.runner.LoadedFile`.
+
+    Attributes:
+        kept: names of tensors that lie in the same memory at every call of a stream.
+    """
+
+    kept: frozenset[str] = frozenset()
+
+    def __init__(self, path: Path, sidecar: EngineSidecar, plan: bytes, device: Any, cuda_graphs: bool) -> None:
+        self.path, self.sidecar, self.place, self.cuda_graphs = path, sidecar, device, cuda_graphs
+        flavor = flavor_of(sidecar.flavor)
+        trt = load(flavor)
+        self.title = f"{flavor.title} {trt.__version__}"
+        if str(trt.__version__) != sidecar.version:
+            raise BackendError(
+                f"{path} was built with {flavor.title} {sidecar.version}, and runs with no other; this is "
+                f"{trt.__version__}: build it again here"
+            )
+        if sidecar.device and sidecar.device != device.name:
+            raise BackendError(
+                f"{path} was built on and for {sidecar.device}; this is {device.name}: build it again here"
+            )
+        self.log = logger_of(trt)
+        self.log.errors.clear()
+        self._runtime = trt.Runtime(self.log)
+        self.engine = self._runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise BackendError(f"{self.title} cannot load {path}: {first_error(self.log.errors)}; build it again here")
+        self._check_tensors(trt)
+        self.device: torch.device = device.torch
+        self.inputs, self.outputs = (
+            {item.name: _spec(item.shape, item.dtype) for item in sidecar.tensors if item.is_input is is_input}
+            for is_input in (True, False)
+        )
+        names = self.inputs | self.outputs
+        self.on_host = {name for name in names if self.engine.get_tensor_location(name) == trt.TensorLocation.HOST}
+
+    def context(self) -> EngineContext:
+        return EngineContext(self)
+
+    def _check_tensors(self, trt: Any) -> None:
+        """
+        Raises:
+            ArtifactError: the engine takes or returns something else than its description says.
+        """
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        seen = {
+            (
+                name,
+                self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+                dtype_name(self.engine.get_tensor_dtype(name)),
+                tuple(self.engine.get_tensor_shape(name)),
+            )
+            for name in names
+        }
+        described = {(item.name, item.is_input, item.dtype, item.shape) for item in self.sidecar.tensors}
+        if seen != described:
+            name = sorted(seen ^ described)[0][0]
+            raise ArtifactError(f"{self.path} and its description disagree about {name!r}; build the engine again")
+
+
+class EngineSession(EngineFile):
+    """The engine of a step; see :class:`~lazy_compile.backends.runner.Session`."""
+
+    def __init__(self, path: Path, sidecar: EngineSidecar, plan: bytes, device: Any, cuda_graphs: bool) -> None:
+        self.metadata = model = _lazy_model(path, sidecar)
+        caches = [name for slot in model.slots for name in (slot.input, slot.output)]
+        self.kept = frozenset([*caches, *(spec.name for spec in model.invariants)])
+        super().__init__(path, sidecar, plan, device, cuda_graphs)
+
+
+class EngineContext:
+    """An execution context with a queue of its own: the calls of one stream."""
+
+    def __init__(self, session: EngineFile) -> None:
+        self.session = session
+        self.queue = session.place.queue()
+        session.log.errors.clear()
+        self.context = session.engine.create_execution_context()
+        if self.context is None:
+            raise BackendError(
+                f"{session.title} cannot prepare {session.path} ({first_error(session.log.errors)}); free memory on "
+                "the GPU, or run fewer streams at once"
+            )
+        self._decisions = _Decisions(session, sum(item.dtype == torch.bool for item in session.inputs.values()))
+        self._captures = session.cuda_graphs and not session.on_host
+        self._static: dict[str, Tensor] = {}
+        self._steps: dict[tuple[int, ...], Callable[[], None]] = {}
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Queue one step; see :class:`~lazy_compile.backends.runner.ExecutionContext`."""
+        with self.queue.ordered():
+            staged = self._decisions.stage(inputs)
+            given = {name: self.session.place.aligned(tensor) for name, tensor in staged.items()}
+            if self._captures:
+                self._repeat(given, outputs)
+            else:
+                self._enqueue({**given, **outputs})
+            self._decisions.free_when(self.queue.mark)
+
+    def _enqueue(self, tensors: Mapping[str, Tensor]) -> None:
+        self.session.log.errors.clear()
+        for name, tensor in tensors.items():
+            if not self.context.set_tensor_address(name, tensor.data_ptr()):
+                raise self._failure(f"does not take {name!r}")
+        if not self.context.execute_async_v3(self.queue.handle):
+            raise self._failure("failed")
+
+    def _failure(self, what: str) -> BackendError:
+        session = self.session
+        return BackendError(f"{session.title} {what} while it ran {session.path}: {first_error(session.log.errors)}")
+
+    # CUDA graphs --------------------------------------------------------------------------------------------------
+
+    def _repeat(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """A graph repeats addresses: those of the two pairs of cache buffers and of what a prologue computed, and of
+        memory that all else goes through.
+
+        The first step with a pair runs as it is, which TensorRT asks for, the second is captured.
+        """
+        own = {name: tensor for name, tensor in {**inputs, **outputs}.items() if name not in self.session.kept}
+        if not self._static:
+            self._static = {name: torch.empty_like(tensor) for name, tensor in own.items()}
+        for name in own.keys() & inputs.keys():
+            self._static[name].copy_(own[name], non_blocking=True)
+        tensors = {**inputs, **outputs, **self._static}
+        pair = tuple(tensor.data_ptr() for name, tensor in sorted(tensors.items()) if name in self.session.kept)
+        step = self._steps.get(pair)
+        if step is None:
+            self._enqueue(tensors)
+            self._captures = self._is_capturable()
+            self._steps[pair] = lambda: self._capture(pair, tensors)
+        else:
+            step()
+        for name in own.keys() & outputs.keys():
+            own[name].copy_(self._static[name], non_blocking=True)
+
+    def _capture(self, pair: tuple[int, ...], tensors: Mapping[str, Tensor]) -> None:
+        try:
+            self._steps[pair] = self.queue.capture(lambda: self._enqueue(tensors))
+        except (BackendError, RuntimeError) as error:
+            logger.warning("%s runs without CUDA graphs: %s", self.session.path, error)
+            self._captures = False
+            self._enqueue(tensors)
+            return
+        self._steps[pair]()
+
+    def _is_capturable(self) -> bool:
+        """TensorRT-RTX can be asked; of TensorRT it is known that a condition that the host reads forbids it."""
+        ask = getattr(self.context, "is_stream_capturable", None)
+        return not self.session.sidecar.structure().branches if ask is None else bool(ask(self.queue.handle))
+
+
+class _Decisions:
+    """Booleans that the host decides, on their way to the GPU: one copy from pinned memory for all of them.
+
+    There are two pinned blocks in turn, so that the host need not wait for the copy before.
+    """
+
+    def __init__(self, session: EngineFile, count: int) -> None:
+        self._on_host = session.on_host
+        self._blocks = [session.place.pinned(count, ALIGNMENT) for _ in range(2)] if count else []
+        self._device = torch.empty(count, ALIGNMENT, dtype=torch.bool, device=session.device) if count else None
+        self._free: list[Callable[[], None] | None] = [None, None]
+        self._turn = 0
+
+    def stage(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs, decisions among them where the engine reads them."""
+        names = [name for name, tensor in inputs.items() if tensor.dtype == torch.bool and tensor.dim() == 0]
+        if not names or self._device is None:
+            return dict(inputs)
+        if (wait := self._free[self._turn]) is not None:
+            wait()
+        block = self._blocks[self._turn]
+        for row, name in enumerate(names):
+            block[row, 0] = inputs[name]
+        self._device.copy_(block, non_blocking=True)
+        rows = {name: (block if name in self._on_host else self._device)[row, 0] for row, name in enumerate(names)}
+        return {**inputs, **rows}
+
+    def free_when(self, mark: Callable[[], Callable[[], None]]) -> None:
+        """The block may be written again when the work up to here is done."""
+        if self._device is not None:
+            self._free[self._turn] = mark()
+            self._turn = 1 - self._turn
+
+
+def _lazy_model(path: Path, sidecar: EngineSidecar) -> OnnxMetadata:
+    if sidecar.model is None:
+        raise ArtifactError(
+            f"{path} was built from ONNX that export_onnx did not write: nothing is known about its caches; export the "
+            "model with export_onnx and build that"
+        )
+    return sidecar.model
+
+
+def _spec(shape: tuple[int, ...], dtype: str) -> TensorSpec:
+    return TensorSpec(shape, getattr(torch, dtype))

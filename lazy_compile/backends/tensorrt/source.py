@@ -1,0 +1,115 @@
+"""The ONNX file that an engine is built from: what goes in and out, where its heavy nodes stand, what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, find_prologue
+from lazy_compile.backends.onnx.structure import heavy_nodes
+from lazy_compile.backends.tensorrt.network import EngineTensor
+from lazy_compile.errors import ArtifactError, import_optional
+
+
+@dataclass(frozen=True)
+class OnnxSource:
+    """An ONNX file.
+
+    Attributes:
+        path: where it lies.
+        tensors: its inputs and outputs; free sizes are -1.
+        nodes: names of the heavy nodes by conditional, ``""`` for those in none.
+        model: the contract of a lazy model; None if ``export_onnx`` did not write the file, or as a prologue.
+        prologue: the digest of a prologue; empty if it is none.
+        weight_bytes: of all weights, wherever they lie.
+        sha256: of all content; names of files with weights, which are drawn anew at every export, do not count.
+    """
+
+    path: Path
+    tensors: tuple[EngineTensor, ...]
+    nodes: dict[str, tuple[str, ...]]
+    model: OnnxMetadata | None
+    prologue: str
+    weight_bytes: int
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str | Path) -> OnnxSource:
+        """
+        Raises:
+            ArtifactError: it cannot be read.
+        """
+        path = Path(path)
+        onnx = import_optional("onnx", "onnx")
+        try:
+            proto = onnx.load(str(path), load_external_data=False)
+            nodes = heavy_nodes(proto)
+            tensors = tuple(_tensors(proto.graph))
+            weight_bytes = sum(map(_bytes, proto.graph.initializer))
+            digest = _digest(proto, path.parent)
+        except Exception as error:  # protobuf's, and the operating system's
+            raise ArtifactError(f"cannot read {path} as ONNX ({first_line(error)}); export the model again") from error
+        properties = {item.key: item.value for item in proto.metadata_props}
+        model = OnnxMetadata.parse(properties) if KEY in properties else None
+        return cls(path, tensors, nodes, model, properties.get(PROLOGUE_KEY, ""), weight_bytes, digest)
+
+    def read_prologue(self) -> OnnxSource | None:
+        """The prologue that belongs to this file; None if it needs none.
+
+        Raises:
+            ArtifactError: it is missing, or that of another model.
+        """
+        beside = None if self.model is None else find_prologue(self.path, self.model)
+        if beside is None or self.model is None:
+            return None
+        found = OnnxSource.read(beside)
+        check_prologue(beside, found.prologue, self.path, self.model)
+        return found
+
+    def require_lazy(self) -> OnnxMetadata:
+        """The contract of the lazy model.
+
+        Raises:
+            ArtifactError: this is another ONNX model.
+        """
+        if self.model is None:
+            raise ArtifactError(
+                f"{self.path} was not written by export_onnx and says nothing about branches and caches; export the "
+                "model with lazy-compile export, or give --any-onnx to build it as it is"
+            )
+        return self.model
+
+
+def _digest(proto: Any, folder: Path) -> str:
+    """See :attr:`OnnxSource.sha256`; the names are taken out of ``proto``."""
+    content = hashlib.sha256()
+    entries = [entry for item in proto.graph.initializer for entry in item.external_data if entry.key == "location"]
+    for name in sorted({str(entry.value) for entry in entries}):
+        with (folder / name).open("rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    for entry in entries:
+        entry.value = ""
+    content.update(proto.SerializeToString(deterministic=True))
+    return content.hexdigest()
+
+
+def _bytes(weight: Any) -> int:
+    onnx = import_optional("onnx", "onnx")
+    return int(prod(weight.dims)) * int(onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
+
+
+def _tensors(graph: Any) -> list[EngineTensor]:
+    onnx = import_optional("onnx", "onnx")
+    weights = {item.name for item in graph.initializer}
+    found = []
+    for is_input, values in ((True, graph.input), (False, graph.output)):
+        for value in (value for value in values if value.name not in weights):
+            kind = value.type.tensor_type
+            dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+            shape = tuple(size.dim_value if size.HasField("dim_value") else -1 for size in kind.shape.dim)
+            found.append(EngineTensor(value.name, is_input, dtype, shape))
+    return found

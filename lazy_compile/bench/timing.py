@@ -1,0 +1,68 @@
+"""Two ways to do the same, timed side by side: on a machine that others use too, only their ratio means something."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured.
+
+    Attributes:
+        baseline_ms: median time of a step of the baseline.
+        other_ms: median time of a step of the other.
+        ratio: median of the ratios of neighbouring steps, other over baseline: a machine that slows down for a while
+            slows down both.
+        quartiles: first and third quartile of these ratios: the noise.
+    """
+
+    baseline_ms: float
+    other_ms: float
+    ratio: float
+    quartiles: tuple[float, float]
+
+
+def time_in_turn(
+    baseline: Callable[[int], object], other: Callable[[int], object], *, repeats: int, warm_steps: int
+) -> Timing:
+    """Call both with the number of each step; which of them goes first changes from step to step.
+
+    Args:
+        baseline: what the other is compared with.
+        other: what is compared.
+        repeats: how many steps count, 2 or more.
+        warm_steps: how many come before that do not.
+    """
+    first: list[float] = []
+    second: list[float] = []
+    pair = ((baseline, first), (other, second))
+    for step in range(warm_steps + repeats):
+        for act, milliseconds in pair if step % 2 else reversed(pair):
+            start = time.perf_counter()
+            act(step)
+            milliseconds.append(1e3 * (time.perf_counter() - start))
+    first, second = first[warm_steps:], second[warm_steps:]
+    low, middle, high = statistics.quantiles((b / a for a, b in zip(first, second, strict=True)), n=4)
+    return Timing(statistics.median(first), statistics.median(second), middle, (low, high))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread while it lasts.
+
+    A small model gains nothing from a second one, and loses much where another process wants its core; a timing loses
+    its meaning there, most of all where two runtimes keep threads of their own that wait by spinning.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""From an nn.Module and one call to a Program. Imports ir."""

@@ -1,0 +1,282 @@
+"""The verbs that make something to deploy: build, export-triton."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lazy_compile.cli import options as given
+from lazy_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lazy_compile.backends.onnx.metadata import Gating
+    from lazy_compile.backends.tensorrt.build import BuildReport
+    from lazy_compile.backends.tensorrt.config import BuildConfig
+    from lazy_compile.policies.policy import Policy
+    from lazy_compile.progress import OnProgress
+
+_SHAPES = "Of inputs with free sizes, as trtexec takes them: x:1x4x32x32,t:1."
+
+
+def build(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL|ONNX", help="A model as for export, or the file or folder that it wrote.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The engine to write; a folder where there are several.")
+    ],
+    flavor: Annotated[
+        Literal["tensorrt", "rtx"],
+        typer.Option(help="tensorrt builds on and for the GPU at hand; rtx (TensorRT-RTX) needs none."),
+    ] = "tensorrt",
+    precision: given.Precision = None,
+    gating: given.GatingOption = "predicate",
+    group: given.Group = None,
+    invariant: given.Invariants = None,
+    gates: given.Gates = None,
+    min_shapes: Annotated[str, typer.Option("--minShapes", help=_SHAPES)] = "",
+    opt_shapes: Annotated[str, typer.Option("--optShapes", help="The shapes to optimize for.")] = "",
+    max_shapes: Annotated[str, typer.Option("--maxShapes", help="The largest shapes.")] = "",
+    compute_capabilities: Annotated[
+        str, typer.Option(metavar="8.6,8.9|CURRENT", help="GPUs to build for (rtx); default is 8.6 and newer.")
+    ] = "",
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File of kernel timings, kept up to date (tensorrt).")
+    ] = None,
+    workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Limit of scratch memory.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="0 builds fast, 5 searches longest.")] = None,
+    tf32: Annotated[bool, typer.Option(help="Whether float32 products may run in TF32.")] = True,
+    sanitize: Annotated[
+        bool, typer.Option("--sanitize", help="Let Polygraphy fold constants first; dropped if it moves a branch.")
+    ] = False,
+    any_onnx: Annotated[bool, typer.Option("--any-onnx", help="Also take ONNX that export did not write.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; needs no TensorRT.")] = False,
+    print_trtexec: Annotated[
+        bool, typer.Option("--print-trtexec", help="Print the command that builds the same with trtexec, and stop.")
+    ] = False,
+    print_polygraphy: Annotated[
+        bool, typer.Option("--print-polygraphy", help="Print the one for Polygraphy, and stop.")
+    ] = False,
+    shape: given.Shapes = None,
+    options: given.Options = None,
+    device: given.Device = "cpu",
+    json: given.Json = False,
+) -> None:
+    """Build a TensorRT engine in which every branch is a jump over its kernels.
+
+    A MODEL is exported first; its ONNX file stays beside the engine, and runs in ONNX Runtime too. The engine is
+    written when it is complete and its branches are checked, with a description beside it (ENGINE.json) that a runner
+    needs. What was built already, from the same with the same options, is left as it is.
+    """
+    from lazy_compile.backends.tensorrt.build import builder_for
+    from lazy_compile.backends.tensorrt.config import BuildConfig
+    from lazy_compile.backends.tensorrt.preview import preview
+    from lazy_compile.backends.tensorrt.profile import parse_shapes
+    from lazy_compile.backends.tensorrt.source import OnnxSource
+    from lazy_compile.cli.engine_tables import build_table, preview_tables, preview_values
+    from lazy_compile.cli.models import parse_group
+    from lazy_compile.progress import progress_bars
+    from lazy_compile.reporting.tables import plain, show
+
+    config = BuildConfig(
+        flavor=flavor,
+        min_shapes=parse_shapes("--minShapes", min_shapes),
+        opt_shapes=parse_shapes("--optShapes", opt_shapes),
+        max_shapes=parse_shapes("--maxShapes", max_shapes),
+        compute_capabilities=tuple(filter(None, compute_capabilities.split(","))),
+        workspace_bytes=None if workspace is None else workspace * 2**20,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        tf32=tf32,
+        sanitize=sanitize,
+    )
+    parse_group(group)
+    request = _Request(
+        source, gating, group, tuple(invariant or ()), precision, gates, tuple(shape or ()), tuple(options or ()),
+        device,
+    )  # fmt: skip
+    request.check(output)
+    if print_trtexec or print_polygraphy:
+        lines = list(_commands(request, output, config, print_trtexec, print_polygraphy))
+        show({"commands": lines}, json, *lines)
+        return
+    if not dry_run:
+        builder_for(config)  # it would be a pity to find out after a long export
+    with tempfile.TemporaryDirectory() as folder, progress_bars(not json) as on_progress:
+        onnx = request.onnx(Path(folder) / "model.engine" if dry_run else output)
+        policy = request.export(onnx, on_progress)
+        if request.is_onnx and onnx.is_file() and not any_onnx:
+            OnnxSource.read(onnx).require_lazy()
+        if dry_run:
+            seen = preview(onnx)
+        else:
+            reports = _build(onnx, output, config, policy, on_progress)
+    if dry_run:
+        show(preview_values(seen, request.source, output), json, *preview_tables(seen))
+        return
+    engines = [{**plain(report), "structure": report.structure.summary()} for report in reports]
+    values = {"engines": [{name: value for name, value in each.items() if name != "prologue"} for each in engines]}
+    show({**values, "onnx": str(onnx), "output": str(output)}, json, build_table(reports), f"written to {output}")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What an engine is built from: an ONNX file or folder, or a model and how it is exported."""
+
+    source: str
+    gating: Gating
+    group: str | None
+    invariants: tuple[str, ...]
+    precision: str | None
+    gates: Path | None
+    shapes: tuple[str, ...]
+    options: tuple[str, ...]
+    device: str
+
+    @property
+    def is_onnx(self) -> bool:
+        from lazy_compile.backends.onnx.masks import MANIFEST
+
+        return self.source.endswith(".onnx") or (Path(self.source) / MANIFEST).is_file()
+
+    def check(self, output: Path) -> None:
+        """
+        Raises:
+            ConfigError: an option has no meaning here, or the engine would take the place of what it is built from.
+        """
+        belonging = {
+            "--precision": self.precision, "--group": self.group, "--shape": self.shapes, "--set": self.options,
+            "--gating": self.gating if self.gating != "predicate" else None, "--invariant": self.invariants,
+        }  # fmt: skip
+        if self.is_onnx and (given := [name for name, value in belonging.items() if value]):
+            raise ConfigError(
+                f"{given[0]} says how a MODEL is exported; {self.source} is exported already: leave it out"
+            )
+        if output.suffix == ".onnx" or output.resolve() == Path(self.source).resolve():
+            raise ConfigError(f"--output {output} is not the name of an engine; give one such as model.engine")
+
+    def onnx(self, output: Path) -> Path:
+        """Where the ONNX file or folder lies, or will lie."""
+        return Path(self.source) if self.is_onnx else output.with_suffix(".onnx")
+
+    def export(self, onnx: Path, on_progress: OnProgress) -> Policy | None:
+        """Write the ONNX file of a model; the rule that its engine follows unless told otherwise."""
+        from lazy_compile.backends.onnx.export import export_onnx
+        from lazy_compile.cli.models import in_precision, load_lazy, load_model, parse_group, require_inputs
+        from lazy_compile.runtime import artifact
+
+        if self.is_onnx:
+            return None if self.gates is None else artifact.read(self.gates).policy
+        named = in_precision(load_model(self.source, self.shapes, self.device), self.precision)
+        lazy = load_lazy(named, self.gates, self.options)
+        inputs, group = require_inputs(named), parse_group(self.group)
+        export_onnx(
+            lazy, onnx, inputs, gating=self.gating, group=group, invariants=self.invariants, on_progress=on_progress
+        )
+        return lazy.policy
+
+    def export_command(self, onnx: Path) -> list[str]:
+        command = ["lazy-compile", "export", self.source, "--output", str(onnx), "--gating", self.gating]
+        for name, value in (("--gates", self.gates), ("--group", self.group), ("--precision", self.precision)):
+            command += [name, str(value)] if value is not None else []
+        repeated = ("--invariant", self.invariants), ("--shape", self.shapes), ("--set", self.options)
+        for name, values in repeated:
+            command += [word for value in values for word in (name, value)]
+        return command
+
+
+def _build(
+    onnx: Path, output: Path, config: BuildConfig, policy: Policy | None, on_progress: OnProgress
+) -> list[BuildReport]:
+    from lazy_compile.backends.tensorrt.build import build_engine, build_engines
+
+    if onnx.is_dir():
+        reports = build_engines(onnx, output, config, on_progress=on_progress)
+    else:
+        reports = [build_engine(onnx, output, config, policy=policy, on_progress=on_progress)]
+    prologues = [report.prologue for report in reports if report.prologue is not None]
+    return [replace(report, prologue=None) for report in reports] + prologues
+
+
+def _commands(request: _Request, output: Path, config: BuildConfig, trtexec: bool, polygraphy: bool) -> Iterator[str]:
+    """The lines of a shell that do the same with other tools."""
+    from lazy_compile.backends.onnx.masks import ScheduleVariants
+    from lazy_compile.backends.tensorrt.commands import polygraphy_command, trtexec_command
+
+    onnx = request.onnx(output)
+    pairs = [(onnx, output)]
+    if not request.is_onnx:
+        if request.gating == "schedule":
+            raise ConfigError(
+                "how many engines a schedule needs is known after lazy-compile export; give what it wrote"
+            )
+        yield shlex.join(request.export_command(onnx))
+    elif onnx.is_dir():
+        pairs = [(file, output / f"{file.stem}.engine") for file in ScheduleVariants.load(onnx).files.values()]
+    pairs += list(_prologues(request, pairs))
+    for file, engine in pairs:
+        if trtexec:
+            yield shlex.join(trtexec_command(file, engine, config))
+        if polygraphy:
+            yield shlex.join(polygraphy_command(file, engine, config))
+
+
+def _prologues(request: _Request, pairs: Sequence[tuple[Path, Path]]) -> Iterator[tuple[Path, Path]]:
+    """The prologue of these models, and the engine that it becomes; as far as that is known before the export."""
+    from lazy_compile.backends.onnx.prologue import prologue_path
+    from lazy_compile.backends.tensorrt.source import OnnxSource
+
+    (onnx, engine), gating = pairs[0], request.gating
+    if request.is_onnx:
+        model = OnnxSource.read(onnx).model if onnx.is_file() else None
+        if model is None or not model.prologue:
+            return
+        gating = model.gating
+    elif not request.invariants:
+        return
+    yield prologue_path(onnx, gating), prologue_path(engine, gating)
+
+
+def export_triton(
+    onnx: Annotated[Path, typer.Argument(metavar="ONNX", help="What export wrote with --gating predicate or input.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The repository: the folder of all models.")],
+    name: Annotated[str, typer.Option(help="Of the model in the repository.")] = "denoiser",
+    gates: given.Gates = None,
+    embed_gates: Annotated[
+        bool, typer.Option(help="Put the gates or the schedule into the graph; else every request brings its row.")
+    ] = True,
+    backend: Annotated[
+        Literal["onnxruntime", "tensorrt"], typer.Option(help="tensorrt builds an engine on and for the GPU at hand.")
+    ] = "onnxruntime",
+    sequences: Annotated[int, typer.Option(help="Trajectories that one instance keeps at once.")] = 16,
+    idle_seconds: Annotated[float, typer.Option(help="After which an unfinished trajectory is dropped.")] = 60.0,
+    json: given.Json = False,
+) -> None:
+    """Write a model repository for the Triton Inference Server: a trajectory is a sequence, its caches are its state.
+
+    The first request of a trajectory is sent with sequence_start, which makes every branch compute. With the policy in
+    the graph (the default) a request brings nothing but what the original model takes.
+    """
+    from lazy_compile.backends.triton import export_triton as write
+    from lazy_compile.reporting.tables import facts, plain, show, size
+    from lazy_compile.runtime import artifact
+
+    saved = None if gates is None else artifact.read(gates)
+    if saved is not None and embed_gates and (saved.config.warmup_steps > 1 or saved.config.max_reuse_age is not None):
+        raise ConfigError(
+            f"{gates} has warmup_steps or max_reuse_age, which no graph knows about; plan or calibrate without them, "
+            "or give --no-embed-gates and let the client decide"
+        )
+    policy = None if saved is None else saved.policy
+    report = write(
+        onnx, output, name, policy=policy, embed_gates=embed_gates, backend=backend, sequences=sequences,
+        idle_seconds=idle_seconds,
+    )  # fmt: skip
+    values = plain(report)
+    show(values, json, facts({**values, "cache_bytes": size(report.cache_bytes)}))

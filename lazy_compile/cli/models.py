@@ -1,0 +1,284 @@
+"""What the command line is given by name: models, example inputs, samplers, options."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lazy_compile.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lazy_compile.config import Group, LazyConfig
+    from lazy_compile.runtime.module import LazyModule
+
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+Sampler = Callable[[Any, int], "Tensor"]
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model and the arguments of one call.
+
+    Attributes:
+        spec: how it was named on the command line.
+        model: the module, on its device.
+        example_inputs: arguments by name; empty where none are known.
+        scheduler_folder: the pipeline's own scheduler, where there is one.
+    """
+
+    spec: str
+    model: nn.Module
+    example_inputs: dict[str, Any] = field(default_factory=dict)
+    scheduler_folder: Path | None = None
+
+
+def load_model(spec: str, shapes: Sequence[str] = (), device: str = "cpu") -> NamedModel:
+    """``package.module:factory``, a diffusers folder (``dir`` or ``dir#subfolder``), or a ``.pt2`` file.
+
+    Args:
+        spec: the model.
+        shapes: ``name:2x4x32x32``, as trtexec takes them, with an optional dtype behind: ``labels:2:int64``.
+        device: where the model and its inputs go.
+
+    Raises:
+        ConfigError: the name leads nowhere, or the example inputs are missing or not the model's.
+        ArtifactError: the folder or file is damaged.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    folder, _, subfolder = spec.partition("#")
+    if spec.endswith(".pt2"):
+        named = _load_exported(spec)
+    elif Path(folder).is_dir():
+        from lazy_compile.integrations.diffusers import load_denoiser
+
+        scheduler = Path(folder) / "scheduler"
+        model = load_denoiser(Path(folder, subfolder))
+        named = NamedModel(spec, model, {}, scheduler if scheduler.is_dir() else None)
+    elif ":" in spec:
+        named = _call_factory(spec)
+    else:
+        raise ConfigError(
+            f"{spec!r} is neither a folder nor a .pt2 file nor package.module:factory; give one of these as MODEL"
+        )
+    try:
+        target = torch.device(device)
+        model = named.model.to(target) if target.type != "cpu" else named.model
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu"
+        ) from None
+    inputs = _example_inputs(named, shapes)
+    inputs = pytree.tree_map(lambda leaf: leaf.to(target) if isinstance(leaf, torch.Tensor) else leaf, inputs)
+    return NamedModel(spec, model, inputs, named.scheduler_folder)
+
+
+def require_inputs(named: NamedModel) -> dict[str, Any]:
+    """The example inputs, or one line that says which arguments the model takes."""
+    if named.example_inputs:
+        return named.example_inputs
+    arguments = ", ".join(
+        name if parameter.default is inspect.Parameter.empty else f"{name}={parameter.default!r}"
+        for name, parameter in _parameters(named.model).items()
+    )
+    raise ConfigError(
+        f"{named.spec} comes without example inputs; its forward takes ({arguments}): "
+        "give --shape NAME:2x4x32x32 for each tensor it needs"
+    )
+
+
+def in_precision(named: NamedModel, precision: str | None) -> NamedModel:
+    """All of the model and its floating example inputs in ``"fp32"``, ``"fp16"`` or ``"bf16"``; None leaves them."""
+    import torch
+    from torch import nn
+    from torch.utils import _pytree as pytree
+
+    if precision is None:
+        return named
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    model = nn.Module.to(named.model, dtype)  # not the model's own, which may leave some in float32
+    return replace(named, model=model, example_inputs=pytree.tree_map(cast, named.example_inputs))
+
+
+def parse_group(text: str | None) -> Group | None:
+    """``"2"`` or ``"block"``."""
+    if text is None:
+        return None
+    if text == "block":
+        return "block"
+    if not text.isdecimal() or not int(text):
+        raise ConfigError(f"--group is {text!r}; expected a number of branches, or block")
+    return int(text)
+
+
+def load_lazy(named: NamedModel, gates: Path | None, options: Sequence[str]) -> LazyModule:
+    """The model made lazy and captured, with the options of the command line or those of an artefact."""
+    from lazy_compile.compiler import load, transform
+
+    inputs = require_inputs(named)
+    if gates is not None:
+        if options:
+            raise ConfigError(f"--set {options[0]} and --gates exclude each other: the artefact carries its options")
+        result: LazyModule = load(gates, named.model, inputs)
+        return result
+    return transform(named.model, inputs, parse_options(options))
+
+
+def load_sampler(
+    spec: str | None, named: NamedModel, lazy: LazyModule, steps: int | None, scheduler: str = "ddim"
+) -> Sampler:
+    """What ``package.module:factory`` returns, else a diffusers scheduler around the example inputs."""
+    if spec is None:
+        from lazy_compile.integrations.diffusers import SchedulerSampler, make_scheduler
+
+        return SchedulerSampler(
+            make_scheduler(scheduler, named.scheduler_folder),
+            require_inputs(named),
+            steps=20 if steps is None else steps,
+            timestep_argument=lazy.graph.timestep_input,
+        )
+    factory = find_function(spec)
+    if steps is not None and "steps" not in inspect.signature(factory).parameters:
+        raise ConfigError(f"{spec} takes no argument 'steps'; leave out --steps {steps}, or let the factory take it")
+    sampler = factory() if steps is None else factory(steps=steps)
+    if not callable(sampler):
+        raise ConfigError(f"{spec} returned {type(sampler).__name__}; expected a function sample(denoiser, seed)")
+    return sampler  # type: ignore[no-any-return]
+
+
+def parse_options(options: Sequence[str]) -> LazyConfig:
+    """``("reuse=last", "max_reuse_age=3")`` as a :class:`LazyConfig`."""
+    from lazy_compile.config import LazyConfig
+
+    hints = get_type_hints(LazyConfig)
+    values: dict[str, Any] = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not equals or name not in hints:
+            known = ", ".join(item.name for item in fields(LazyConfig))
+            raise ConfigError(f"--set {option!r} is not NAME=VALUE with a known name; the names are {known}")
+        values[name] = _parse_value(text, hints[name], option)
+    return LazyConfig.from_dict(values)
+
+
+def _parse_value(text: str, hint: Any, option: str) -> Any:
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if any(text in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
+        return text
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    if bool in kinds:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"--set {option}: expected true or false")
+        return text.lower() == "true"
+    if int in kinds:
+        try:
+            return int(text)
+        except ValueError:
+            raise ConfigError(f"--set {option}: expected a whole number") from None
+    return text
+
+
+def find_function(spec: str) -> Callable[..., Any]:
+    module_name, _, attribute = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(
+            f"there is no module {error.name!r} (from {spec!r}); run from the folder that holds it, or install it"
+        ) from None
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise ConfigError(f"{module_name} has no {attribute!r}; name a function in it as {module_name}:function")
+        found = getattr(found, name)
+    if not callable(found):
+        raise ConfigError(f"{spec} is {type(found).__name__}, not a function; name one that returns the model")
+    return found  # type: ignore[no-any-return]
+
+
+def _call_factory(spec: str) -> NamedModel:
+    from torch import nn
+
+    made = find_function(spec)()
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
+    if not isinstance(model, nn.Module) or not isinstance(inputs, Mapping):
+        raise ConfigError(
+            f"{spec} returned {type(made).__name__}; expected a torch.nn.Module, or (module, {{name: example input}})"
+        )
+    return NamedModel(spec, model, dict(inputs))
+
+
+def _load_exported(spec: str) -> NamedModel:
+    import torch
+
+    if not Path(spec).exists():
+        raise ArtifactError(f"there is no file {spec}; expected one that torch.export.save wrote")
+    try:
+        exported = torch.export.load(spec)
+    except Exception as error:  # torch raises whatever its reader trips over
+        reason = (str(error) or "no message").splitlines()[0]
+        raise ArtifactError(
+            f"cannot read {spec} ({type(error).__name__}: {reason}); write it again with torch.export.save"
+        ) from error
+    model = exported.module()
+    inputs: dict[str, Any] = {}
+    if exported.example_inputs is not None:
+        args, kwargs = exported.example_inputs
+        inputs = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    return NamedModel(spec, model, inputs)
+
+
+def _example_inputs(named: NamedModel, shapes: Sequence[str]) -> dict[str, Any]:
+    import torch
+
+    parameters = _parameters(named.model)
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    floating = next((p.dtype for p in named.model.parameters() if p.is_floating_point()), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    inputs = dict(named.example_inputs)
+    for text in (part for shape in shapes for part in shape.split(",")):
+        name, sizes, dtype = _parse_shape(text)
+        if name not in parameters and not takes_any:
+            raise ConfigError(f"--shape {text}: forward has no argument {name!r}; it takes ({', '.join(parameters)})")
+        known = inputs.get(name)
+        kind = dtype or (known.dtype if isinstance(known, torch.Tensor) else floating)
+        if kind.is_floating_point:
+            inputs[name] = torch.randn(sizes, generator=generator).to(kind)
+        else:
+            inputs[name] = torch.randint(0, 2, sizes, generator=generator).to(kind)
+    return inputs
+
+
+def _parse_shape(text: str) -> tuple[str, tuple[int, ...], Any]:
+    import torch
+
+    name, _, rest = text.partition(":")
+    sizes_text, _, dtype_name = rest.partition(":")
+    dtype = getattr(torch, dtype_name) if dtype_name in _DTYPES else None
+    sizes = () if sizes_text == "scalar" else tuple(sizes_text.split("x"))
+    if not name or not all(size.isdecimal() for size in sizes) or (dtype_name and dtype is None):
+        raise ConfigError(f"--shape {text!r} is not NAME:2x4x32x32, or with a dtype NAME:2:int64, or NAME:scalar")
+    return name, tuple(map(int, sizes)), dtype
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters

@@ -1,0 +1,1 @@
+"""From a sampler and a budget to a cache schedule. Imports runtime."""

@@ -1,0 +1,276 @@
+"""A lazy model on disk: what was decided about it, never its weights.
+
+A folder holds ``lazy.json`` and, for learned gates, one safetensors file that ``lazy.json`` names by its content. The
+JSON is replaced last and in one stroke, so an interrupted save leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from safetensors.torch import save as serialize
+from torch import nn
+
+from lazy_compile.config import LazyConfig
+from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.policies.gate_table import GateTable
+from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
+from lazy_compile.policies.schedule import CacheSchedule
+from lazy_compile.storage import atomic_path, load_json, load_tensors, save_json
+
+FORMAT = 3
+MANIFEST = "lazy.json"
+
+_TOP = {"format": int, "config": dict, "policy": dict, "model": dict, "branches": list}
+_MODEL = {"fingerprint": str, "capture": str, "attempts": list, "guarded_inputs": list}
+_BRANCH = {"name": str, "kind": str, "gate_features": int}
+_POLICIES: dict[str, dict[str, Any]] = {
+    "always_compute": {"kind": str},
+    "scheduled": {"kind": str, "should_compute": list, "slopes": list | None},
+    "learned": {"kind": str, "shift": float, "delayed": bool, "interpolation": str, "gates": str},
+}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Identifies an architecture: SHA-256 over the sorted names and shapes of its parameters.
+
+    The class plays no part, and neither do the weights: gates fit a fine-tuned model.
+    """
+    lines = sorted(f"{name} {list(parameter.shape)}" for name, parameter in model.named_parameters())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What was decided about a lazy model.
+
+    Attributes:
+        config: the options of the transformation.
+        policy: the rule that decides.
+        fingerprint: see :func:`fingerprint`.
+        capture: how the graph was obtained, and ``attempts`` what was tried before, with the reason that it failed.
+        guarded_inputs: arguments whose values the graph depends on.
+        branches: ``(name, kind, gate_features)`` of each, in order.
+        directory: where it was read from; None before it is written.
+    """
+
+    config: LazyConfig
+    policy: Policy
+    fingerprint: str
+    capture: str
+    attempts: tuple[str, ...]
+    guarded_inputs: tuple[str, ...]
+    branches: tuple[tuple[str, str, int], ...]
+    directory: Path | None = None
+
+    def check_model(self, model: nn.Module) -> None:
+        """
+        Raises:
+            ArtifactError: the parameters of ``model`` are not those of the model that this was made for.
+        """
+        seen = fingerprint(model)
+        if seen != self.fingerprint:
+            raise ArtifactError(
+                f"{self.directory} was made for another model: it has fingerprint {self.fingerprint[:12]}, "
+                f"{type(model).__name__} has {seen[:12]}; load it with the model it was calibrated on, or calibrate "
+                "this one"
+            )
+
+    def check_branches(self, branches: Sequence[ResidualBranch]) -> None:
+        """
+        Raises:
+            ArtifactError: other branches were found in the model than when this was made.
+        """
+        seen = describe(branches)
+        for saved, found in zip(self.branches, seen, strict=False):
+            if saved != found:
+                raise ArtifactError(
+                    f"{self.directory} was made for another model: its branch {saved[0]!r} is {saved[1]} with "
+                    f"{saved[2]} gate features, here stands {found[0]!r}, {found[1]} with {found[2]}; calibrate again"
+                )
+        if len(seen) != len(self.branches):
+            raise ArtifactError(
+                f"{self.directory} was made for another model: it has {len(self.branches)} branches, "
+                f"this one {len(seen)}; calibrate again"
+            )
+
+
+def describe(branches: Sequence[ResidualBranch]) -> tuple[tuple[str, str, int], ...]:
+    return tuple((branch.name, branch.kind.value, branch.gate_features) for branch in branches)
+
+
+def write(directory: str | Path, artifact: Artifact) -> None:
+    """Write an artifact to a folder; other files in it stay.
+
+    Raises:
+        ConfigError: the policy is of a class that is not known here.
+        ArtifactError: the folder cannot be written to.
+    """
+    folder = Path(directory)
+    stale = set(folder.glob("gates.*.safetensors"))
+    policy = _write_policy(artifact.policy, folder)
+    manifest = {
+        "format": FORMAT,
+        "config": asdict(artifact.config),
+        "policy": policy,
+        "model": {
+            "fingerprint": artifact.fingerprint,
+            "capture": artifact.capture,
+            "attempts": list(artifact.attempts),
+            "guarded_inputs": list(artifact.guarded_inputs),
+        },
+        "branches": [dict(zip(_BRANCH, branch, strict=True)) for branch in artifact.branches],
+    }
+    save_json(folder / MANIFEST, manifest)
+    for file in stale - {folder / str(policy.get("gates"))}:
+        file.unlink(missing_ok=True)
+
+
+def read(directory: str | Path) -> Artifact:
+    """
+    Raises:
+        ArtifactError: a file is missing or damaged, or was edited into something that cannot be understood.
+    """
+    folder = Path(directory)
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ArtifactError(f"{folder} holds no {MANIFEST}; expected a folder that calibrate, plan or save() wrote")
+    values = load_json(path)
+    version = values.get("format") if isinstance(values, dict) else None
+    if version != FORMAT:
+        raise ArtifactError(
+            f"{path} has format {version!r}, this release reads {FORMAT}; make it again with this release"
+        )
+    _check(values, _TOP, path, "")
+    _check(values["model"], _MODEL, path, "model.")
+    for position, branch in enumerate(values["branches"]):
+        _check(branch, _BRANCH, path, f"branches[{position}].")
+    branches = tuple(tuple(branch[key] for key in _BRANCH) for branch in values["branches"])
+    return Artifact(
+        _read_config(values["config"], path),
+        _read_policy(values["policy"], path, [branch[2] for branch in branches]),
+        values["model"]["fingerprint"],
+        values["model"]["capture"],
+        tuple(map(str, values["model"]["attempts"])),
+        tuple(map(str, values["model"]["guarded_inputs"])),
+        branches,
+        folder,
+    )
+
+
+def _write_policy(policy: Policy, folder: Path) -> dict[str, Any]:
+    if type(policy) is AlwaysCompute:
+        return {"kind": "always_compute"}
+    if type(policy) is Scheduled:
+        written = policy.schedule.to_json()
+        return {"kind": "scheduled", "should_compute": written["should_compute"], "slopes": written["slopes"]}
+    if type(policy) is Learned:
+        table = policy.table
+        return {
+            "kind": "learned",
+            "shift": float(policy.shift),
+            "delayed": policy.delayed,
+            "interpolation": table.interpolation,
+            "gates": _write_gates(table.tensors, folder),
+        }
+    raise ConfigError(
+        f"a policy of class {type(policy).__name__} cannot be saved; expected AlwaysCompute, Scheduled or Learned: "
+        "save what it was made from yourself"
+    )
+
+
+def _write_gates(tensors: Mapping[str, torch.Tensor], folder: Path) -> str:
+    content = serialize({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    name = f"gates.{_digest(content)}.safetensors"
+    with atomic_path(folder / name) as temporary:
+        temporary.write_bytes(content)
+    return name
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _read_policy(values: dict[str, Any], manifest: Path, features: Sequence[int]) -> Policy:
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in _POLICIES:
+        raise ArtifactError(
+            f"{manifest} names the policy {kind!r}; expected one of {', '.join(_POLICIES)}: undo the edit, or make "
+            "it again"
+        )
+    _check(values, _POLICIES[kind], manifest, "policy.")
+    try:
+        if kind == "scheduled":
+            return Scheduled(_read_schedule(values["should_compute"], values["slopes"], len(features)))
+        if kind == "learned":
+            return Learned(_read_table(values, manifest, features), values["shift"], values["delayed"])
+    except ConfigError as error:
+        raise ArtifactError(f"{manifest}: {error}; undo the edit, or make it again") from error
+    return AlwaysCompute()
+
+
+def _read_schedule(rows: list[Any], slopes: list[Any] | None, branches: int) -> CacheSchedule:
+    whole = all(isinstance(row, list) and len(row) == branches and all(x in (0, 1) for x in row) for row in rows)
+    if not whole:
+        raise ConfigError(f"policy.should_compute is not a table of 0 and 1 with {branches} columns, one per branch")
+    try:
+        table = None if slopes is None else np.array(slopes, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"policy.slopes is not a table of numbers ({error})") from error
+    return CacheSchedule(np.array(rows, dtype=bool), table)
+
+
+def _read_table(values: dict[str, Any], manifest: Path, features: Sequence[int]) -> GateTable:
+    path = manifest.parent / Path(values["gates"]).name
+    tensors, _ = load_tensors(path)
+    if path.name != f"gates.{_digest(path.read_bytes())}.safetensors":
+        raise ArtifactError(
+            f"{path} is not what was saved: its content does not match its name; calibrate again, or restore it"
+        )
+    missing = sorted({"knots", "weight", "bias"} - set(tensors))
+    if missing:
+        raise ArtifactError(f"{path} holds no tensor {missing[0]!r}; calibrate again, or restore it from a copy")
+    return GateTable(
+        tuple(features), tensors["knots"], tensors["weight"], tensors["bias"], values["interpolation"],
+        tensors.get("slope"), tensors.get("trajectory"),
+    )  # fmt: skip
+
+
+def _read_config(values: dict[str, Any], manifest: Path) -> LazyConfig:
+    hints = get_type_hints(LazyConfig)
+    _check(values, hints, manifest, "config.")
+    try:
+        return LazyConfig(**values)
+    except ConfigError as error:
+        raise ArtifactError(f"{manifest}: {error}; undo the edit, or make it again") from error
+
+
+def _check(values: Any, expected: Mapping[str, Any], path: Path, prefix: str) -> None:
+    """One object of the manifest: exactly these keys, each of its type."""
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{path}: {prefix[:-1]} is {values!r}, expected an object; undo the edit, or make it again")
+    for key in sorted(expected.keys() ^ values.keys()):
+        trouble = "lacks" if key in expected else "has an unknown key"
+        raise ArtifactError(f"{path} {trouble} {prefix + key!r}; undo the edit, or make it again")
+    for key, kind in expected.items():
+        if not _is(values[key], kind):
+            name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
+            raise ArtifactError(
+                f"{path}: {prefix + key} is {values[key]!r}, expected {name}; undo the edit, or make it again"
+            )
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is(value, option) for option in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) is kind

@@ -1,0 +1,285 @@
+"""The captured graphs of one model: found for a call, made when missing, dropped when the model changes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lazy_compile import pipelines
+from lazy_compile.analysis.timestep_input import find_timestep_input, names_the_time
+from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.ladder import Capture, capture, quiet_evaluation
+from lazy_compile.capture.lock import CAPTURE_LOCK
+from lazy_compile.capture.model_snapshot import hooked_modules, observe
+from lazy_compile.config import LazyConfig
+from lazy_compile.errors import CaptureError, ConfigError, NoBranchError
+from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.ir.operators import has_formula, is_foreign_kernel, macs, operator_name
+from lazy_compile.runtime.lazy_graph import LazyGraph, sources_of, types_of
+
+logger = logging.getLogger("lazy_compile")
+
+NUMBER_TOLERANCE = 1e-5
+"""How far a model may answer otherwise to a tensor than to the same Python number, relative to its largest output."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    layout: CallLayout
+    tensors: list[Tensor]
+    types: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], numbers_as_tensors: Collection[str]) -> _Call:
+        layout, tensors = CallLayout.of(args, kwargs, numbers_as_tensors)
+        return cls(args, kwargs, layout, tensors, types_of(tensors))
+
+
+class GraphCache:
+    """Graphs of ``model``, the one used last at the end; at most ``max_captures`` of them.
+
+    A Python number of the call becomes a tensor input where it is the time, or was seen to change, if the model takes
+    it so and answers alike: else every value of it would need a graph of its own.
+
+    Args:
+        model: the original.
+        admit: called with each new graph before it is kept; it may raise.
+    """
+
+    def __init__(self, model: nn.Module, admit: Callable[[LazyGraph], None]) -> None:
+        self.model = model
+        self.graphs: list[LazyGraph] = []
+        self._admit = admit
+        self._environment: tuple[Any, ...] = ()
+        self._numbers: set[str] = set()
+        self._fixed_numbers: set[str] = set()
+        self._told: set[str] = set()
+        self._mutex = threading.Lock()
+        self._signature = inspect.signature(model.forward)
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: LazyConfig) -> tuple[LazyGraph, list[Tensor]]:
+        """The graph for a call, captured if there is none, and the call's flat tensors.
+
+        Raises:
+            ConfigError: the arguments are not those of the model.
+            CaptureError: the model cannot be turned into a graph.
+            NoBranchError: there is nothing to gate in it.
+        """
+        args, kwargs = self._bind(args, kwargs)
+        call = _Call.of(args, kwargs, self._numbers)
+        graph = self._lookup(call)
+        if graph is None:
+            with CAPTURE_LOCK.capturing():
+                call = _Call.of(args, kwargs, self._numbers)
+                graph = self._lookup(call)  # another thread may have made it in the meantime
+                if graph is None:
+                    return self._capture(call, config)
+        return graph, call.tensors
+
+    def find_with_known_sizes(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], config: LazyConfig
+    ) -> tuple[LazyGraph, list[Tensor]]:
+        """The same, but no size depends on what is in a tensor: what the model reads is worked out, and guarded."""
+        graph, tensors = self.find(args, kwargs, config)
+        if graph.captured.has_open_sizes:
+            args, kwargs = self._bind(args, kwargs)
+            with CAPTURE_LOCK.capturing():
+                graph = self._compile(_Call.of(args, kwargs, self._numbers), config, reads_values=True)
+        return graph, tensors
+
+    def hoisted(self, graph: LazyGraph, inputs: frozenset[str]) -> LazyGraph:
+        """A graph that need not compute what only ``inputs`` and the weights decide; the same if nothing does.
+
+        It has the branches of ``graph``, so that caches, policies and accounts of one serve the other.
+        """
+        with self._mutex:
+            if inputs not in graph.hoisted:
+                graph.hoisted[inputs] = self._hoist(graph, inputs)
+            return graph.hoisted[inputs]
+
+    def _hoist(self, graph: LazyGraph, inputs: frozenset[str]) -> LazyGraph:
+        program = pipelines.gating(graph.config, inputs).run(graph.captured.program)
+        if program.prologue is None or list(map(_identity, program.branches)) != list(map(_identity, graph.branches)):
+            return graph
+        result = replace(graph, program=replace(program, branches=graph.branches))
+        self._admit(result)
+        return result
+
+    def drop_if_model_changed(self) -> bool:
+        """Forget all graphs if modules, attributes, hooks or parameter types are others than at the capture."""
+        if self._environment == observe(self.model):
+            return False
+        self.graphs = []
+        return True
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with every argument by name, so that its spelling does not matter."""
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ConfigError(f"{self._name}.forward: {error}; its signature is {self._signature}") from error
+        kinds = {parameter.kind for parameter in self._signature.parameters.values()}
+        if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}:
+            return args, kwargs
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(sorted(arguments.pop(name).items()))
+        return (), arguments
+
+    def _lookup(self, call: _Call) -> LazyGraph | None:
+        with self._mutex:
+            found = next((graph for graph in reversed(self.graphs) if _serves(graph, call)), None)
+            if found is not None and found is not self.graphs[-1]:
+                self.graphs = [*(graph for graph in self.graphs if graph is not found), found]
+        return found
+
+    def _capture(self, call: _Call, config: LazyConfig) -> tuple[LazyGraph, list[Tensor]]:
+        changed = {path for graph in self.graphs for path in graph.layout.changed_numbers(call.layout)}
+        times = {path for path in call.layout.numbers if names_the_time(path, config.timestep_input)}
+        numbers = (changed | times) - self._fixed_numbers
+        if numbers:
+            loosened = _Call.of(call.args, call.kwargs, self._numbers | numbers)
+            graph = self._take_as_tensors(numbers, loosened, config)
+            if graph is not None:
+                return graph, loosened.tensors
+        if changed:
+            self._warn_once_about(
+                "%s was captured again for another value of the Python number %s: such a value is part of the graph; "
+                "pass what changes from step to step as a tensor",
+                changed,
+            )
+        self._warn_of_values(call, config)
+        return self._compile(call, config), call.tensors
+
+    def _take_as_tensors(self, numbers: set[str], call: _Call, config: LazyConfig) -> LazyGraph | None:
+        """A graph in which ``numbers`` are inputs; None if the model does not take tensors for them, or answers
+        otherwise to them."""
+        named = ", ".join(sorted(numbers))
+        try:
+            graph = self._compile(call, config, numbers)
+        except (CaptureError, NoBranchError) as error:
+            self._fixed_numbers |= numbers
+            logger.info("%s takes no tensor for the Python number %s: %s", self._name, named, error)
+            return None
+        self._numbers |= numbers
+        logger.info("%s: the Python number %s is an input of the graph, as a tensor", self._name, named)
+        return graph
+
+    def _compile(
+        self, call: _Call, config: LazyConfig, numbers: Collection[str] = (), *, reads_values: bool = False
+    ) -> LazyGraph:
+        captured = capture(self.model, call.layout, call.tensors, reads_values=reads_values)
+        self._check_numbers(captured, call, numbers)
+        environment = observe(self.model)
+        if environment != self._environment:
+            self.graphs, self._environment = [], environment
+            self._warn_of_hooks()
+        if self.graphs:
+            logger.info("captured another graph, for inputs %s", [tuple(tensor.shape) for tensor in call.tensors])
+        timestep = find_timestep_input(captured.program, config.timestep_input)
+        if timestep is None:
+            logger.warning(
+                "no timestep input was found in %s: every call counts as the next step; "
+                "name it with LazyConfig(timestep_input=...), or call reset() before each trajectory",
+                self._name,
+            )
+        self._warn_of_kernels(captured)
+        total = sum(macs(node) for node in captured.program.graph.nodes)
+        program = pipelines.gating(config).run(captured.program)
+        if not program.branches:
+            reasons = "; ".join(f"{refusal.path or refusal.node}: {refusal.reason}" for refusal in program.refusals[:3])
+            raise NoBranchError(
+                f"{self._name} has no residual branch that could be gated "
+                f"({reasons or 'no addition joins a skip connection with heavy operators'})"
+            )
+        sources = tuple(sources_of(self.model, program))
+        graph = LazyGraph(call.layout, captured, program, timestep, call.types, total, sources, config)
+        self._admit(graph)
+        with self._mutex:
+            self.graphs = [*self.graphs, graph][-config.max_captures :]
+        return graph
+
+    def _check_numbers(self, captured: Capture, call: _Call, numbers: Collection[str]) -> None:
+        """Refuse a capture in which a tensor does not stand for a Python number as it should."""
+        read = [call.layout.names[position] for position in captured.values.inputs]
+        if set(read) & set(numbers):
+            raise CaptureError(f"it decides by the value of {', '.join(read)}")
+        if not numbers or any(tensor.is_meta for tensor in call.tensors):
+            return
+        state = [values[name] for values, name in sources_of(self.model, captured.program)]
+        with quiet_evaluation(self.model):
+            seen = _tensors(captured.program.graph_module(*state, *call.tensors))
+            expected = _tensors(self.model(*call.args, **call.kwargs))
+        if not all(map(_alike, seen, expected)):
+            raise CaptureError("it answers otherwise to the tensor than to the number")
+
+    def _warn_of_values(self, call: _Call, config: LazyConfig) -> None:
+        for graph in self.graphs:
+            if graph.differs_in_values(call.layout, call.tensors, call.types):
+                self._warn_once_about(
+                    "%s was captured again because it reads the values of %s, and they changed: each answer has a "
+                    f"graph of its own, and at most {config.max_captures} are kept (LazyConfig.max_captures)",
+                    graph.guarded_inputs,
+                )
+
+    def _warn_of_hooks(self) -> None:
+        hooked = hooked_modules(self.model)
+        if hooked:
+            self._warn_once_about(
+                "%s has forward hooks on %s: what they compute is part of the graph, but they run while it is "
+                "captured only; hook the lazy model itself, or restore() the original to record activations",
+                hooked[:3],
+            )
+
+    def _warn_of_kernels(self, captured: Capture) -> None:
+        nodes = captured.program.graph.nodes
+        unknown = {operator_name(node) for node in nodes if is_foreign_kernel(node) and not has_formula(node)}
+        if unknown:
+            self._warn_once_about(
+                "%s calls %s, whose work is not known and counts as none, so that what is saved is misjudged; say what "
+                "it costs with torch.utils.flop_counter.register_flop_formula",
+                unknown,
+            )
+
+    def _warn_once_about(self, message: str, names: Collection[str]) -> None:
+        self.warn_once(message % (self._name, ", ".join(sorted(names))))
+
+    def warn_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning(text)
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+
+def _identity(branch: ResidualBranch) -> tuple[Any, ...]:
+    return branch.name, branch.kind, branch.gate_features, len(branch.outputs), branch.row_separable
+
+
+def _serves(graph: LazyGraph, call: _Call) -> bool:
+    return graph.serves(call.layout, call.tensors, call.types)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _alike(seen: Tensor, expected: Tensor) -> bool:
+    if seen.shape != expected.shape or seen.dtype != expected.dtype:
+        return False
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return torch.allclose(seen, expected, rtol=0.0, atol=NUMBER_TOLERANCE * scale, equal_nan=True)

@@ -1,0 +1,149 @@
+"""One capture of a model, compiled, and a call of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lazy_compile.analysis.batch_rows import batch_axis, batch_symbol
+from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.ladder import Capture
+from lazy_compile.config import Group, LazyConfig
+from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls
+from lazy_compile.ir.program import Program, Role, parts_of
+from lazy_compile.policies.gate_layout import leaders_of
+
+Source = tuple[Mapping[str, Any], str]
+
+
+@dataclass(frozen=True, eq=False)
+class LazyGraph:
+    """One capture of the model, compiled: what calls of one layout, dtype, device and family of shapes run on.
+
+    Attributes:
+        timestep_position: which of the tensor inputs is the time input; None if none is.
+        types: dtypes and devices of the tensor inputs, and autocast.
+        config: the options that it was gated with.
+        sources: where each parameter, buffer and constant is looked up at every call, in graph order.
+        hoisted: by names of inputs that stay the same, the graph that need not compute what follows from them; this
+            one if nothing does.
+    """
+
+    layout: CallLayout
+    captured: Capture
+    program: Program
+    timestep_position: int | None
+    types: tuple[Any, ...]
+    total_macs: int
+    sources: tuple[Source, ...]
+    config: LazyConfig
+    hoisted: dict[frozenset[str], LazyGraph] = field(default_factory=dict, init=False)
+    _leaders: dict[Group, tuple[int, ...]] = field(default_factory=dict, init=False)
+
+    @property
+    def branches(self) -> tuple[ResidualBranch, ...]:
+        return self.program.branches
+
+    @property
+    def timestep_input(self) -> str | None:
+        """The name of the time input."""
+        return None if self.timestep_position is None else self.layout.names[self.timestep_position]
+
+    @property
+    def guarded_inputs(self) -> tuple[str, ...]:
+        """Inputs whose values the model reads: a call that answers otherwise has another graph."""
+        return tuple(self.layout.names[position] for position in self.captured.values.inputs)
+
+    @cached_property
+    def row_axes(self) -> dict[str, tuple[int, int]]:
+        """Position and row axis of each input that has a line for each row of the batch."""
+        symbol = batch_symbol(self.captured.program)
+        axes = [batch_axis(fake, symbol) for fake in self.captured.fake_tensors]
+        named = enumerate(zip(self.layout.names, axes, strict=True))
+        return {name: (index, axis) for index, (name, axis) in named if axis is not None}
+
+    def serves(self, layout: CallLayout, tensors: Sequence[Tensor], types: tuple[Any, ...]) -> bool:
+        return types == self.types and layout == self.layout and self.captured.accepts(tensors)
+
+    def differs_in_values(self, layout: CallLayout, tensors: Sequence[Tensor], types: tuple[Any, ...]) -> bool:
+        """Whether this graph would serve the call but for the values that the model reads from its inputs."""
+        fits = types == self.types and layout == self.layout and self.captured.accepts_sizes(tensors)
+        return fits and not self.captured.values.hold(tensors)
+
+    def timestep(self, tensors: Sequence[Tensor]) -> float | None:
+        """The time input of a call; the noisiest row's, should they differ."""
+        if self.timestep_position is None:
+            return None
+        return float(tensors[self.timestep_position].detach().max())
+
+    def leaders(self, group: Group) -> tuple[int, ...]:
+        """For each branch the one that decides for it, see :func:`lazy_compile.policies.gate_layout.leaders_of`."""
+        if group not in self._leaders:
+            self._leaders[group] = leaders_of([lazy.branch for _, lazy in lazy_calls(self.program)], group)
+        return self._leaders[group]
+
+    def state(self) -> list[Any]:
+        """Current parameters, buffers and constants in graph order: a weight that was changed takes effect."""
+        return [values[name] for values, name in self.sources]
+
+    def run(
+        self, state: Sequence[Tensor], tensors: Sequence[Tensor], step: LazyStep, invariants: Sequence[Tensor] = ()
+    ) -> Any:
+        outputs = self.program.graph_module(*state, *tensors, *invariants, step)
+        return pytree.tree_unflatten(list(outputs), self.captured.output_spec)
+
+
+def sources_of(model: nn.Module, program: Program) -> Iterator[Source]:
+    """Where each parameter, buffer and constant of a program is found in the model."""
+    for item in program.inputs:
+        owner, _, leaf = item.name.rpartition(".")
+        if item.role is Role.PARAMETER:
+            yield _parameters(model, owner), leaf
+        elif item.role is Role.BUFFER:
+            yield model.get_submodule(owner)._buffers, leaf
+        elif item.role is Role.CONSTANT:
+            yield program.constants, item.name
+
+
+def _parameters(model: nn.Module, owner: str) -> Mapping[str, Any]:
+    """What holds the parameters of a path; one of several tensors is looked up part by part."""
+    try:
+        return model.get_submodule(owner)._parameters
+    except AttributeError:
+        path, _, leaf = owner.rpartition(".")
+        return _Parts(model.get_submodule(path.rpartition(".")[0])._parameters, leaf)
+
+
+@dataclass(frozen=True)
+class _Parts(Mapping[str, Any]):
+    """The tensors of a parameter that is a tensor subclass, as ``original0``, ``original1``, ..."""
+
+    parameters: Mapping[str, Any]
+    leaf: str
+
+    def __getitem__(self, name: str) -> Tensor:
+        return parts_of(self.parameters[self.leaf])[int(name.removeprefix("original"))]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"original{number}" for number in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(parts_of(self.parameters[self.leaf]))
+
+
+def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Dtypes and devices of tensors, and the autocast that is in force for them."""
+    devices = sorted({tensor.device.type for tensor in tensors})
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device))
+        for device in devices
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    )
+    return tuple((tensor.dtype, tensor.device) for tensor in tensors) + autocast

@@ -1,0 +1,46 @@
+"""What a sampler is to calibration and planning, and how its steps are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lazy_compile.errors import ConfigError
+from lazy_compile.ir.lazy_branch import LazyBranch
+from lazy_compile.runtime.module import LazyModule, ModelCall
+
+Sampler = Callable[[LazyModule, int], Tensor]
+"""``(denoiser, seed) -> samples``: runs a whole trajectory by calling the denoiser, from noise of that seed."""
+
+
+def require_finite(dense: Tensor) -> None:
+    if not torch.isfinite(dense).all():
+        raise ConfigError("the dense samples are not finite; check the sampler before measuring reuse")
+
+
+class DenseStep:
+    """Every branch computes, and nothing is cached; implements :class:`~lazy_compile.ir.lazy_branch.LazyStep`."""
+
+    def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        return branch.compute(inputs)
+
+
+def count_steps(lazy: LazyModule, sample: Sampler, seed: int) -> int:
+    """The steps of a trajectory, found with a single evaluation: its answer is given again at every later call."""
+    answers: list[Any] = []
+    steps = 0
+
+    def answer(call: ModelCall) -> Any:
+        nonlocal steps
+        steps = max(steps, call.step + 1)
+        if not answers:
+            answers.append(call.run(DenseStep()))
+        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, answers[0])
+
+    with torch.no_grad(), lazy.call_handler(answer):
+        sample(lazy, seed)
+    return steps

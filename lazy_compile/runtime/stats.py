@@ -1,0 +1,86 @@
+"""What was reused, by step and branch."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    pass
+
+
+Rows = npt.NDArray[np.bool_]
+
+
+_RECORDING = threading.Lock()
+"""Threads that run one model share its statistics."""
+
+
+@dataclass
+class LazyStats:
+    """What was saved since the last reset of the statistics.
+
+    Attributes:
+        reused: ``float64[steps, branches]``, rows that reused.
+        evaluated: ``float64[steps, branches]``, rows that were asked.
+        calls: how often the model ran.
+        captures: how many graphs were captured.
+    """
+
+    branch_macs: npt.NDArray[np.float64]
+    total_macs: int
+    reused: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    evaluated: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    mixed: int = 0
+    decided: int = 0
+    calls: int = 0
+    captures: int = 0
+
+    @property
+    def lazy_ratio(self) -> float:
+        """Reused over all branch evaluations, rows counted singly."""
+        return float(self._reused_share.mean())
+
+    @property
+    def compute_ratio(self) -> float:
+        """MACs spent over the MACs of the dense model, always-on parts included."""
+        return float(1.0 - (self._reused_share * self.branch_macs).sum() / self.total_macs)
+
+    @property
+    def _reused_share(self) -> npt.NDArray[np.float64]:
+        width = len(self.branch_macs)
+        asked = self.evaluated.reshape(-1, width).sum(axis=0)
+        reused = self.reused.reshape(-1, width).sum(axis=0)
+        share: npt.NDArray[np.float64] = np.divide(reused, asked, out=np.zeros(width), where=asked > 0)
+        return share
+
+    @property
+    def reuse_table(self) -> npt.NDArray[np.float64]:
+        """``float64[steps, branches]``: the share of rows that reused."""
+        return np.divide(self.reused, self.evaluated, out=np.zeros_like(self.reused), where=self.evaluated > 0)
+
+    @property
+    def decisions_varying_between_samples(self) -> float:
+        """Share of the decisions after the first step in which some rows of a batch computed and others reused."""
+        return self.mixed / self.decided if self.decided else 0.0
+
+    def record(self, step: int, branch: int, computes: Rows) -> None:
+        with _RECORDING:
+            self._record(step, branch, computes)
+
+    def _record(self, step: int, branch: int, computes: Rows) -> None:
+        if step >= len(self.reused):
+            missing = ((0, step + 1 - len(self.reused)), (0, 0))
+            width = len(self.branch_macs)
+            self.reused = np.pad(self.reused.reshape(-1, width), missing)
+            self.evaluated = np.pad(self.evaluated.reshape(-1, width), missing)
+        computing = int(computes.sum())
+        self.evaluated[step, branch] += len(computes)
+        self.reused[step, branch] += len(computes) - computing
+        if step > 0:
+            self.decided += 1
+            self.mixed += 0 < computing < len(computes)

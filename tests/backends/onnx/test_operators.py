@@ -1,0 +1,149 @@
+"""Operators that the ONNX exporter or ONNX Runtime does not know, each in a branch of a small model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+import lazy_compile
+from lazy_compile import CacheSchedule, Scheduled
+from lazy_compile.backends.denoiser import EngineDenoiser
+from lazy_compile.backends.onnxruntime.runner import OnnxRunner
+from lazy_compile.errors import BackendError
+from support.layers import TOKENS, WIDTH, norm
+from support.small_model import SMALL, Small, Wraps, run
+from support.toy_models import call, randomize
+
+HEADS = 4
+
+
+class Attends(Small, ABC):
+    """Its attention is ``attend(q, k, v)`` with ``float[batch, heads, tokens, channels]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def blocks(self, h: Tensor) -> Tensor:
+        q, k, v = self.qkv(norm(h)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        h = h + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return h + self.mlp(norm(h))
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """To be written out."""
+
+
+class OverThreeAxes(Attends):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+        folded = [item.flatten(0, 1) for item in (q, k, v)]
+        return scaled_dot_product_attention(*folded, mask).unflatten(0, q.shape[:2])
+
+
+class OverFiveAxes(Attends):
+    """In windows of half the tokens, with a mask for each row."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (item.unflatten(2, (2, -1)).transpose(1, 2) for item in (q, k, v))
+        mask = (q.mean(dim=-1, keepdim=True) > k.mean(dim=-1).unsqueeze(-2)).any(dim=2, keepdim=True)
+        return scaled_dot_product_attention(q, k, v, mask | torch.eye(TOKENS // 2).bool()).transpose(1, 2).flatten(2, 3)
+
+
+class Flexible(Attends):
+    """A mask and a bias written as Python functions."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, TOKENS, TOKENS, device="cpu")
+        return flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score - 0.1 * h * (i - j), block_mask=blocks)
+
+
+class ChoosesBooleans(Attends):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        near = (torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)).abs() < 3
+        rising = q.mean(dim=(1, 3))[:, None, :, None] > k.mean(dim=(1, 3))[:, None, None]
+        mask = torch.where(rising, near, ~near).masked_fill(torch.eye(TOKENS).bool(), True)
+        return scaled_dot_product_attention(q, k, v, mask)
+
+
+class Factorises(Small):
+    """Its MLP is followed by the orthogonal factor of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.basis = nn.Parameter(torch.empty(WIDTH, WIDTH))
+
+    def blocks(self, h: Tensor) -> Tensor:
+        return super().blocks(h) + self.mlp(norm(h) @ torch.linalg.qr(self.basis + 1e-8)[0])
+
+
+class Merges(Small):
+    """Averages tokens into others, as token merging does; some of those were none of them before."""
+
+    def blocks(self, h: Tensor) -> Tensor:
+        into = (torch.arange(TOKENS) % 3)[None, :, None].expand_as(h)
+        merged = h.scatter_reduce(1, into, self.mlp(norm(h)), "mean")
+        return h + self.mlp(merged.scatter_reduce(1, into, norm(h), "mean", include_self=False))
+
+
+def agrees(model: nn.Module, arguments: dict[str, Any], folder: Path) -> bool:
+    """ONNX Runtime gives what PyTorch gives, with and without reuse."""
+    lazy = lazy_compile.transform(randomize(model).eval(), arguments)
+    lazy_compile.export_onnx(lazy, folder / "m.onnx", arguments)
+    denoiser = EngineDenoiser(OnnxRunner(folder / "m.onnx", threads=1))
+    lazy.policy = denoiser.policy = Scheduled(CacheSchedule.every(2, 4, len(lazy.branches)))
+    calls = [arguments | {"x": arguments["x"] * (1 - 0.1 * step)} for step in range(4)]
+    return all(
+        torch.allclose(seen, expected, atol=1e-4)
+        for seen, expected in zip(run(denoiser, calls), run(lazy, calls), strict=True)
+    )
+
+
+@pytest.mark.parametrize("model", [OverThreeAxes, OverFiveAxes, Flexible, ChoosesBooleans, Factorises, Merges])
+def test_an_operator_in_terms_of_others(model: type[nn.Module], tmp_path: Path) -> None:
+    assert agrees(model(), call(SMALL), tmp_path)
+
+
+class Rotates(Wraps):
+    """Takes a table of complex numbers."""
+
+    def forward(self, x: Tensor, t: Tensor, table: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return self.small(torch.view_as_real(pairs * table).flatten(-2), t)
+
+
+def test_a_complex_input_is_taken_in_pairs(tmp_path: Path) -> None:
+    table = torch.polar(torch.ones(TOKENS, WIDTH // 2), torch.arange(TOKENS * WIDTH // 2).float().reshape(TOKENS, -1))
+    assert agrees(Rotates(), {**call(SMALL), "table": table}, tmp_path)
+
+
+class DropsWords(Wraps):
+    """Adds the mean of the words that a mask keeps: how many there are depends on values."""
+
+    def forward(self, x: Tensor, t: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        kept = [row[torch.nonzero(keep).flatten()].mean(dim=0) for row, keep in zip(words, mask, strict=True)]
+        return self.small(x + torch.stack(kept)[:, None], t)
+
+
+def words(kept: int) -> dict[str, Any]:
+    arguments = call(SMALL)
+    rows = len(arguments["x"])
+    mask = torch.arange(5).expand(rows, 5) < kept
+    return {**arguments, "words": torch.ones(rows, 5, WIDTH) * torch.arange(5)[:, None], "mask": mask}
+
+
+def test_sizes_that_depend_on_values_are_those_of_the_example(tmp_path: Path) -> None:
+    assert agrees(DropsWords(), words(3), tmp_path)
+    lazy = lazy_compile.transform(randomize(DropsWords()).eval(), words(3))
+    assert lazy.graph.captured.has_open_sizes
+    lazy.capture(**words(4))
+    assert len(lazy._graphs.graphs) == 1
+    with pytest.raises(BackendError, match="give example_inputs"):
+        lazy_compile.export_onnx(lazy, tmp_path / "m.onnx")

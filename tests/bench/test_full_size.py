@@ -1,0 +1,52 @@
+"""Published models without their weights: what the graph says they cost is what torch counts on the original."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from lazy_compile.bench import full_size
+from lazy_compile.bench.full_size_models import FULL_SIZE
+
+PARAMETERS = {  # billions, as their authors state them
+    "DiT-XL/2": 0.75, "Large-DiT-7B": 7.3, "PixArt-Sigma": 0.61, "Sana-1.6B": 1.6, "SD3.5-Large": 8.1,
+    "FLUX.1-dev": 11.9, "Wan2.1-T2V-14B": 14.3, "HunyuanVideo": 12.8,
+}  # fmt: skip
+
+
+def test_a_model_of_full_width_is_transformed_without_its_weights() -> None:
+    name, few = "Large-DiT-7B", {"layers": 2}
+    row = full_size.measure(name, **few)
+    assert row.branches == {"self_attention": 2, "mlp": 2}
+    assert row.macs == pytest.approx(row.counted_macs, rel=1e-3)
+    assert row.cache_linear == 2 * row.cache_last == 2 * sum(size for *_, size in row.table)
+    model, inputs = FULL_SIZE[name].build(**few)
+    tensors = [*model.parameters(), *(value for value in inputs.values() if isinstance(value, torch.Tensor))]
+    assert all(tensor.is_meta for tensor in tensors)
+    page = full_size.page([row])
+    assert f"| {name} | {row.setting} |" in page
+    assert "+0.00%" in page
+    json.dumps(asdict(row))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_every_model_is_transformed_in_time_and_in_little_memory(name: str) -> None:
+    (row,) = full_size.run(models=[name])
+    assert row.parameters / 1e9 == pytest.approx(PARAMETERS[name], rel=0.02)
+    assert row.macs == pytest.approx(row.counted_macs, rel=0.01)
+    assert row.share_in_branches > 0.95
+    assert row.transform_cpu_seconds < 90
+    assert row.pass_seconds["discover_branches"] < 2
+    assert row.resident_bytes < 4 * 2**30
+
+
+def test_the_committed_figures_are_of_every_model() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "results"
+    rows = json.loads((folder / "full_size.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == list(FULL_SIZE)
+    assert (folder / "full_size.md").read_text() == full_size.page([full_size.FullSizeRow(**row) for row in rows])
