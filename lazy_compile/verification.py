@@ -122,11 +122,9 @@ def _follows_a_schedule(lazy: LazyModule, sample: Sampler, schedule: CacheSchedu
         """Each call is compared alone, since a sampler would amplify what is rounded otherwise."""
         nonlocal tolerance
         leaders = call.graph.leaders(lazy.lazy_config.group)
-        result = call.run(
-            PolicyStep(
-                lazy.policy, lazy.lazy_config, call.caches, lazy.stats, call.step, call.timestep, leaders=leaders
-            )
-        )
+        step = PolicyStep(lazy.policy, lazy.lazy_config, call.caches, call.groups, leaders=leaders)
+        result = call.run(step)
+        step.record(lazy.stats)
         seen, expected = _tensors(result), replay.run(call)
         scale = max(float(tensor.abs().max()) for tensor in expected) or 1.0
         tolerance = max(tolerance, *(8 * torch.finfo(tensor.dtype).eps for tensor in expected))

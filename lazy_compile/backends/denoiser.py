@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,8 +22,10 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.policies.gate_table import GateRow
 from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
+from lazy_compile.runtime.fingerprint import Latents, samples_of
+from lazy_compile.runtime.model_call import groups_of
 from lazy_compile.runtime.stats import LazyStats
-from lazy_compile.runtime.trajectory import Trajectories
+from lazy_compile.runtime.trajectory import Placed, Trajectories, current_stream
 
 logger = logging.getLogger("lazy_compile")
 
@@ -72,9 +75,10 @@ class EngineDenoiser:
         )
         self._trajectories = Trajectories()
         self._unread: list[tuple[int, _Place, Mask | None, Tensor | None]] = []
+        self._counting = threading.RLock()
+        self._policy_number = 0
         self._told: set[str] = set()
         self.policy = policy or runner.policy or AlwaysCompute()
-        self.reset_stats()
 
     @property
     def branches(self) -> tuple[ResidualBranch, ...]:
@@ -94,7 +98,9 @@ class EngineDenoiser:
         if isinstance(policy, Learned):
             _check_gating(policy, self.runner.metadata)
         self._policy = policy
+        self._policy_number += 1
         self.reset()
+        self.reset_stats()
 
     @property
     def stats(self) -> LazyStats:
@@ -115,15 +121,48 @@ class EngineDenoiser:
         """One denoising step; arguments and result are those of the original, or a plain tuple if its result type is
         not known here."""
         inputs = self._inputs(args, kwargs)
-        name = self.runner.metadata.timestep_input
-        timestep = None if name is None else float(inputs[name].max())
-        stream, step, _ = self._trajectories.advance(timestep)
-        state = stream.caches
+        placed = self._place(inputs)
+        try:
+            outputs = self._run(inputs, placed)
+        except BaseException:
+            self._trajectories.abandon(placed)
+            raise
+        latents = self._latents
+        returned = None if latents is None or latents.output is None else outputs[latents.output]
+        self._trajectories.commit(placed, None if returned is None else samples_of(returned))
+        return self._result(outputs)
+
+    def _place(self, inputs: Mapping[str, Tensor]) -> Placed:
+        """Rows lie on axis 0; all of them together continue a call, or none does."""
+        metadata, latents = self.runner.metadata, self._latents
+        name = "" if latents is None else metadata.inputs[latents.position].name
+        rows = len(inputs[name]) if name else 1
+        named = {
+            key: (tensor, 0 if tensor.dim() and len(tensor) == rows and rows > 1 else None)
+            for key, tensor in inputs.items()
+        }
+        context = (current_stream(), self._policy_number)
+        identity = self._trajectories.identify(named, latents, name, metadata.timestep_input, rows, context)
+        return self._trajectories.place(identity, ())
+
+    @cached_property
+    def _latents(self) -> Latents | None:
+        """The input that an output has the shape of."""
+        metadata = self.runner.metadata
+        names = [name for name in metadata.outputs if name is not None]
+        for position, spec in enumerate(metadata.inputs):
+            is_time = spec.name == metadata.timestep_input
+            for index, name in enumerate(names):
+                if not is_time and len(spec.shape) > 1 and self.runner.output_shape(name) == spec.shape:
+                    return Latents(position, 0, index)
+        return None
+
+    def _run(self, inputs: Mapping[str, Tensor], placed: Placed) -> tuple[Tensor, ...]:
+        state, groups = placed.state, groups_of(placed)
+        step, now, before = groups[0].step, groups[0].timestep, groups[0].before
         place = state.memory.get("engine")
-        if not isinstance(place, _Place):
-            place = _Place(self.runner.new_stream(), np.full(len(self.branches), step))
-            state.memory["engine"] = place
-        now, before = float(step) if timestep is None else timestep, state.timestep_before
+        if not isinstance(place, _Place) or len(groups) > 1:
+            place = state.memory["engine"] = _Place(self.runner.new_stream(), np.full(len(self.branches), step))
         if (mismatch_reason := self._policy.mismatch_reason(step, now, before)) and mismatch_reason not in self._told:
             self._told.add(mismatch_reason)
             logger.warning("%s", mismatch_reason)
@@ -131,9 +170,9 @@ class EngineDenoiser:
         place.stream.skip(max(step - place.last_step - 1, 0))
         slopes = self._policy.slopes(step, now, before)
         outputs = self.runner.run(inputs, row, force, slopes=slopes, stream=place.stream)
-        place.last_step, place.logits = step, self.runner.logits
+        place.last_step, place.logits = step, place.stream.logits
         self._note(step, place)
-        return self._result(outputs)
+        return outputs
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         names = self.runner.metadata.arguments
@@ -163,18 +202,20 @@ class EngineDenoiser:
 
     def _note(self, step: int, place: _Place) -> None:
         """Put the decisions of a call aside, so that nobody waits for them before they are asked for."""
-        self._stats.calls += 1
-        self._unread.append((step, place, self.runner.fixed, self.runner.logits))
+        with self._counting:
+            self._stats.calls += 1
+            self._unread.append((step, place, place.stream.fixed, place.stream.logits))
         if len(self._unread) >= UNREAD:
             self._read()
 
     def _read(self) -> None:
-        for step, place, fixed, logits in self._unread:
-            decisions = self.runner.decided_by(fixed, logits)
-            place.computed_at[decisions] = step
-            for index, computes in enumerate(decisions):
-                self._stats.record(step, index, np.full(1 if logits is None else len(logits), computes))
-        self._unread.clear()
+        with self._counting:
+            for step, place, fixed, logits in self._unread:
+                decisions = self.runner.decided_by(fixed, logits)
+                place.computed_at[decisions] = step
+                rows = 1 if logits is None else len(logits)
+                self._stats.record_call((step, index, np.full(rows, item)) for index, item in enumerate(decisions))
+            self._unread.clear()
 
     def _result(self, outputs: Sequence[Tensor]) -> Any:
         remaining = iter(outputs)

@@ -75,6 +75,8 @@ class Stream:
     Attributes:
         invariants: what the prologue computed, in memory that stays the same.
         seen: the inputs that it was computed from; None before.
+        logits: ``float32[rows, G]`` of its last call; None before it, and where no gate is read.
+        fixed: the decisions of its last call, if a host took them; None if the gates did.
     """
 
     def __init__(self, slots: Sequence[SlotSpec], device: torch.device, invariants: Sequence[InputSpec] = ()) -> None:
@@ -83,6 +85,8 @@ class Stream:
         self.contexts: dict[Mask, ExecutionContext] = {}
         self.prologue: ExecutionContext | None = None
         self.seen: dict[str, TensorSnapshot] | None = None
+        self.logits: Tensor | None = None
+        self.fixed: Mask | None = None
         with torch.inference_mode(False):
             self.invariants = {
                 spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
@@ -161,6 +165,10 @@ class Runner:
         result: npt.NDArray[np.bool_] = gates[[self.layout.gate_of(branch.index) for branch in self.branches]]
         return result
 
+    def output_shape(self, name: str) -> tuple[int, ...]:
+        """Of one of the model's own outputs."""
+        return self._session.outputs[name].shape
+
     def new_stream(self) -> Stream:
         """Caches of their own for another trajectory: the unconditional one, or another request."""
         stream = Stream(self.metadata.slots, self.device, self.metadata.invariants)
@@ -201,7 +209,7 @@ class Runner:
         """
         stream = stream or self._stream
         tensors = self._checked(inputs)
-        mask, gates, self.fixed = self._decide(row, force, stream.filled)
+        mask, gates, fixed = self._decide(row, force, stream.filled)
         session = self.sessions[mask]
         context = stream.contexts.get(mask) or stream.contexts.setdefault(mask, session.context())
         results = {
@@ -216,7 +224,8 @@ class Runner:
         outputs = results | {f"next_{slot}": stream.buffers[slot][1] for slot in written}
         context.run({name: given[name] for name in session.inputs}, outputs)
         stream.swap(written)
-        self.logits = results.pop(LOGITS, None)
+        stream.logits, stream.fixed = results.pop(LOGITS, None), fixed
+        self.logits, self.fixed = stream.logits, fixed
         return tuple(results[name] for name in self.metadata.outputs if name is not None)
 
     def _renew_invariants(

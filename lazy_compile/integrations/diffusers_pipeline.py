@@ -68,7 +68,7 @@ class LazyDenoiser(LazyModule):
     def _save_with_gates(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """The original's weights and configuration, and the policy with its gates in a folder ``lazy`` beside them."""
         self.original.save_pretrained(save_directory, *args, **kwargs)  # type: ignore[operator]
-        if self._graphs.graphs:
+        if self._store.graphs:
             self.save(Path(save_directory) / GATES)
 
 

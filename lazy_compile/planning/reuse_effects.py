@@ -21,7 +21,6 @@ from lazy_compile.runtime.cache import CacheState
 from lazy_compile.runtime.module import LazyModule, ModelCall
 from lazy_compile.runtime.policy_step import PolicyStep
 from lazy_compile.runtime.sampling import DenseStep, Sampler, require_finite
-from lazy_compile.runtime.stats import LazyStats
 
 Floats = npt.NDArray[np.float64]
 
@@ -151,8 +150,7 @@ class _Probe:
 
     def _with_policy(self, policy: Policy, caches: CacheState, call: ModelCall) -> PolicyStep:
         config = replace(self.lazy.lazy_config, warmup_steps=1, max_reuse_age=None)
-        unused = LazyStats(np.ones(len(self.lazy.branches)), 1)
-        return PolicyStep(policy, config, caches, unused, call.step, call.timestep)
+        return PolicyStep(policy, config, caches, call.groups)
 
 
 @dataclass(frozen=True)

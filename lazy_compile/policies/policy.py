@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +38,13 @@ class GateQuery:
 
 
 class Policy(ABC):
-    """Decides; the runtime still computes where nothing is cached, in the warm-up, and at ``max_reuse_age``."""
+    """Decides; the runtime still computes where nothing is cached, in the warm-up, and at ``max_reuse_age``.
+
+    Attributes:
+        reads_entries: whether decisions depend on a branch's inputs, and so on how wide these are.
+    """
+
+    reads_entries: ClassVar[bool] = True
 
     @abstractmethod
     def should_compute(self, query: GateQuery) -> bool | Tensor:
@@ -62,6 +69,8 @@ class Policy(ABC):
 class AlwaysCompute(Policy):
     """Never reuses: the transformed model equals the original bit for bit."""
 
+    reads_entries: ClassVar[bool] = False
+
     def should_compute(self, query: GateQuery) -> bool:
         return True
 
@@ -70,6 +79,7 @@ class AlwaysCompute(Policy):
 class Scheduled(Policy):
     """Follows a :class:`CacheSchedule` by step index; steps beyond its end compute."""
 
+    reads_entries: ClassVar[bool] = False
     schedule: CacheSchedule
 
     def should_compute(self, query: GateQuery) -> bool:

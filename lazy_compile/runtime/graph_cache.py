@@ -61,6 +61,7 @@ class GraphCache:
         self.graphs: list[LazyGraph] = []
         self._admit = admit
         self._environment: tuple[Any, ...] = ()
+        self.generation = 0
         self._numbers: set[str] = set()
         self._fixed_numbers: set[str] = set()
         self._told: set[str] = set()
@@ -117,9 +118,10 @@ class GraphCache:
 
     def drop_if_model_changed(self) -> bool:
         """Forget all graphs if modules, attributes, hooks or parameter types are others than at the capture."""
-        if self._environment == observe(self.model):
+        if not self.graphs or self._environment == observe(self.model):
             return False
         self.graphs = []
+        self.generation += 1
         return True
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

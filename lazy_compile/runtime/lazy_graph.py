@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lazy_compile.analysis.batch_rows import batch_axis, batch_symbol
@@ -17,8 +18,10 @@ from lazy_compile.capture.ladder import Capture
 from lazy_compile.config import Group, LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls
+from lazy_compile.ir.operators import value_of
 from lazy_compile.ir.program import Program, Role, parts_of
 from lazy_compile.policies.gate_layout import leaders_of
+from lazy_compile.runtime.fingerprint import Latents, samples_of
 
 Source = tuple[Mapping[str, Any], str]
 
@@ -68,6 +71,60 @@ class LazyGraph:
         axes = [batch_axis(fake, symbol) for fake in self.captured.fake_tensors]
         named = enumerate(zip(self.layout.names, axes, strict=True))
         return {name: (index, axis) for index, (name, axis) in named if axis is not None}
+
+    @cached_property
+    def latents(self) -> Latents | None:
+        """The input that a sampler moves along: the one that an output has the shape of, or all but one size of it."""
+        fakes = self.captured.fake_tensors
+        outputs = [value_of(node) if isinstance(node, fx.Node) else None for node in self._output_leaves]
+        pairs = [
+            (score, -position, -index, fake, output)
+            for position, fake in enumerate(fakes)
+            if fake.is_floating_point() and position != self.timestep_position and fake.dim() > 0
+            for index, output in enumerate(outputs)
+            if isinstance(output, Tensor) and (score := _likeness(fake, output))
+        ]
+        if not pairs:
+            return self._largest_input()
+        _, position, index, fake, output = max(pairs, key=lambda pair: pair[:3])
+        return self._latents_between(-position, -index, fake, output)
+
+    def sampled_return(self, result: Any) -> Tensor | None:
+        """Some numbers of each row of what the model returned; None where no output has the shape of the latents."""
+        latents = self.latents
+        if latents is None or latents.output is None:
+            return None
+        leaf = pytree.tree_leaves(result)[latents.output]
+        if not isinstance(leaf, Tensor) or leaf.is_meta:
+            return None
+        return samples_of(latents.moving(leaf, latents.output_row_axis))
+
+    @property
+    def _output_leaves(self) -> Sequence[Any]:
+        leaves = self.captured.program.graph.output_node().args[0]
+        return leaves if isinstance(leaves, list | tuple) else [leaves]
+
+    def _row_axis(self, fake: Tensor) -> int:
+        return batch_axis(fake, batch_symbol(self.captured.program)) or 0
+
+    def _latents_between(self, position: int, index: int, fake: Tensor, output: Tensor) -> Latents:
+        row, out_row = self._row_axis(fake), self._row_axis(output)
+        sizes = enumerate(zip(*_sizes(fake, output), strict=True))
+        axis = next((item for item, pair in sizes if len(set(pair)) > 1), None)
+        if axis is None:
+            return Latents(position, row, index, out_row)
+        size = min(int(fake.shape[axis]), int(output.shape[axis]))
+        return Latents(position, row, index, out_row, axis if axis > row else axis + 1, size)
+
+    def _largest_input(self) -> Latents | None:
+        """Where no output has the shape of an input: the largest one with rows that is no whole number."""
+        axes = {position: axis for position, axis in self.row_axes.values() if position != self.timestep_position}
+        sized = [
+            (math.prod(int(size) for size in fake.shape[1:] if isinstance(size, int)), -position)
+            for position, fake in enumerate(self.captured.fake_tensors)
+            if position in axes and fake.is_floating_point() and fake.dim() > 1
+        ]
+        return None if not sized else Latents(-max(sized)[1], axes[-max(sized)[1]])
 
     def serves(self, layout: CallLayout, tensors: Sequence[Tensor], types: tuple[Any, ...]) -> bool:
         return types == self.types and layout == self.layout and self.captured.accepts(tensors)
@@ -136,6 +193,26 @@ class _Parts(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(parts_of(self.parameters[self.leaf]))
+
+
+def _sizes(first: Tensor, second: Tensor) -> tuple[list[int], list[int]]:
+    """Of the call that was captured: what is computed of a size (twice its half, say) reads like another one."""
+    return [_hint(size) for size in first.shape], [_hint(size) for size in second.shape]
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _likeness(fake: Tensor, output: Tensor) -> int:
+    """2 for an output of the same shape as an input, 1 if one size differs that both fix, else 0."""
+    if fake.dim() != output.dim() or not output.is_floating_point():
+        return 0
+    differing = [axis for axis, pair in enumerate(zip(*_sizes(fake, output), strict=True)) if len(set(pair)) > 1]
+    if not differing:
+        return 2 if fake.dim() > 1 else 0
+    fixed = all(isinstance(value.shape[differing[0]], int) for value in (fake, output))
+    return 1 if len(differing) == 1 and fixed and fake.dim() > 2 else 0
 
 
 def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,24 @@ from lazy_compile.runtime.artifact import Artifact, describe, fingerprint, write
 from lazy_compile.runtime.graph_cache import GraphCache
 from lazy_compile.runtime.lazy_graph import LazyGraph as LazyGraph
 from lazy_compile.runtime.model_call import ModelCall as ModelCall
+from lazy_compile.runtime.model_call import groups_of
 from lazy_compile.runtime.policy_step import PolicyStep
 from lazy_compile.runtime.stats import LazyStats
 from lazy_compile.runtime.step_invariants import follow
-from lazy_compile.runtime.trajectory import Trajectories, use_stream
+from lazy_compile.runtime.trajectory import (
+    Known,
+    Placed,
+    Trajectories,
+    current_stream,
+    use_stream,
+    use_trajectory,
+)
 
 logger = logging.getLogger("lazy_compile")
+
+
+UNRELATED_CALLS = 8
+"""Calls that each start a trajectory before somebody is told."""
 
 
 class LazyModule(nn.Module):
@@ -47,11 +59,12 @@ class LazyModule(nn.Module):
         self.original = original
         self.lazy_config = config
         self.training = original.training
-        self._graphs = GraphCache(original, self._admit)
+        self._store = GraphCache(original, self._admit)
         self._policy: Policy = AlwaysCompute()
         self._planned: dict[str, ResidualBranch] = {}
         self._handler: Callable[[ModelCall], Any] = self._follow_policy
         self._trajectories = Trajectories()
+        self._unrelated = 0
         self._stats: dict[tuple[str, ...], LazyStats] = {}
         self._compile: Callable[[LazyGraph], None] | None = None
         self._run = torch.compiler.disable(self._call)  # torch.compile(lazy) leaves it as it is
@@ -63,34 +76,67 @@ class LazyModule(nn.Module):
         return self._run(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
+        self._store.drop_if_model_changed()
         graph, tensors = self._graph_for(args, kwargs)
-        timestep = graph.timestep(tensors)
-        stream, index, started = self._trajectories.advance(timestep)
-        if started and self._graphs.drop_if_model_changed():
-            graph, tensors = self._graph_for(args, kwargs)
-        now = float(index) if timestep is None else timestep
+        placed = self._place(graph, tensors)
+        try:
+            result = self._run_placed(graph, tensors, placed)
+        except BaseException:
+            self._trajectories.abandon(placed)
+            raise
+        self._trajectories.commit(placed, graph.sampled_return(result))
+        return result
+
+    def _place(self, graph: LazyGraph, tensors: Sequence[Tensor]) -> Placed:
+        axes = dict(graph.row_axes.values())
+        named = {name: (tensors[index], axes.get(index)) for index, name in enumerate(graph.layout.names)}
+        rows = next((int(tensors[index].shape[axis]) for index, axis in axes.items()), 1)
+        latents = graph.latents
+        identity = self._trajectories.identify(
+            named,
+            latents,
+            "" if latents is None else graph.layout.names[latents.position],
+            graph.timestep_input,
+            rows,
+            (current_stream(), self._store.generation, graph.layout, graph.types),
+        )
+        placed = self._trajectories.place(identity, graph.branches)
+        self._warn_of_unrelated_calls(placed)
+        return placed
+
+    def _run_placed(self, graph: LazyGraph, tensors: Sequence[Tensor], placed: Placed) -> Any:
         weights: list[Any] = graph.state()
+        groups = groups_of(placed)
         with CAPTURE_LOCK.running():
             invariants: Sequence[Tensor] = ()
             if self.lazy_config.hoist_step_invariants:
-                stream.invariants, graph, invariants = follow(
-                    stream.invariants, graph, weights, tensors, self._graphs.hoisted
-                )
-            return self._handler(ModelCall(graph, weights, tensors, stream.caches, index, now, invariants))
+                known = self._trajectories.invariants(placed)
+                known, graph, invariants = follow(known, graph, weights, tensors, self._store.hoisted)
+                self._trajectories.keep_invariants(placed, known)
+            step, timestep = groups[0].step, groups[0].timestep
+            return self._handler(ModelCall(graph, weights, tensors, placed.state, step, timestep, groups, invariants))
 
     def _follow_policy(self, call: ModelCall) -> Any:
-        stats = self._stats_of(call.graph)
-        stats.calls += 1
-        if change := call.caches.follow_rows(call.row_inputs, call.graph.branches):
-            self._graphs.warn_once(f"the batch of {type(self.original).__name__} changed midway {change}")
-        if mismatch_reason := self._policy.mismatch_reason(call.step, call.timestep, call.caches.timestep_before):
-            self._graphs.warn_once(f"{type(self.original).__name__}: {mismatch_reason}")
+        for group in call.groups:
+            if mismatch_reason := self._policy.mismatch_reason(group.step, group.timestep, group.before):
+                self._store.warn_once(f"{type(self.original).__name__}: {mismatch_reason}")
         leaders = call.graph.leaders(self.lazy_config.group)
-        return call.run(
-            PolicyStep(
-                self._policy, self.lazy_config, call.caches, stats, call.step, call.timestep, self._planned, leaders
+        draft = call.caches.draft()
+        step = PolicyStep(self._policy, self.lazy_config, draft, call.groups, self._planned, leaders)
+        result = call.run(step)
+        call.caches.adopt(draft)
+        step.record(self._stats_of(call.graph))
+        return result
+
+    def _warn_of_unrelated_calls(self, placed: Placed) -> None:
+        """Nothing is ever reused where no call continues another: say it, once."""
+        self._unrelated = self._unrelated + 1 if placed.starts else 0
+        if self._unrelated == UNRELATED_CALLS and not isinstance(self._policy, AlwaysCompute):
+            self._store.warn_once(
+                f"the last {UNRELATED_CALLS} calls of {type(self.original).__name__} do not continue one another: the "
+                "latents of each do not follow from an earlier call, so that every branch computes; if they belong to "
+                "one trajectory, say so with lazy.trajectory(key, step=i)"
             )
-        )
 
     @contextmanager
     def call_handler(self, driver: Callable[[ModelCall], Any]) -> Iterator[None]:
@@ -136,7 +182,7 @@ class LazyModule(nn.Module):
 
     @property
     def is_captured(self) -> bool:
-        return bool(self._graphs.graphs)
+        return bool(self._store.graphs)
 
     @property
     def graph(self) -> LazyGraph:
@@ -145,9 +191,9 @@ class LazyModule(nn.Module):
         Raises:
             ConfigError: nothing was captured yet.
         """
-        if not self._graphs.graphs:
+        if not self._store.graphs:
             raise ConfigError("this model was not captured yet; call it once, or pass example_inputs to transform()")
-        return self._graphs.graphs[-1]
+        return self._store.graphs[-1]
 
     @property
     def policy(self) -> Policy:
@@ -159,11 +205,11 @@ class LazyModule(nn.Module):
             raise ConfigError(
                 f"policy is {policy!r}; expected AlwaysCompute(), Scheduled(schedule), Learned(table) or another Policy"
             )
-        if self._graphs.graphs:
+        if self._store.graphs:
             self._planned = {branch.name: branch for branch in self._branches_for(policy)}
         self._policy = policy
-        self._warn_of_unknown_branches(self._graphs.graphs)
-        self.reset(every_thread=True)
+        self._warn_of_unknown_branches(self._store.graphs)
+        self.reset()
         self.reset_stats()
 
     @property
@@ -184,24 +230,55 @@ class LazyModule(nn.Module):
 
     # What can be changed ------------------------------------------------------------------------------------------
 
-    def reset(self, stream: str | None = None, *, every_thread: bool = False) -> None:
+    def reset(self, stream: str | None = None) -> None:
         """Forget caches: the next call starts a trajectory.
 
         Args:
             stream: the name of a stream that has ended, see :meth:`stream`; None for all of them.
-            every_thread: not those of this thread alone.
         """
-        self._trajectories.reset(stream, every_thread=every_thread)
+        self._trajectories.reset(stream)
 
     def reset_stats(self) -> None:
         self._stats.clear()
 
     def stream(self, name: str) -> AbstractContextManager[None]:
-        """Calls inside this context belong to a trajectory of their own, named ``name``.
-
-        Its caches stay until it is reset, its thread ends, or many other names have been used since.
-        """
+        """Calls inside this context belong to streams of their own, named ``name``: the name is one more condition."""
         return use_stream(name)
+
+    @contextmanager
+    def trajectory(
+        self, key: Hashable | Sequence[Hashable], *, step: int | Sequence[int] | None = None, steps: int | None = None
+    ) -> Iterator[None]:
+        """Calls inside this context belong to the trajectory ``key``; they need not be recognised by their latents.
+
+        For hosts that know: servers, samplers that draw new noise at each step. Any thread may enter it.
+
+        Args:
+            key: names the request; a list of names, one for each row of the batch, for rows of several requests.
+            step: which call of the trajectory this is, from 0; one for each row, or one for all. None counts the calls.
+            steps: how many calls the trajectory has; its caches are dropped after the last. None keeps them until
+                :meth:`end_trajectory`, or until it has long not been continued.
+
+        Raises:
+            ConfigError: keys and steps differ in number.
+        """
+        keys = tuple(key) if isinstance(key, list) else (key,)
+        given: tuple[int | None, ...] = tuple(step) if isinstance(step, Sequence) else (step,)
+        if len(given) not in (1, len(keys)):
+            raise ConfigError(
+                f"trajectory() takes one step, or one for each key; seen {len(keys)} keys, {len(given)} steps"
+            )
+        with use_trajectory(Known(keys, given)):
+            yield
+        if steps is not None:
+            last = given if len(given) == len(keys) else given * len(keys)
+            self.end_trajectory(
+                *(name for name, now in zip(keys, last, strict=True) if now is not None and now + 1 >= steps)
+            )
+
+    def end_trajectory(self, *keys: Hashable) -> None:
+        """Drop the caches of trajectories that are over, see :meth:`trajectory`."""
+        self._trajectories.end(keys)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the branches, each by itself, with the options of ``torch.compile``.
@@ -217,7 +294,7 @@ class LazyModule(nn.Module):
                     compile_branches(each)
 
         self._compile = compile_branches
-        for graph in self._graphs.graphs:
+        for graph in self._store.graphs:
             compile_branches(graph)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -265,7 +342,7 @@ class LazyModule(nn.Module):
     # How ----------------------------------------------------------------------------------------------------------
 
     def _graph_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LazyGraph, list[Tensor]]:
-        return self._graphs.find(args, kwargs, self.lazy_config)
+        return self._store.find(args, kwargs, self.lazy_config)
 
     def _state_of(self, graph: LazyGraph) -> list[Any]:
         return graph.state()
@@ -286,7 +363,7 @@ class LazyModule(nn.Module):
             ConfigError: it fits none; what the latest graph has against it.
         """
         errors = []
-        for graph in reversed(self._graphs.graphs):
+        for graph in reversed(self._store.graphs):
             try:
                 policy.check(graph.branches)
             except ConfigError as error:
@@ -309,7 +386,7 @@ class LazyModule(nn.Module):
         if names not in self._stats:
             branch_macs = np.array([branch.macs for branch in graph.branches], dtype=np.float64)
             self._stats[names] = LazyStats(branch_macs, graph.total_macs)
-        self._stats[names].captures = len(self._graphs.graphs)
+        self._stats[names].captures = len(self._store.graphs)
         return self._stats[names]
 
 

@@ -1,13 +1,14 @@
-"""Running a gated graph: caches, decisions, trajectories, and the account of what was saved."""
+"""One call of a lazy model under a policy: who computes, who reuses, and what is kept of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,11 +16,12 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.policies.policy import GateQuery, Policy
-from lazy_compile.runtime.cache import CacheSlot, CacheState, _usable, extrapolate
+from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, extrapolate, usable
+from lazy_compile.runtime.model_call import RowGroup
 from lazy_compile.runtime.stats import LazyStats, Rows
 
-if TYPE_CHECKING:
-    pass
+Steps = npt.NDArray[np.int64]
+Slopes = npt.NDArray[np.float64]
 
 
 @dataclass
@@ -27,22 +29,24 @@ class PolicyStep:
     """One call of the model under a policy; implements :class:`~lazy_compile.ir.lazy_branch.LazyStep`.
 
     Attributes:
+        state: written to; a :meth:`~lazy_compile.runtime.cache.CacheState.draft` of what must outlive a failure.
+        groups: where the rows of the call stand in their trajectories.
         planned: the branches that the policy was made for, by name, where the call may have others (it skips layers,
             say): one that the policy does not know computes. None if they are the call's own.
         leaders: for each branch the one that decides for it, see :func:`lazy_compile.policies.gate_layout.leaders_of`;
             empty if each decides for itself.
+        decisions: ``(step, branch, bool[rows])`` of all branches so far.
     """
 
     policy: Policy
     config: LazyConfig
     state: CacheState
-    stats: LazyStats
-    step: int
-    timestep: float
+    groups: Sequence[RowGroup]
     planned: Mapping[str, ResidualBranch] | None = None
     leaders: tuple[int, ...] = ()
+    decisions: list[tuple[int, int, Rows]] = field(default_factory=list, init=False)
     _decided: dict[int, Rows] = field(default_factory=dict, init=False)
-    _slopes: dict[int, float] = field(default_factory=dict, init=False)
+    _slopes: dict[int, Slopes] = field(default_factory=dict, init=False)
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index = branch.branch.index
@@ -51,7 +55,7 @@ class PolicyStep:
         if slot is not None and slot.signature != signature:
             slot = None
         computes = self._decide(branch, inputs, slot)
-        self.stats.record(self.step, index, computes)
+        self._note(index, computes)
         if slot is None or computes.all():
             outputs = branch.compute(inputs)
             self.state.slots[index] = self._computed(slot, outputs, len(computes), signature)
@@ -62,41 +66,74 @@ class PolicyStep:
         rows = torch.from_numpy(np.flatnonzero(computes)).to(reused[0].device)
         fresh = branch.compute_rows(inputs, rows)
         axes = [output.batch_axis or 0 for output in branch.branch.outputs]
-        self._computed_rows(slot, fresh, rows, computes, axes)
+        self.state.slots[index] = self._computed_rows(slot, fresh, rows, computes, axes)
         return tuple(
             old.index_copy(axis, rows, new.to(old.dtype)) for old, new, axis in zip(reused, fresh, axes, strict=True)
         )
+
+    def record(self, stats: LazyStats) -> None:
+        """Count this call, once it has succeeded."""
+        stats.calls += 1
+        stats.record_call(self.decisions)
+
+    def _note(self, index: int, computes: Rows) -> None:
+        for group in self.groups if len(computes) > 1 else self.groups[:1]:
+            self.decisions.append((group.step, index, computes if group.rows is None else computes[list(group.rows)]))
 
     def _decide(self, branch: LazyBranch, inputs: Sequence[Any], slot: CacheSlot | None) -> Rows:
         rows = branch.rows(inputs)
         index, planned = branch.branch.index, self._planned(branch.branch)
         leader = self.leaders[index] if self.leaders else index
-        if slot is None or planned is None or self.step < self.config.warmup_steps:
-            if leader == index and planned is not None:
-                self.policy.observe(self._query(planned, branch, inputs))
-            computes = np.ones(rows, dtype=bool)
-        elif leader == index:
-            computes = self._ask(self._query(planned, branch, inputs), rows)
-            if self.config.max_reuse_age is not None:
-                computes = computes | (self.step - slot.computed_at > self.config.max_reuse_age)
+        if leader == index:
+            computes = self._decide_alone(branch, planned, inputs, slot, rows)
         else:
             decided = self._decided[leader]
             computes = decided if len(decided) == rows else np.full(rows, decided.any())
+            if slot is None or planned is None:
+                computes = np.ones(rows, dtype=bool)
+        if slot is not None:
+            computes = computes | (slot.computed_at == NEVER)
+            if not branch.branch.row_separable or self.config.batch_rule != "per_sample":
+                computes = np.full(rows, computes.any() if (slot.computed_at == NEVER).any() else computes[0])
         self._decided[index] = computes
-        self._slopes[index] = self._slope(planned) if leader == index else self._slopes[leader]
+        self._slopes[index] = self._slopes_at(planned, rows) if leader == index else self._slopes[leader]
         return computes
 
-    def _slope(self, planned: ResidualBranch | None) -> float:
-        slopes = self._slopes_of_policy
-        return 1.0 if slopes is None or planned is None else slopes[planned.index]
-
-    @cached_property
-    def _slopes_of_policy(self) -> Sequence[float] | None:
-        return self.policy.slopes(self.step, self.timestep, self.state.timestep_before)
-
-    def _query(self, planned: ResidualBranch, branch: LazyBranch, inputs: Sequence[Any]) -> GateQuery:
-        before, memory = self.state.timestep_before, self.state.memory
-        return GateQuery(planned, branch.entries(inputs), self.step, self.timestep, before, memory)
+    def _decide_alone(
+        self,
+        branch: LazyBranch,
+        planned: ResidualBranch | None,
+        inputs: Sequence[Any],
+        slot: CacheSlot | None,
+        rows: int,
+    ) -> Rows:
+        """What a branch that leads does, group by group of rows."""
+        computes = np.ones(rows, dtype=bool)
+        if planned is None:
+            return computes
+        entries = branch.entries(inputs)
+        together = rows == 1 and len(self.groups) > 1  # one decision for rows at several steps: any that computes
+        for group in self.groups:
+            query = GateQuery(planned, entries, group.step, group.timestep, group.before, self.state.memory)
+            if slot is None or group.step < self.config.warmup_steps:
+                self.policy.observe(query)
+                if together:
+                    return np.ones(rows, dtype=bool)
+                continue
+            answer = self._ask(query, rows)
+            if self.config.max_reuse_age is not None:
+                answer = answer | (group.step - slot.computed_at > self.config.max_reuse_age)
+            if together:
+                if answer.any():
+                    return np.ones(rows, dtype=bool)
+                computes[:] = False
+            elif group.rows is None or rows == 1:
+                computes = answer
+            else:
+                computes[list(group.rows)] = answer[list(group.rows)]
+        if len(self.groups) > 1 and self.config.batch_rule != "per_sample":
+            computes = np.full(rows, self._joint_decision(computes))
+        return computes
 
     def _ask(self, query: GateQuery, rows: int) -> Rows:
         answer = self.policy.should_compute(query)
@@ -107,14 +144,6 @@ class PolicyStep:
             return np.full(rows, self._joint_decision(computes))
         return computes
 
-    def _planned(self, branch: ResidualBranch) -> ResidualBranch | None:
-        if self.planned is None:
-            return branch
-        found = self.planned.get(branch.name)
-        if found is None or (found.kind, found.gate_features) != (branch.kind, branch.gate_features):
-            return None
-        return found
-
     def _joint_decision(self, computes: Rows) -> bool:
         if self.config.batch_rule == "any_reuse":
             return bool(computes.all())
@@ -122,38 +151,77 @@ class PolicyStep:
             return bool(computes.mean() >= 0.5)
         return bool(computes.any())
 
+    def _planned(self, branch: ResidualBranch) -> ResidualBranch | None:
+        """The branch as the policy knows it. One that reads no entries does not mind how wide they are."""
+        if self.planned is None:
+            return branch
+        found = self.planned.get(branch.name)
+        if found is None or found.kind != branch.kind:
+            return None
+        if self.policy.reads_entries and found.gate_features != branch.gate_features:
+            return None
+        return found
+
+    def _slopes_at(self, planned: ResidualBranch | None, rows: int) -> Slopes:
+        result = np.ones(rows)
+        if planned is None:
+            return result
+        for group, slopes in zip(self.groups, self._slopes_of_policy, strict=True):
+            if slopes is None:
+                continue
+            if group.rows is None or rows == 1:
+                result[:] = slopes[planned.index]
+            else:
+                result[list(group.rows)] = slopes[planned.index]
+        return result
+
+    @cached_property
+    def _slopes_of_policy(self) -> list[Sequence[float] | None]:
+        return [self.policy.slopes(group.step, group.timestep, group.before) for group in self.groups]
+
+    def _steps(self, rows: int) -> Steps:
+        """``int64[rows]``: the step of each row."""
+        if self.groups[0].rows is None or rows == 1:
+            return np.full(rows, self.groups[0].step, dtype=np.int64)
+        steps = np.zeros(rows, dtype=np.int64)
+        for group in self.groups:
+            steps[list(group.rows or ())] = group.step
+        return steps
+
     def _computed(
         self, slot: CacheSlot | None, outputs: tuple[Tensor, ...], rows: int, signature: tuple[Any, ...]
     ) -> CacheSlot:
         values = tuple(output.detach() for output in outputs)
-        now = np.full(rows, self.step, dtype=np.int64)
+        now = self._steps(rows)
         if slot is None or self.config.reuse == "last":
             return CacheSlot(values, None, now, np.full(rows, -1, dtype=np.int64), signature)
         return CacheSlot(values, slot.values, now, slot.computed_at, signature)
 
     def _computed_rows(
         self, slot: CacheSlot, fresh: tuple[Tensor, ...], rows: Tensor, computes: Rows, axes: Sequence[int]
-    ) -> None:
+    ) -> CacheSlot:
         def replace(old: tuple[Tensor, ...], new: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return tuple(
-                _usable(a).index_copy(axis, rows, b.detach().to(a.dtype))
+                usable(a).index_copy(axis, rows, b.detach().to(a.dtype))
                 for a, b, axis in zip(old, new, axes, strict=True)
             )
 
+        previous, before = slot.previous, slot.computed_before
         if self.config.reuse == "linear":
             kept = [value.index_select(axis, rows) for value, axis in zip(slot.values, axes, strict=True)]
-            slot.previous = replace(slot.previous or slot.values, kept)
-            slot.computed_before = np.where(computes, slot.computed_at, slot.computed_before)
-        slot.values = replace(slot.values, fresh)
-        slot.computed_at = np.where(computes, self.step, slot.computed_at)
+            previous = replace(slot.previous or slot.values, kept)
+            before = np.where(computes, slot.computed_at, slot.computed_before)
+        now = np.where(computes, self._steps(len(computes)), slot.computed_at)
+        return CacheSlot(replace(slot.values, fresh), previous, now, before, slot.signature)
 
     def _reuse(self, branch: LazyBranch, slot: CacheSlot) -> tuple[Tensor, ...]:
         if slot.previous is None:
-            return tuple(_usable(value) for value in slot.values)
+            return tuple(usable(value) for value in slot.values)
         distance = np.where(slot.computed_before < 0, np.inf, slot.computed_at - slot.computed_before)
-        factors = self._slopes[branch.branch.index] * (self.step - slot.computed_at) / distance
+        age = self._steps(len(slot.computed_at)) - slot.computed_at
+        factors = self._slopes[branch.branch.index] * age / distance
         return tuple(
-            extrapolate(_usable(value), _usable(previous), factors, output.batch_axis)
+            extrapolate(usable(value), usable(previous), factors, output.batch_axis)
             for value, previous, output in zip(slot.values, slot.previous, branch.branch.outputs, strict=True)
         )
 

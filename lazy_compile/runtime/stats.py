@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -69,8 +70,14 @@ class LazyStats:
         return self.mixed / self.decided if self.decided else 0.0
 
     def record(self, step: int, branch: int, computes: Rows) -> None:
+        """Count the decisions of the rows of one branch at one step."""
+        self.record_call([(step, branch, computes)])
+
+    def record_call(self, decisions: Iterable[tuple[int, int, Rows]]) -> None:
+        """Count all decisions of a call: ``(step, branch, bool[rows])`` each."""
         with _RECORDING:
-            self._record(step, branch, computes)
+            for decision in decisions:
+                self._record(*decision)
 
     def _record(self, step: int, branch: int, computes: Rows) -> None:
         if step >= len(self.reused):

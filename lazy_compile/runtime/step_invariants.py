@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from lazy_compile.runtime.lazy_graph import LazyGraph
-from lazy_compile.runtime.tensor_snapshot import TensorSnapshot, _version
+from lazy_compile.runtime.tensor_snapshot import TensorSnapshot, WeightSnapshot
 
 Hoist = Callable[[LazyGraph, frozenset[str]], LazyGraph]
 """A graph that takes apart what the inputs of these names decide; the same graph if that saves nothing."""
@@ -25,17 +24,17 @@ class StepInvariants:
 
     Attributes:
         base: the graph of the first call.
-        seen: its inputs; later those that ``values`` were computed from.
+        seen: its inputs by position; later those that ``values`` were computed from.
         graph: what later calls run on; None before the second.
-        weights: the weights that ``values`` were computed with.
+        weights: those that ``values`` were computed with; None before.
         values: of the inputs of role INVARIANT.
     """
 
     base: LazyGraph
-    seen: list[TensorSnapshot]
+    seen: Mapping[int, TensorSnapshot]
     graph: LazyGraph | None = None
     positions: tuple[int, ...] = ()
-    weights: tuple[Any, ...] = ()
+    weights: WeightSnapshot | None = None
     values: tuple[Tensor, ...] = field(default=())
 
     @property
@@ -52,13 +51,21 @@ class StepInvariants:
             self.graph = hoist(self.base, frozenset(self.base.layout.names[position] for position in self.positions))
         if self.graph is self.base:
             return self.base, ()
-        weights = tuple((id(weight), _version(weight)) for weight in state)
-        stale = weights != self.weights or not all(self.seen[item].equals(tensors[item]) for item in self.positions)
-        if stale:
-            assert self.graph.program.prologue is not None
-            self.values = self.graph.program.prologue(*state, *tensors)
-            self.weights, self.seen = weights, [TensorSnapshot(tensor) for tensor in tensors]
+        prologue = self.graph.program.prologue
+        assert prologue is not None
+        weights = [state[position] for position in _read_by(prologue, len(state))]
+        known = self.weights is not None and self.weights.equals(weights)
+        if not known or not all(self.seen[item].equals(tensors[item]) for item in self.positions):
+            self.values = prologue(*state, *tensors)
+            self.weights = WeightSnapshot(weights)
+            self.seen = {item: TensorSnapshot(tensors[item]) for item in self.positions}
         return self.graph, self.values
+
+
+def _read_by(prologue: fx.GraphModule, weights: int) -> list[int]:
+    """Which of the weights, the first inputs of a prologue, it reads."""
+    inputs = prologue.graph.find_nodes(op="placeholder")
+    return [position for position, node in enumerate(inputs[:weights]) if node.users]
 
 
 def follow(
@@ -76,5 +83,5 @@ def follow(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*state, *tensors)):
         return known, graph, ()  # gradients flow to the weights at every call
     if known is None or known.base is not graph:
-        return StepInvariants(graph, [TensorSnapshot(tensor) for tensor in tensors]), graph, ()
+        return StepInvariants(graph, dict(enumerate(map(TensorSnapshot, tensors)))), graph, ()
     return known, *known.advance(state, tensors, hoist)

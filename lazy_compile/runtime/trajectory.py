@@ -1,195 +1,528 @@
-"""Finding the model's time input, and following a trajectory by its values alone."""
+"""Which rows of a call continue which rows of earlier calls, proven by what they hold.
+
+A sampler calls a model again and again, and says nothing of whose turn it is. So every row of a call is matched by its
+content. Its *latents* tell the trajectory and the step: they are those of a call before (the same step, of another
+stream), or follow from them and from what the model returned. Its *conditions*, all that stays from step to step, tell
+the stream: the conditional, the unconditional, a window. Time and order never prove anything. What continues nothing
+that is known starts a trajectory, and has nothing cached.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
-from weakref import WeakSet
 
-from lazy_compile.runtime.cache import CacheState
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.runtime.cache import CacheState, gathered
+from lazy_compile.runtime.fingerprint import Floats, Latents, read, same, samples_of, unexplained
 from lazy_compile.runtime.step_invariants import StepInvariants
 
 logger = logging.getLogger("lazy_compile")
 
-MAX_STREAMS = 8
-"""Calls in a row with one timestep that count as parallel streams (conditional, unconditional, ...) of a trajectory."""
+EXACT = 2.5e-3
+"""Share of the latents (of their squares) that may stay unexplained where a step is a sum of what was there before."""
+
+CERTAIN = 1e-9
+"""What numbers of single precision leave unexplained; no other trajectory needs to be looked at."""
+
+RELATED = 0.75
+"""The same where the sampler adds noise or clips. Latents of two requests leave about 1."""
+
+IDLE_CALLS = 128
+"""A trajectory that was not continued for as many calls, and 8 for each that is alive, is forgotten."""
 
 
-@dataclass
+@dataclass(eq=False)
+class Position:
+    """One step of a trajectory: the latents that the model was called with, and what it returned.
+
+    Attributes:
+        latents: the sampled row; None once two steps have followed.
+        returned: what each stream returned; tensors until they are read.
+    """
+
+    trajectory: Trajectory
+    step: int
+    time: float | None
+    latents: Floats | None
+    parent: Position | None = None
+    returned: list[Returned] = field(default_factory=list)
+
+    def descends_from(self, other: Position) -> bool:
+        position: Position | None = self
+        while position is not None:
+            if position is other:
+                return True
+            position = position.parent
+        return False
+
+
+@dataclass(eq=False)
+class Returned:
+    """What one row of a call returned, in samples; on the device until somebody asks."""
+
+    tensor: Tensor | None
+    row: int
+    values: Floats | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        return self.values is None or bool(np.isfinite(self.values).all())
+
+
+@dataclass(eq=False)
 class Stream:
-    """What one stream of a trajectory keeps: the conditional or the unconditional, say.
+    """Calls of one trajectory under one set of conditions, for one row.
 
     Attributes:
-        caches: what its branches produced.
-        invariants: what need not be computed again, see :mod:`lazy_compile.runtime.step_invariants`.
+        conditions: all inputs that stay, sampled.
+        context: what else must agree: the name of the stream, arguments that are no tensors, the state of the model.
+        state: where its caches are, and ``row`` which row it is there.
+        position: where it was called last.
+        call: number of that call.
     """
 
-    caches: CacheState = field(default_factory=CacheState)
-    invariants: StepInvariants | None = None
+    conditions: Mapping[str, Floats]
+    context: object
+    state: CacheState
+    row: int
+    position: Position
+    call: int
+    busy: bool = False
+    returned: Returned | None = None
 
-    @property
-    def bytes(self) -> int:
-        return self.caches.bytes + (0 if self.invariants is None else self.invariants.bytes)
 
-
-@dataclass
+@dataclass(eq=False)
 class Trajectory:
-    """Where a caller stands: which step of which trajectory, and which of its parallel streams.
-
-    The first call starts a trajectory. A call with another timestep is the next step, unless it moves back towards the
-    noisier end: then a new trajectory starts. A call with the same timestep is the same step of the next stream, so
-    that classifier-free guidance may call twice. Time is taken to fall along a trajectory until two moves in a row show
-    that this model's time rises. Two times that alternate from the first call on may be steps of either direction:
-    then every call starts a trajectory, since a cache of another sample is worse than none.
+    """One request, from its noise on; requests that start from the same noise share one until they part.
 
     Attributes:
-        only_call: the time of the trajectory before this one, if that had a single step.
-        before: the time of the step before this one.
+        key: what the host calls it, and which of its rows it is; None if it says nothing.
+        first_time: the time input at its first call.
+        kept, changed: for each input how often a row had it unchanged, and the steps at which none had.
     """
 
+    key: Hashable = None
+    first_time: float | None = None
     streams: list[Stream] = field(default_factory=list)
-    timestep: float | None = None
-    step: int = -1
-    turn: int = 0
-    direction: int = -1
-    against: int = 0
-    only_call: float | None = None
-    before: float | None = None
+    last_call: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, set[int]] = field(default_factory=dict)
+    ends: bool = False
 
-    def advance(self, timestep: float | None) -> tuple[Stream, int, bool]:
-        """The caches and the step index of this call, and whether it starts a trajectory."""
-        started = self.timestep is None and self.step < 0
-        if timestep is None:
-            self.step += 1
-        elif started:
-            self.step = 0
-        elif timestep == self.timestep:
-            self.turn += 1
-            started = self.turn >= MAX_STREAMS
-        else:
-            only_call = self.timestep if self.step == 0 else None
-            started = self._moves_back(timestep)
-            self.only_call = only_call if started else None
-            self.step, self.turn = self.step + 1, 0
-        if started:
-            self.streams.clear()
-            self.step = self.turn = 0
-        if started or timestep != self.timestep:
-            self.before = None if started else self.timestep
-        self.timestep = timestep
-        if self.turn >= len(self.streams):
-            self.streams.append(Stream())
-        stream = self.streams[self.turn]
-        stream.caches.timestep_before = self.before
-        return stream, self.step, started
+    def moves(self, name: str) -> bool:
+        """Whether an input is no condition: it changed at two steps for every stream, and never stayed."""
+        return self.kept.get(name, 0) == 0 and len(self.changed.get(name, ())) >= 2
 
-    def _moves_back(self, timestep: float) -> bool:
-        assert self.timestep is not None
-        move = 1 if timestep > self.timestep else -1
-        if move == self.direction:
-            self.against = 0
-            return timestep == self.only_call
-        self.against += 1
-        if self.against >= 2:
-            self.direction, self.against = move, 0
-            self._undo_restart()
-            return False
-        return True
 
-    def _undo_restart(self) -> None:
-        """The move before this one was a step, not a restart."""
-        self.step += 1
-        for stream in self.streams:
-            for slot in stream.caches.slots.values():
-                slot.computed_at = slot.computed_at + 1
+@dataclass(frozen=True)
+class Identity:
+    """What a call says about its rows, before it is matched.
 
-    def reset(self) -> None:
-        """Forget the caches; the next call starts a trajectory."""
-        self.streams.clear()
-        self.timestep, self.step, self.turn = None, -1, 0
-        self.only_call = None
+    Attributes:
+        rows: how many there are; 1 where they cannot be taken apart.
+        latents: the sampled latents of each row; None if the model has none, or on the meta device.
+        conditions: for each row.
+        times: the time input of each row; None if the model has none.
+        context: see :class:`Stream`.
+    """
+
+    rows: int
+    latents: Sequence[Floats] | None
+    conditions: Sequence[Mapping[str, Floats]]
+    times: Sequence[float] | None
+    context: object
+
+
+@dataclass(eq=False)
+class _Row:
+    """A row of a call, placed: at a position, and as the continuation of a stream or of none."""
+
+    position: Position
+    stream: Stream | None
+    conditions: Mapping[str, Floats]
+    has_caches: bool
+
+
+@dataclass(eq=False)
+class Placed:
+    """A call placed in its trajectories.
+
+    Attributes:
+        state: the caches of its rows, as they are before the call.
+        steps: ``int64[rows]``, which call of its trajectory each row makes.
+        times, before: the time input of each row now and at the step before; None where there is none.
+        starts: whether every row starts a trajectory.
+    """
+
+    state: CacheState
+    steps: npt.NDArray[np.int64]
+    times: tuple[float | None, ...]
+    before: tuple[float | None, ...]
+    starts: bool
+    rows: list[_Row]
+    call: int
+    context: object
 
     @property
-    def bytes(self) -> int:
-        return sum(stream.bytes for stream in self.streams)
+    def step(self) -> int:
+        return int(self.steps.max())
 
 
-_current_stream: ContextVar[str] = ContextVar("lazy_compile_stream", default="")
+@dataclass(frozen=True)
+class Known:
+    """What a host says about the calls that follow, see :meth:`LazyModule.trajectory`."""
+
+    keys: tuple[Hashable, ...]
+    steps: tuple[int | None, ...]
+
+
+_stream_name: ContextVar[str] = ContextVar("lazy_compile_stream", default="")
+_known: ContextVar[Known | None] = ContextVar("lazy_compile_trajectory", default=None)
 
 
 @contextmanager
 def use_stream(name: str) -> Iterator[None]:
-    token = _current_stream.set(name)
+    token = _stream_name.set(name)
     try:
         yield
     finally:
-        _current_stream.reset(token)
+        _stream_name.reset(token)
 
 
-MAX_NAMED_STREAMS = 32
-"""Named streams that one thread keeps; the caches of the least recently used go first."""
+@contextmanager
+def use_trajectory(known: Known) -> Iterator[None]:
+    token = _known.set(known)
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def current_stream() -> str:
+    return _stream_name.get()
 
 
 class Trajectories:
-    """The trajectories of one model: one for each thread and each named stream in it; they end with their thread."""
+    """What is known of the calls of one model, whatever threads they come from."""
 
     def __init__(self) -> None:
-        self._local = threading.local()
-        self._threads: WeakSet[_Streams] = WeakSet()
+        self._alive: list[Trajectory] = []
         self._mutex = threading.Lock()
+        self._call = 0
+        self._unread: list[Returned] = []
+        self._invariants: dict[int, tuple[CacheState, StepInvariants]] = {}
 
-    def advance(self, timestep: float | None) -> tuple[Stream, int, bool]:
-        """See :meth:`Trajectory.advance`, for the stream in which the caller is."""
-        trajectory = self.current()
-        with self._mutex:
-            return trajectory.advance(timestep)
+    # Placing a call -----------------------------------------------------------------------------------------------
 
-    def current(self) -> Trajectory:
-        name = _current_stream.get()
-        with self._mutex:
-            streams = self._mine
-            trajectory = streams.setdefault(name, Trajectory())
-            streams.move_to_end(name)
-            while len(streams) > MAX_NAMED_STREAMS + ("" in streams):
-                oldest = next(each for each in streams if each)
-                del streams[oldest]
-                logger.warning(
-                    "more than %d named streams in one thread: the caches of %r were dropped; "
-                    "reset(stream=...) forgets those that have ended", MAX_NAMED_STREAMS, oldest,
-                )  # fmt: skip
-        return trajectory
+    def identify(
+        self,
+        named: Mapping[str, tuple[Tensor, int | None]],
+        latents: Latents | None,
+        latents_name: str,
+        time_name: str | None,
+        rows: int,
+        context: object,
+    ) -> Identity:
+        """Read what identifies the rows of a call, with what earlier calls returned, by one copy from each device.
 
-    def reset(self, stream: str | None = None, *, every_thread: bool = False) -> None:
-        """Forget the caches of all streams or of one, in this thread or in all of them."""
+        Args:
+            named: the tensors of the call by name, with the axis of their rows; None for one that all rows share.
+            latents: where the latents are.
+            time_name: the name of the time input.
+        """
+        if any(tensor.is_meta for tensor, _ in named.values()):
+            return Identity(rows, None, [{}] * rows, None, context)
+        tensors: dict[str, Tensor] = {}
+        for name, (tensor, axis) in named.items():
+            if latents is not None and name == latents_name:
+                tensors[_LATENTS] = samples_of(latents.moving(tensor, latents.row_axis))
+                if (rest := latents.staying(tensor)) is not None:
+                    tensors[name] = samples_of(rest)
+            elif tensor.numel():
+                tensors[name] = samples_of(tensor[None] if axis is None else tensor.movedim(axis, 0))
         with self._mutex:
-            for streams in list(self._threads) if every_thread else [self._mine]:
-                if stream is not None:
-                    streams.pop(stream, None)
-                    continue
-                for name in [name for name in streams if name]:
-                    del streams[name]
-                for trajectory in streams.values():
-                    trajectory.reset()
+            waiting, self._unread = self._unread, []
+        pending = {id(item.tensor): item.tensor for item in waiting if item.tensor is not None}
+        found = read({**tensors, **{f"{_RETURNED}{key}": tensor for key, tensor in pending.items()}})
+        for item in waiting:
+            if item.tensor is not None:
+                item.values, item.tensor = found[f"{_RETURNED}{id(item.tensor)}"][item.row], None
+        times = _times(found.pop(time_name)) if time_name in found else None
+        moving = found.pop(_LATENTS, None)
+        conditions = [
+            {name: found[name][row if len(found[name]) == rows else 0] for name in tensors if name in found}
+            for row in range(rows)
+        ]
+        return Identity(
+            rows,
+            None if moving is None else [moving[row if len(moving) == rows else 0] for row in range(rows)],
+            conditions,
+            None if times is None else [float(times[row if len(times) == rows else 0]) for row in range(rows)],
+            context,
+        )
+
+    def place(self, identity: Identity, branches: Sequence[ResidualBranch]) -> Placed:
+        """Find for every row the trajectory, the step and the caches that it continues, and claim these."""
+        known = _known.get()
+        with self._mutex:
+            self._call += 1
+            rows: list[_Row] = []
+            for number in range(identity.rows):
+                row = self._place_row(identity, number, rows, known)
+                if row.stream is not None:
+                    row.stream.busy = True
+                rows.append(row)
+            return self._placed(identity, rows, branches)
+
+    def _placed(self, identity: Identity, rows: list[_Row], branches: Sequence[ResidualBranch]) -> Placed:
+        sources = [None if not row.has_caches or row.stream is None else row.stream for row in rows]
+        first = sources[0]
+        whole = first is not None and all(
+            source is not None and source.state is first.state and source.row == number
+            for number, source in enumerate(sources)
+        )
+        if whole and first is not None and self._rows_of(first.state) == len(rows):
+            state = first.state
+        else:
+            state = gathered([None if source is None else (source.state, source.row) for source in sources], branches)
+        steps = np.array([row.position.step for row in rows], dtype=np.int64)
+        before = tuple(None if row.position.parent is None else row.position.parent.time for row in rows)
+        state.timestep_before = before[int(steps.argmax())]
+        starts = all(row.position.step == 0 and row.stream is None for row in rows)
+        times = tuple(row.position.time for row in rows)
+        return Placed(state, steps, times, before, starts, rows, self._call, identity.context)
+
+    def _rows_of(self, state: CacheState) -> int:
+        return max(
+            (stream.row + 1 for item in self._alive for stream in item.streams if stream.state is state), default=0
+        )
+
+    def _place_row(self, identity: Identity, number: int, placed: Sequence[_Row], known: Known | None) -> _Row:
+        conditions = identity.conditions[number]
+        time = None if identity.times is None else identity.times[number]
+        latents = None if identity.latents is None else identity.latents[number]
+        if known is not None:
+            position = self._told_position(known, number, placed, latents, time)
+        else:
+
+            @cache
+            def agrees(trajectory: Trajectory) -> bool:
+                return any(
+                    stream.context == identity.context
+                    and all(trajectory.moves(name) for name in _differing(stream.conditions, conditions))
+                    for stream in trajectory.streams
+                )
+
+            found = self._found_position(latents, time, placed, agrees)
+            position = found or self._first_position(latents, time)
+        stream = self._stream_at(position, conditions, identity.context, placed)
+        repeated = stream is not None and stream.position is position
+        usable = stream is not None and not repeated and (stream.returned is None or stream.returned.is_finite)
+        return _Row(position, stream, conditions, usable)
+
+    def _first_position(self, latents: Floats | None, time: float | None) -> Position:
+        trajectory = Trajectory(first_time=time)
+        self._start(trajectory)
+        return Position(trajectory, 0, time, latents)
+
+    def _start(self, trajectory: Trajectory) -> None:
+        """Forget what has come to its end, and what nobody has continued for long."""
+        limit = max(IDLE_CALLS, 8 * len(self._alive))
+        self._alive = [
+            item
+            for item in self._alive
+            if any(stream.busy for stream in item.streams) or (not item.ends and self._call - item.last_call <= limit)
+        ]
+        trajectory.last_call = self._call
+        self._alive.append(trajectory)
+
+    def _found_position(
+        self,
+        latents: Floats | None,
+        time: float | None,
+        placed: Sequence[_Row],
+        agrees: Callable[[Trajectory], bool],
+    ) -> Position | None:
+        """Where a row stands: at the position of an earlier call, or one step behind it.
+
+        Of several that it may follow from, one with a stream of the same conditions comes first, then one that time
+        does not turn back from, then the one that explains the latents best.
+        """
+        here = {id(row.position): row.position for row in placed}
+        for position in here.values():
+            if _is_at(position, latents, time):
+                return position
+        leaves = {
+            id(stream.position): stream.position
+            for trajectory in sorted(self._alive, key=lambda item: -item.last_call)
+            if trajectory.key is None
+            for stream in trajectory.streams
+        }
+        for position in leaves.values():
+            if _is_at(position, latents, time):
+                return position
+        if latents is None:
+            latest = next(iter(leaves.values()), None)
+            return None if latest is None else _next(latest, latents, time)
+        if not np.isfinite(latents).all():
+            return None
+        best: tuple[tuple[bool, bool, float], Position] | None = None
+        leaves_by_agreement = sorted(leaves.values(), key=lambda item: not agrees(item.trajectory))
+        for position in leaves_by_agreement:
+            if position.latents is None or _starts_over(position, time):
+                continue
+            rest, regressors = _distance(latents, position)
+            slack = 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1)
+            if rest > max(EXACT, RELATED - slack):
+                continue
+            rank = (not agrees(position.trajectory), _turns_back(position, time), rest)
+            if best is None or rank < best[0]:
+                best = rank, position
+            if rank < (False, False, CERTAIN):
+                break
+        return None if best is None else _next(best[1], latents, time)
+
+    def _told_position(
+        self, known: Known, number: int, placed: Sequence[_Row], latents: Floats | None, time: float | None
+    ) -> Position:
+        """The host says which trajectory this is; rows of one key are told by their order."""
+        key = known.keys[number if len(known.keys) > 1 else 0]
+        step = known.steps[number if len(known.steps) > 1 else 0]
+        full_key = (key, number if len(known.keys) == 1 else known.keys[:number].count(key))
+        for row in placed:
+            if row.position.trajectory.key == full_key:
+                return row.position
+        trajectory = next((item for item in self._alive if item.key == full_key), None)
+        if trajectory is None:
+            trajectory = Trajectory(full_key, first_time=time)
+            self._start(trajectory)
+        current = max((stream.position for stream in trajectory.streams), key=lambda item: item.step, default=None)
+        if current is None:
+            return Position(trajectory, step or 0, time, latents)
+        if step is None:
+            step = current.step + (0 if _is_at(current, latents, time) else 1)
+        if step == current.step:
+            return current
+        if step < current.step:  # the host starts this trajectory again
+            trajectory.streams.clear()
+            return Position(trajectory, step, time, latents)
+        return Position(trajectory, step, time, latents, current)
+
+    def _stream_at(
+        self, position: Position, conditions: Mapping[str, Floats], context: object, placed: Sequence[_Row]
+    ) -> Stream | None:
+        """The stream of the same conditions that was called at this position or before it, the latest first."""
+        trajectory = position.trajectory
+        taken = {id(row.stream) for row in placed if row.stream is not None}
+        candidates = [
+            stream
+            for stream in trajectory.streams
+            if not stream.busy
+            and id(stream) not in taken
+            and stream.context == context
+            and position.descends_from(stream.position)
+        ]
+        candidates.sort(key=lambda stream: (stream.position is position, -stream.call, stream.row))
+        found = None
+        for stream in candidates:
+            differing = _differing(stream.conditions, conditions)
+            if stream.position is not position:
+                self._learn(trajectory, position.step, conditions, differing)
+            if found is None and all(trajectory.moves(name) for name in differing):
+                found = stream
+        return found
+
+    @staticmethod
+    def _learn(trajectory: Trajectory, step: int, conditions: Mapping[str, Floats], differing: set[str]) -> None:
+        for name in conditions:
+            if name in differing:
+                trajectory.changed.setdefault(name, set()).add(step)
+            else:
+                trajectory.kept[name] = trajectory.kept.get(name, 0) + 1
+
+    # What becomes of a call ---------------------------------------------------------------------------------------
+
+    def commit(self, placed: Placed, returned: Tensor | None) -> None:
+        """A call has succeeded.
+
+        Args:
+            returned: what its rows returned, by :func:`~lazy_compile.runtime.fingerprint.samples_of`; None if unknown.
+        """
+        with self._mutex:
+            for number, row in enumerate(placed.rows):
+                answer = None if returned is None else Returned(returned, number if len(returned) > number else 0)
+                if answer is not None:
+                    row.position.returned.append(answer)
+                    self._unread.append(answer)
+                trajectory = row.position.trajectory
+                stream = row.stream
+                if stream is None:
+                    stream = Stream(row.conditions, placed.context, placed.state, number, row.position, placed.call)
+                    trajectory.streams.append(stream)
+                stream.conditions, stream.state, stream.row = row.conditions, placed.state, number
+                stream.position, stream.call, stream.returned, stream.busy = row.position, placed.call, answer, False
+                trajectory.last_call = self._call
+                _forget_latents(row.position)
+                trajectory.ends = _ends(row.position)
+                if trajectory not in self._alive:
+                    self._alive.append(trajectory)
+
+    def abandon(self, placed: Placed) -> None:
+        """A call has failed: nothing of it is remembered."""
+        with self._mutex:
+            for row in placed.rows:
+                if row.stream is not None:
+                    row.stream.busy = False
+            self._alive = [item for item in self._alive if item.streams]
+
+    # Step invariants ----------------------------------------------------------------------------------------------
+
+    def invariants(self, placed: Placed) -> StepInvariants | None:
+        with self._mutex:
+            found = self._invariants.get(id(placed.state))
+            return None if found is None or found[0] is not placed.state else found[1]
+
+    def keep_invariants(self, placed: Placed, invariants: StepInvariants | None) -> None:
+        with self._mutex:
+            alive = {id(stream.state) for item in self._alive for stream in item.streams} | {id(placed.state)}
+            self._invariants = {key: value for key, value in self._invariants.items() if key in alive}
+            if invariants is not None:
+                self._invariants[id(placed.state)] = (placed.state, invariants)
+
+    # All of it ----------------------------------------------------------------------------------------------------
+
+    def reset(self, stream: str | None = None) -> None:
+        """Forget the caches of all streams, or of those of one name."""
+        with self._mutex:
+            if stream is None:
+                self._alive, self._unread, self._invariants = [], [], {}
+                return
+            for item in self._alive:
+                item.streams = [each for each in item.streams if not _is_named(each, stream)]
+            self._alive = [item for item in self._alive if item.streams]
+
+    def end(self, keys: Sequence[Hashable]) -> None:
+        """Trajectories of these names are over."""
+        with self._mutex:
+            self._alive = [item for item in self._alive if item.key is None or item.key[0] not in keys]  # type: ignore[index]
 
     @property
     def bytes(self) -> int:
-        """Of all threads."""
         with self._mutex:
-            return sum(trajectory.bytes for streams in list(self._threads) for trajectory in streams.values())
-
-    @property
-    def _mine(self) -> _Streams:
-        if not hasattr(self._local, "streams"):
-            self._local.streams = _Streams()
-            self._threads.add(self._local.streams)
-        result: _Streams = self._local.streams
-        return result
+            states = {id(each.state): each.state for item in self._alive for each in item.streams}
+            kept = sum(self._invariants[key][1].bytes for key in states if key in self._invariants)
+            return kept + sum(state.bytes for state in states.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trajectories:
         return Trajectories()
@@ -198,7 +531,94 @@ class Trajectories:
         return Trajectories, ()
 
 
-class _Streams(OrderedDict[str, Trajectory]):
-    """The streams of one thread by name, the one used last at the end."""
+def _times(values: Floats) -> Floats:
+    """The noisiest of each row, where it has one for each frame; their norm comes last."""
+    result: Floats = (values if values.shape[1] == 1 else values[:, :-1]).max(axis=1)
+    return result
 
-    __hash__ = object.__hash__  # type: ignore[assignment]
+
+_LATENTS = "the latents"
+_RETURNED = "returned "
+
+
+def _is_named(stream: Stream, name: str) -> bool:
+    return isinstance(stream.context, tuple) and stream.context[0] == name
+
+
+def _is_at(position: Position, latents: Floats | None, time: float | None) -> bool:
+    """Whether a row is called at this very position: with the same latents at the same time."""
+    if position.time != time or (position.latents is None) != (latents is None):
+        return False
+    return latents is not None and position.latents is not None and same(latents, position.latents)
+
+
+def _differing(before: Mapping[str, Floats], now: Mapping[str, Floats]) -> set[str]:
+    """The conditions that are not those of before."""
+    return {
+        name
+        for name in before.keys() | now.keys()
+        if name not in before or name not in now or not same(before[name], now[name])
+    }
+
+
+def _turns_back(position: Position, time: float | None) -> bool:
+    """Whether time moves against the direction in which the trajectory has come."""
+    first = position.trajectory.first_time
+    if first is None or time is None or position.time is None or position.time == first:
+        return False
+    return (time > position.time) == (position.time < first)
+
+
+def _next(position: Position, latents: Floats | None, time: float | None) -> Position:
+    return Position(position.trajectory, position.step + 1, time, latents, position)
+
+
+def _distance(latents: Floats, position: Position) -> tuple[float, int]:
+    """What of the latents does not follow from a position, and the number of things that it may follow from."""
+    assert position.latents is not None
+    target = latents[:-1]
+    if position.latents.shape != latents.shape:
+        return 1.0, 1
+    now = [
+        item.values[:-1] for item in position.returned if item.values is not None and item.values.shape == latents.shape
+    ]
+    near = [position.latents[:-1], *now[:4]]
+    rest = unexplained(target, near)
+    parent = position.parent
+    if rest <= EXACT or parent is None or parent.latents is None or parent.latents.shape != latents.shape:
+        return rest, len(near)
+    older = [
+        item.values[:-1] for item in parent.returned if item.values is not None and item.values.shape == latents.shape
+    ]
+    far = [*near, parent.latents[:-1], *older[:4], np.ones_like(target)]
+    if len(target) < 4 * len(far):
+        return rest, len(near)
+    exact = unexplained(target, far)
+    return (exact, len(far)) if exact <= EXACT else (rest, len(near))
+
+
+def _starts_over(position: Position, time: float | None) -> bool:
+    """Whether a call is as noisy as the first of the trajectory, or noisier: such latents begin another one."""
+    first = position.trajectory.first_time
+    if first is None or time is None or position.time is None or position.time == first:
+        return False
+    return (time >= first) if position.time < first else (time <= first)
+
+
+def _ends(position: Position) -> bool:
+    """Whether another step of the same length would leave the range of times."""
+    if position.parent is None or position.time is None or position.parent.time is None:
+        return False
+    move = position.time - position.parent.time
+    if move < 0:
+        return position.time + move <= 1e-6 * abs(move) and position.time >= 0
+    top = 1.0 if position.time <= 1.0 else 1000.0
+    return move > 0 and position.time + move >= top
+
+
+def _forget_latents(position: Position) -> None:
+    """Keep what the next two steps may follow from."""
+    parent = position.parent
+    older = None if parent is None else parent.parent
+    if older is not None:
+        older.latents, older.returned = None, []

@@ -347,9 +347,9 @@ def test_an_exported_file_is_said_to_serve_one_answer(tmp_path: Path, caplog: py
 def test_the_least_recently_used_graph_goes_first() -> None:
     lazy = lazy_compile.transform(randomize(Masked()).eval(), max_captures=2)
     run(lazy, [masked(16), masked(12)])
-    first = lazy._graphs.graphs[0]
+    first = lazy._store.graphs[0]
     run(lazy, [masked(16), masked(8)])
-    assert first in lazy._graphs.graphs
+    assert first in lazy._store.graphs
     run(lazy, [masked(16)])
     assert lazy.graph is first
 

@@ -35,7 +35,7 @@ class CountsPrologues:
 
     def __init__(self, lazy: LazyModule) -> None:
         self.count = 0
-        store, hoisted = lazy._graphs, lazy._graphs.hoisted
+        store, hoisted = lazy._store, lazy._store.hoisted
 
         def watched(*arguments: Any) -> Any:
             graph = hoisted(*arguments)

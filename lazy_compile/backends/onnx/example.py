@@ -28,7 +28,7 @@ def example_call(
     if inputs is not None:
         call = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         try:
-            return lazy._graphs.find_with_known_sizes(*call, lazy.lazy_config)
+            return lazy._store.find_with_known_sizes(*call, lazy.lazy_config)
         except CaptureError as error:
             raise BackendError(f"{name} cannot be converted to ONNX: {error}") from error
     if lazy.graph.captured.has_open_sizes:

@@ -85,7 +85,7 @@ def hoisted_graph(lazy: LazyModule, graph: LazyGraph, invariants: Sequence[str])
             raise ConfigError(f"{name!r} is the timestep, which changes at every step; name other inputs as invariants")
     if not invariants:
         return graph
-    hoisted = lazy._graphs.hoisted(graph, frozenset(invariants))
+    hoisted = lazy._store.hoisted(graph, frozenset(invariants))
     if hoisted.program.prologue is None:
         logger.warning(
             "nothing of %s can be hoisted: %s and the weights alone decide no matrix product, or only those of gated "

@@ -144,6 +144,6 @@ def test_sizes_that_depend_on_values_are_those_of_the_example(tmp_path: Path) ->
     lazy = lazy_compile.transform(randomize(DropsWords()).eval(), words(3))
     assert lazy.graph.captured.has_open_sizes
     lazy.capture(**words(4))
-    assert len(lazy._graphs.graphs) == 1
+    assert len(lazy._store.graphs) == 1
     with pytest.raises(BackendError, match="give example_inputs"):
         lazy_compile.export_onnx(lazy, tmp_path / "m.onnx")

@@ -1,0 +1,97 @@
+"""What identifies the rows of a call: some hundred numbers of each input, read from the device together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+SAMPLES = 512
+"""Elements that are read of each row of an input, at equal distances; the norm over all of them comes on top."""
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Which input moves along a trajectory, and which output moves it.
+
+    Attributes:
+        position: of the input among the tensors of a call.
+        row_axis: its axis of rows, and ``output_row_axis`` that of the output.
+        output: index of the output among the tensors that the model returns; None if none has its shape.
+        axis: the one axis, rows taken as axis 0, along which input and output differ in length; None if none does.
+        size: the length that they have in common along it.
+    """
+
+    position: int
+    row_axis: int
+    output: int | None = None
+    output_row_axis: int = 0
+    axis: int | None = None
+    size: int = 0
+
+    def moving(self, value: Tensor, row_axis: int) -> Tensor:
+        """The part that input and output have in common, with the rows on axis 0."""
+        value = value.movedim(row_axis, 0)
+        return value if self.axis is None else value.narrow(self.axis, 0, self.size)
+
+    def staying(self, value: Tensor) -> Tensor | None:
+        """What else the input carries, such as a mask and a masked image beside the latents."""
+        if self.axis is None or value.movedim(self.row_axis, 0).shape[self.axis] <= self.size:
+            return None
+        value = value.movedim(self.row_axis, 0)
+        return value.narrow(self.axis, self.size, value.shape[self.axis] - self.size)
+
+
+def samples_of(rows: Tensor) -> Tensor:
+    """``float[B, <= SAMPLES + 1]``: elements of each row at equal distances, and the norm of the row."""
+    if rows.is_complex():
+        rows = torch.view_as_real(rows.resolve_conj())
+    flat = rows.detach().reshape(rows.shape[0], -1)
+    wide = torch.float32 if flat.device.type == "mps" else torch.float64
+    count = flat.shape[1]
+    if count <= 1:
+        return flat.to(wide)
+    stride = max(1, -(-count // SAMPLES)) | 1  # odd: not always the same channel
+    norm = torch.linalg.vector_norm(flat if flat.is_floating_point() else flat.float(), dim=1, keepdim=True)
+    return torch.cat([flat[:, ::stride].to(wide), norm.to(wide)], dim=1)
+
+
+def read(tensors: Mapping[str, Tensor]) -> dict[str, Floats]:
+    """The numbers of several tensors on the host, by one copy for each device."""
+    devices: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        devices.setdefault(tensor.device, []).append(name)
+    result: dict[str, Floats] = {}
+    for names in devices.values():
+        flat = torch.cat([tensors[name].flatten() for name in names]).double().cpu().numpy()
+        parts = np.split(flat, np.cumsum([tensors[name].numel() for name in names])[:-1])
+        result |= {name: part.reshape(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
+    return result
+
+
+def same(first: Floats, second: Floats) -> bool:
+    """Whether two rows are one: equal elements; norms may differ as the order of a sum does."""
+    if first.shape != second.shape:
+        return False
+    if len(first) <= 1:
+        return bool((first == second).all())
+    return bool((first[:-1] == second[:-1]).all()) and bool(np.isclose(first[-1], second[-1], rtol=1e-5, atol=0.0))
+
+
+def unexplained(target: Floats, by: Sequence[Floats]) -> float:
+    """The share of ``target`` that no sum of multiples of ``by`` gives, from 0 to 1, less what chance would give."""
+    number, size = len(by), float(np.dot(target, target))
+    if not np.isfinite(size) or size == 0.0 or len(target) <= number + 1:
+        return 1.0
+    basis = np.stack(by, axis=1)
+    if not np.isfinite(basis).all():
+        return 1.0
+    solution = np.linalg.lstsq(basis, target, rcond=1e-9)[0]
+    rest = target - basis @ solution
+    return min(1.0, float(np.dot(rest, rest)) / size * len(target) / (len(target) - number))
