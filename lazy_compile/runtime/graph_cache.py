@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from lazy_compile import pipelines
 from lazy_compile.analysis.timestep_input import find_timestep_input, names_the_time
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.ladder import Capture, capture, quiet_evaluation
+from lazy_compile.capture.evaluation import quiet_evaluation
+from lazy_compile.capture.ladder import Capture, capture
 from lazy_compile.capture.lock import CAPTURE_LOCK
 from lazy_compile.capture.model_snapshot import hooked_modules, observe
 from lazy_compile.config import LazyConfig

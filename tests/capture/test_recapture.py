@@ -30,7 +30,7 @@ def test_nothing_is_captured_before_the_first_call() -> None:
 
 
 @pytest.mark.parametrize("kind", [dict, tuple])
-def test_example_inputs_capture_at_once_and_do_not_run_the_model(kind: type) -> None:
+def test_example_inputs_capture_at_once_and_count_no_step(kind: type) -> None:
     arguments = call(SMALL)
     lazy = lazy_compile.transform(SMALL.model(), arguments if kind is dict else kind(arguments.values()))
     assert len(lazy.branches) == 2
