@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -60,12 +60,14 @@ class ExampleResult:
         with comparable_evaluation(model), left_as_it_was(model), values_left_alone(model):
             args, kwargs = layout.rebuild([tensor.detach().clone() for tensor in tensors])
             try:
-                leaves = tuple(pytree.tree_leaves(model(*args, **kwargs)))
+                result = model(*args, **kwargs)
             except Exception as error:
                 raise CaptureError(
                     f"{type(model).__name__} itself fails on the example: {first_line(error)}. Give it a call that the "
                     "original answers"
                 ) from error
+        register_dataclasses(result)
+        leaves = tuple(pytree.tree_leaves(result))
         return cls(leaves, allowed=_allowed_error([*state, *leaves]))
 
     def mismatch(self, seen: Sequence[Any]) -> str:
@@ -87,6 +89,16 @@ class ExampleResult:
         """In absolute terms, over all floating results."""
         pairs = zip(pytree.tree_leaves(list(seen)), self.leaves, strict=True)
         return max((_difference(a, b) for a, b in pairs if isinstance(b, Tensor) and b.is_floating_point()), default=0)
+
+
+def register_dataclasses(result: Any) -> None:
+    """Let torch take apart and rebuild results of these classes, as it does with those of named tuples."""
+    for leaf in pytree.tree_leaves(result):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            kind = type(leaf)
+            torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+            register_dataclasses(result)
+            return
 
 
 def _allowed_error(values: Sequence[Any]) -> float:

@@ -6,7 +6,7 @@ import keyword
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.comparison import ExampleResult
+from lazy_compile.capture.comparison import ExampleResult, register_dataclasses
 from lazy_compile.capture.evaluation import comparable_evaluation, first_line, quiet_evaluation
 from lazy_compile.capture.export_mode import ExportAid
 from lazy_compile.capture.refusals import require_capturable
@@ -300,7 +300,7 @@ class FlatModel(nn.Module):
         self.aid.begin(tensors, self.layout.stand_ins(tensors))
         with self.aid:
             result = self.model(*args, **kwargs)
-            _register_dataclasses(result)
+            register_dataclasses(result)
             return self.aid.detached(result)
 
     @property
@@ -316,16 +316,6 @@ class FlatModel(nn.Module):
     @property
     def specialised_size(self) -> str:
         return "" if self.aid is None else self.aid.fixed
-
-
-def _register_dataclasses(result: Any) -> None:
-    """Let torch take apart and rebuild results of these classes, as it does with those of named tuples."""
-    for leaf in pytree.tree_leaves(result):
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            kind = type(leaf)
-            torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
-            _register_dataclasses(result)
-            return
 
 
 def _with_batch_of_two(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
