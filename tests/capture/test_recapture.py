@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lazy_compile
 from lazy_compile import AlwaysCompute, CacheSchedule, LazyModule, Scheduled
 from lazy_compile.errors import ConfigError
 from support.layers import WIDTH, norm
-from support.small_model import NEVER, SMALL, STEPS, Decides, Wraps, fresh, reused, run, same
+from support.small_model import NEVER, SMALL, STEPS, Decides, Small, Wraps, fresh, reused, run, same
 from support.toy_models import TOLERANCE, TOYS, call, randomize, trajectory
 
 Compiled = Callable[..., LazyModule]
@@ -326,3 +326,32 @@ def test_tensors_may_lie_in_memory_as_they_like(compiled: Compiled) -> None:
         assert same(
             run(lazy, [{**arguments, "x": x, "t": time}]), run(lazy.original, [{**arguments, "x": x, "t": time}])
         )
+
+
+# Training mode ----------------------------------------------------------------------------------------------------
+
+
+class Drops(Small):
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(share)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(self.drop(x), t)
+
+
+def test_dropout_that_is_not_done_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    lazy = lazy_compile.transform(randomize(Drops(0.1)).eval(), call(SMALL))
+    run(lazy, [call(SMALL)])
+    assert not caplog.records
+    run(lazy.train(), [call(SMALL), call(SMALL)])
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "Drops is in training mode and drops values (drop), which its graph does not: a lazy model computes as in "
+        "evaluation mode; call eval() on it, or train the original"
+    )
+
+
+def test_training_mode_without_dropout_is_nothing_to_tell(caplog: pytest.LogCaptureFixture) -> None:
+    run(lazy_compile.transform(randomize(Drops(0.0)).train()), [call(SMALL)])
+    assert not caplog.records
