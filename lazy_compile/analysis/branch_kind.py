@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import fx
+from torch import Tensor, fx
 
 from lazy_compile.analysis.dataflow import Dataflow
 from lazy_compile.ir.branch import BranchKind
@@ -12,6 +12,7 @@ from lazy_compile.ir.operators import (
     ACTIVATIONS,
     CONVOLUTIONS,
     FUSED_ATTENTION,
+    PASSTHROUGH,
     PRODUCTS,
     SOFTMAX,
     is_dense_convolution,
@@ -25,6 +26,7 @@ from lazy_compile.ir.operators import (
 
 _JOINS_APART = frozenset({"cat", "add", "stack"})
 _SELECTIONS = frozenset({"index", "index_select", "embedding"})
+_CHOICES = frozenset({"topk", "argmax", "sort", "argsort"})
 _SCANS = frozenset({"cumsum", "cumprod", "logcumsumexp"})
 
 
@@ -77,13 +79,29 @@ def _is_attention_core(flow: Dataflow, node: fx.Node, activations: int) -> bool:
     if is_foreign_kernel(node):
         return sum(activations >> flow.position[operand] & 1 for operand in operands) > 2
     both = all(activations >> flow.position[_picked_from(operand)] & 1 for operand in operands)
-    return operator_name(node) in PRODUCTS and len(operands) == 2 and both
+    return operator_name(node) in PRODUCTS and len(operands) == 2 and both and not any(map(_is_dispatch, operands))
 
 
 def _picked_from(operand: fx.Node) -> fx.Node:
     """The table that an operand is a selection of, if it is one: weights of chosen experts are weights."""
     *_, source = origins(operand)
     return source.all_input_nodes[0] if operator_name(source) in _SELECTIONS else operand
+
+
+def _is_dispatch(operand: fx.Node) -> bool:
+    """Whether a factor is zeros and ones at chosen places, times weights: it sends tokens to experts or back."""
+    frontier, seen = [operand], {operand}
+    while frontier:
+        node = frontier.pop()
+        name, value = operator_name(node), value_of(node)
+        if name in _CHOICES:
+            return True
+        whole_numbers = isinstance(value, Tensor) and not value.is_floating_point()
+        if whole_numbers or name in PASSTHROUGH or name in ("mul", "scatter"):
+            sources = [item for item in node.all_input_nodes if item not in seen]
+            seen.update(sources)
+            frontier.extend(sources)
+    return False
 
 
 def _reads_a_side_input(flow: Dataflow, core: fx.Node, from_entries: int) -> bool:

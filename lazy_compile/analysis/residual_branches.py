@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, permutations, takewhile
 
@@ -13,6 +13,7 @@ from lazy_compile.analysis.batch_rows import unfolding_views
 from lazy_compile.analysis.dataflow import Dataflow
 from lazy_compile.ir.operators import (
     PASSTHROUGH,
+    is_dense_convolution,
     is_heavy,
     is_quantiser,
     is_spatial_convolution,
@@ -71,6 +72,8 @@ def find_candidates(
     5. The *body* is the convex hull of the owned heavy operators. If it holds another residual add, the candidate is a
        container and refused; unless it owns more heavy operators, or more work, than the branches that it holds, which
        are then part of it (a temporal convolution with a skip of its own inside an MLP, a scan inside a Mamba block).
+       What lies around several convolution blocks, refused ones included, is a network and always a container
+       (``c_skip * x + c_out * F(x)``).
     6. The body also takes heavy operators that feed nothing but it and do not depend on the skip (keys and values of a
        text), with what lies between, back to the nearest residual add or other body.
     7. Where an operator of the body makes several tensors, all of them belong to it. If it has more outputs than adds,
@@ -109,8 +112,9 @@ def find_candidates(
         if not candidate.refusal.startswith("convolution"):
             owner[add] = candidate
             candidate.body = flow.hull(candidate.heavy)
-            _absorb_smaller(flow, candidate, owner)
-            candidate.refusal = _refuse_container(flow, candidate, owner)
+            if not (blocks := _convolution_blocks(flow, candidate, candidates)):
+                _absorb_smaller(flow, candidate, owner)
+            candidate.refusal = _refuse_container([*_held(flow, candidate, owner), *blocks])
             candidate.fed_by = _exclusive_producers(flow, candidate, heavy_bits, _taken(flow, candidates, owner))
     taken = _taken(flow, candidates, owner)
     for candidate in candidates:
@@ -277,8 +281,15 @@ def _held(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node, Candidate])
     return [node for node in owner if candidate.body >> flow.position[node] & 1 and node not in candidate.adds]
 
 
-def _refuse_container(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node, Candidate]) -> str:
-    held = _held(flow, candidate, owner)
+def _convolution_blocks(flow: Dataflow, candidate: Candidate, candidates: list[Candidate]) -> list[fx.Node]:
+    """The adds of the convolution blocks that a candidate lies around, where they are several, as in a U-Net."""
+    inside = [item for item in candidates if item is not candidate and item.heavy & candidate.body == item.heavy]
+    blocks = [item for item in inside if all(map(is_dense_convolution, filter(is_heavy, flow.members(item.heavy))))]
+    return [add for item in blocks for add in item.adds] if len(blocks) > 1 else []
+
+
+def _refuse_container(held: Iterable[fx.Node]) -> str:
+    held = list(dict.fromkeys(held))
     if held:
         return f"container: {len(held)} residual adds lie between its operators ({held[0].name}, ...)"
     return ""

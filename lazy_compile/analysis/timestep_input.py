@@ -19,7 +19,8 @@ _TIME_WORDS = frozenset(
 def find_timestep_input(program: Program, wanted: str | None) -> int | None:
     """Position of the time input among the user's tensors; None if the model has none.
 
-    It is the scalar, or tensor of one value per row, that a sinusoidal embedding reads. Where several are embedded so
+    It is the scalar, or tensor of one value per row, that a sinusoidal embedding reads, also through a linear layer
+    that multiplies it by learned frequencies. Where several are embedded so
     (FLUX embeds its guidance too), the argument's name decides, then the order. One value for each frame or token is
     the time only if a sinusoid reads it and its name says so: positions look the same.
 
@@ -62,22 +63,31 @@ def _is_time_of_parts(node: fx.Node, name: str) -> bool:
 def _reaches_sinusoid(source: fx.Node) -> bool:
     frontier, seen = [source], {source}
     while frontier:
-        for user in frontier.pop().users:
+        node = frontier.pop()
+        for user in node.users:
             value = value_of(user)
             if user in seen or not isinstance(value, Tensor) or value.dim() > 5:
                 continue
             if operator_name(user) in ("sin", "cos"):
                 return True
-            if operator_name(user) in _ELEMENTWISE:
+            if operator_name(user) in _ELEMENTWISE or _multiplies_by_frequencies(user, node):
                 seen.add(user)
                 frontier.append(user)
     return False
 
 
+def _multiplies_by_frequencies(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a linear layer takes single numbers, as that of a learned Fourier embedding does."""
+    value = value_of(node)
+    return operator_name(user) in _LINEAR and value.dim() > 0 and value.shape[-1] == 1
+
+
+_LINEAR = frozenset({"linear", "mm", "addmm"})
 _ELEMENTWISE = frozenset(
     {
         "_to_copy", "to", "expand", "view", "reshape", "unsqueeze", "squeeze", "slice", "select", "flatten", "repeat",
-        "mul", "div", "add", "sub", "rsub", "neg", "einsum", "outer", "cat", "clone", "contiguous", "matmul", "type_as",
-        "log", "log2", "log10", "log1p", "exp", "sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min", "atan",
+        "mul", "div", "add", "sub", "rsub", "neg", "einsum", "outer", "ger", "cat", "clone", "contiguous", "matmul",
+        "type_as", "log", "log2", "log10", "log1p", "exp", "sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min",
+        "atan",
     }
 )  # fmt: skip

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import keyword
 import logging
 import math
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
 from typing import Any, Literal
@@ -22,11 +18,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.comparison import ExampleResult, register_dataclasses
+from lazy_compile.capture.evaluation import comparable_evaluation, first_line, quiet_evaluation
 from lazy_compile.capture.export_mode import ExportAid
+from lazy_compile.capture.refusals import require_capturable
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.value_guards import StateGuards, StateTape, Tape, ValueGuards
 from lazy_compile.errors import CaptureError, LazyCompileError
-from lazy_compile.ir.operators import note_example_sizes, size_text, value_of
+from lazy_compile.ir.operators import is_random, note_example_sizes, size_text, value_of
 from lazy_compile.ir.program import Program, Role, module_state
 
 logger = logging.getLogger("lazy_compile")
@@ -146,26 +145,38 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
        strict one, of which only the batch is dynamic, is tried before that is accepted.
     4. With ``reads_values`` only those rungs are tried that read values: then no size depends on a value.
     5. A decision by a value that depends on inputs and weights ends the search: it could not be checked beforehand.
+    6. The model is called on the example before, and the graph behind: a graph that returns something else is none.
+       On the meta device, where there is nothing to compare, ``attempts`` says so.
+    7. Whatever comes of it, the model is left as it was.
 
     Raises:
-        CaptureError: every rung failed; the message names the decisive reason. Or the weights are sharded.
+        CaptureError: every rung failed; the message names the decisive reason. Or something moves, packs or replaces
+            the weights while the model runs, or the model fails on the example.
     """
-    _require_whole_weights(model)
-    attempts: list[str] = []
-    for rung in [rung for rung in LADDER if rung.reads_values or not reads_values]:
-        found = _try_rung(rung, model, layout, tensors, attempts)
-        if found is not None and found.specialised_size and not rung.reads_values and _fixes_rows(found, tensors):
-            attempts.append(f"{found.rung}: a size is fixed by {found.specialised_size}")
-            return _try_rung(WITHOUT_FIXING, model, layout, tensors, attempts) or found
-        if found is not None:
-            return found
-    raise CaptureError(
-        f"{type(model).__name__} could not be captured; {attempts[0].rstrip('.')}. {_advice(model, _CHECK)}"
-    )
+    require_capturable(model)
+    with left_as_it_was(model):
+        expected = ExampleResult.of(model, layout, tensors)
+        attempts = [expected.reason] if expected.reason else []
+        failed = len(attempts)
+        for rung in [rung for rung in LADDER if rung.reads_values or not reads_values]:
+            found = _try_rung(rung, model, layout, tensors, expected, attempts)
+            if found is not None and found.specialised_size and not rung.reads_values and _fixes_rows(found, tensors):
+                attempts.append(f"{found.rung}: a size is fixed by {found.specialised_size}")
+                return _try_rung(WITHOUT_FIXING, model, layout, tensors, expected, attempts) or found
+            if found is not None:
+                return found
+    reason = attempts[failed].rstrip(".")
+    advice = _advice(model, _TRACED if _OTHERWISE in reason else _CHECK)
+    raise CaptureError(f"{type(model).__name__} could not be captured; {reason}. {advice}")
 
 
 def _try_rung(
-    rung: Rung, model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], attempts: list[str]
+    rung: Rung,
+    model: nn.Module,
+    layout: CallLayout,
+    tensors: Sequence[Tensor],
+    expected: ExampleResult,
+    attempts: list[str],
 ) -> Capture | None:
     """What one way of export gives; None if it fails, with the reason added to ``attempts``."""
     doubled = _with_batch_of_two(tensors)
@@ -180,7 +191,7 @@ def _try_rung(
         except LazyCompileError:
             raise
         except Exception as error:
-            attempts.append(f"{label}: {_first_line(error)}")
+            attempts.append(f"{label}: {first_line(error)}")
             if flat.unguardable_read:
                 raise CaptureError(
                     f"{type(model).__name__} could not be captured: it decides by a value that depends on its "
@@ -194,60 +205,43 @@ def _try_rung(
             program, label if values or state.guards else rung.name, tuple(attempts), output_spec,
             values=values, state=state, specialised_size=flat.specialised_size, _guards=_compile_guards(exported),
         )  # fmt: skip
-        if rung.strict and (trouble := _execution_error(found, model, layout, tensors)):
-            attempts.append(f"{label}: {trouble}")
-            continue
         if found.accepts(tensors):
             for fake, tensor in zip(found.fake_tensors, tensors, strict=True):
                 note_example_sizes(fake.shape, tensor.shape)
-            if found.has_open_sizes and not any(tensor.is_meta for tensor in tensors):
-                with quiet_evaluation(model):
-                    _NoteSizes(program.graph_module).run(*program.bind(module_state(model), tensors))
-            return found
+            if not (trouble := _why_not_equal(found, model, tensors, expected)):
+                return found
+            attempts.append(f"{label}: {trouble}")
+            continue
         attempts.append(f"{label}: the graph of a batch of 2 serves no other")
     return None
 
 
-def _execution_error(found: Capture, model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> str:
-    """Why a program cannot be run; empty if it can. Only a strict export needs the question: it reads the model's byte
-    code, and may make something else of what NumPy, or Python, computes there."""
-    if not found.accepts(tensors) or any(tensor.is_meta for tensor in tensors):
+def _why_not_equal(found: Capture, model: nn.Module, tensors: Sequence[Tensor], expected: ExampleResult) -> str:
+    """What a program does otherwise than the model on the example; empty if it does the same."""
+    if expected.reason:
         return ""
-    args, kwargs = layout.rebuild(tensors)
-    with quiet_evaluation(model), left_as_it_was(model):
-        expected = pytree.tree_leaves(model(*args, **kwargs))
+    run = _NoteSizes(found.program.graph_module).run if found.has_open_sizes else found.program.graph_module
+    with comparable_evaluation(model):
         try:
-            seen = found.program.graph_module(*found.program.bind(module_state(model), tensors))
+            seen = run(*found.program.bind(module_state(model), tensors))
         except Exception as error:
-            return _first_line(error)
-    pairs = zip(seen, expected, strict=True)
-    apart = [float((a - b).abs().max()) for a, b in pairs if _is_floating(a) and a.numel()]
-    if max(apart, default=0.0) > 0:
+            return first_line(error)
+    mismatch = expected.mismatch(seen)
+    if mismatch and any(map(is_random, found.program.graph.nodes)):
+        logger.info("%s draws random numbers and is not compared: %s", type(model).__name__, mismatch)
+        return ""
+    if not mismatch and all(tensor.device.type == "cpu" for tensor in tensors):
+        _warn_of_rounding(model, expected.largest_difference(seen))
+    return mismatch
+
+
+def _warn_of_rounding(model: nn.Module, difference: float) -> None:
+    if difference > 0:
         logger.warning(
-            "the captured %s differs from the original by up to %.1e: only strict export could read it, which computes "
-            "what NumPy does in other types",
-            type(model).__name__, max(apart),
+            "the captured %s differs from the original by up to %.1e: some of its operators were traced as others that "
+            "round otherwise",
+            type(model).__name__, difference,
         )  # fmt: skip
-    return ""
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _require_whole_weights(model: nn.Module) -> None:
-    """A graph calls no module, so that the hooks that gather a shard would never run."""
-    for name, parameter in model.named_parameters():
-        if _is_shard(parameter):
-            raise CaptureError(
-                f"the weights of {type(model).__name__} are sharded ({name} is a {type(parameter).__name__}), and a "
-                "lazy model needs them whole; give each process a copy of its own instead of fully_shard"
-            )
-
-
-def _is_shard(parameter: nn.Parameter) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
-    return (module is not None and isinstance(parameter, module.DTensor)) or hasattr(parameter, "_is_flat_param")
 
 
 def _advice(model: nn.Module, usual: str) -> str:
@@ -260,6 +254,11 @@ def _advice(model: nn.Module, usual: str) -> str:
 
 
 _DECIDES = "Move that decision out of forward(), or make it a tensor operation"
+_OTHERWISE = "its graph "
+_TRACED = (
+    "What torch.export reads is not what the model runs: look for a function of torch.jit.script whose source has "
+    "changed, and for values that are kept from earlier calls"
+)
 _CHECK = (
     "Check that the example inputs run through the model, and that forward() does not branch on the values of tensors"
 )
@@ -301,7 +300,7 @@ class FlatModel(nn.Module):
         self.aid.begin(tensors, self.layout.stand_ins(tensors))
         with self.aid:
             result = self.model(*args, **kwargs)
-            _register_dataclasses(result)
+            register_dataclasses(result)
             return self.aid.detached(result)
 
     @property
@@ -317,16 +316,6 @@ class FlatModel(nn.Module):
     @property
     def specialised_size(self) -> str:
         return "" if self.aid is None else self.aid.fixed
-
-
-def _register_dataclasses(result: Any) -> None:
-    """Let torch take apart and rebuild results of these classes, as it does with those of named tuples."""
-    for leaf in pytree.tree_leaves(result):
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            kind = type(leaf)
-            torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
-            _register_dataclasses(result)
-            return
 
 
 def _with_batch_of_two(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
@@ -353,29 +342,3 @@ def _compile_guards(exported: ExportedProgram) -> CodeType | None:
     if not guards:
         return None
     return compile(" and ".join(f"({guard})" for guard in guards), "<shape guards>", "eval")
-
-
-@contextmanager
-def quiet_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without export's chatter; the model's own flags come back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("_export", "export", "fx", "_subclasses.fake_tensor")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for module in training:
-            module.training = False
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"[:300]

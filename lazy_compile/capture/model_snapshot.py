@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 def observe(model: nn.Module) -> tuple[Any, ...]:
@@ -24,6 +25,19 @@ def hooked_modules(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if module._forward_hooks or module._forward_pre_hooks
     ]
+
+
+def dropping_modules(model: nn.Module) -> list[str]:
+    """Paths of the modules that drop values in the mode they are in: dropout layers, and those that hold a share to
+    drop for attention, for recurrent layers or for whole residual branches."""
+    return [name or "the model itself" for name, module in model.named_modules() if module.training and _drops(module)]
+
+
+def _drops(module: nn.Module) -> bool:
+    shares = [value for name, value in vars(module).items() if "drop" in name]
+    if isinstance(module, _DropoutNd):
+        shares.append(module.p)
+    return any(isinstance(share, float) and share > 0 for share in shares)
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -16,9 +16,12 @@ from torch.utils import _pytree as pytree
 from lazy_compile import pipelines
 from lazy_compile.analysis.timestep_input import find_timestep_input, names_the_time
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.ladder import Capture, capture, quiet_evaluation
+from lazy_compile.capture.evaluation import comparable_evaluation
+from lazy_compile.capture.ladder import Capture, capture
 from lazy_compile.capture.lock import CAPTURE_LOCK
-from lazy_compile.capture.model_snapshot import hooked_modules, observe
+from lazy_compile.capture.model_snapshot import dropping_modules, hooked_modules, observe
+from lazy_compile.capture.restored_state import left_as_it_was
+from lazy_compile.capture.restored_tensors import values_left_alone
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import CaptureError, ConfigError, NoBranchError
 from lazy_compile.ir.branch import ResidualBranch
@@ -65,6 +68,7 @@ class GraphCache:
         self._numbers: set[str] = set()
         self._fixed_numbers: set[str] = set()
         self._told: set[str] = set()
+        self._asked_for_dropout = False
         self._mutex = threading.Lock()
         self._signature = inspect.signature(model.forward)
 
@@ -77,6 +81,8 @@ class GraphCache:
             NoBranchError: there is nothing to gate in it.
         """
         args, kwargs = self._bind(args, kwargs)
+        if self.model.training:
+            self._warn_of_dropout()
         call = _Call.of(args, kwargs, self._numbers)
         graph = self._lookup(call)
         if graph is None:
@@ -221,7 +227,7 @@ class GraphCache:
         if not numbers or any(tensor.is_meta for tensor in call.tensors):
             return
         state = [values[name] for values, name in sources_of(self.model, captured.program)]
-        with quiet_evaluation(self.model):
+        with comparable_evaluation(self.model), left_as_it_was(self.model), values_left_alone(self.model):
             seen = _tensors(captured.program.graph_module(*state, *call.tensors))
             expected = _tensors(self.model(*call.args, **call.kwargs))
         if not all(map(_alike, seen, expected)):
@@ -244,6 +250,15 @@ class GraphCache:
                 "captured only; hook the lazy model itself, or restore() the original to record activations",
                 hooked[:3],
             )
+
+    def _warn_of_dropout(self) -> None:
+        if not self._asked_for_dropout and (dropping := dropping_modules(self.model)):
+            logger.warning(
+                "%s is in training mode and drops values (%s), which its graph does not: a lazy model computes as in "
+                "evaluation mode; call eval() on it, or train the original",
+                self._name, ", ".join(dropping[:3]),
+            )  # fmt: skip
+        self._asked_for_dropout = True
 
     def _warn_of_kernels(self, captured: Capture) -> None:
         nodes = captured.program.graph.nodes

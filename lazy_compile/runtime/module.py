@@ -156,7 +156,7 @@ class LazyModule(nn.Module):
             return graph.run(graph.state(), tensors, step)
 
     def capture(self, *args: Any, **kwargs: Any) -> LazyGraph:
-        """Capture now, for calls like this one, without running the model.
+        """Capture now, for calls like this one; no step is counted, and the model is left as it was.
 
         Raises:
             CaptureError: the model cannot be turned into a graph.

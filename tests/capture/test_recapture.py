@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lazy_compile
 from lazy_compile import AlwaysCompute, CacheSchedule, LazyModule, Scheduled
 from lazy_compile.errors import ConfigError
 from support.layers import WIDTH, norm
-from support.small_model import NEVER, SMALL, STEPS, Decides, Wraps, fresh, reused, run, same
+from support.small_model import NEVER, SMALL, STEPS, Decides, Small, Wraps, fresh, reused, run, same
 from support.toy_models import TOLERANCE, TOYS, call, randomize, trajectory
 
 Compiled = Callable[..., LazyModule]
@@ -30,7 +30,7 @@ def test_nothing_is_captured_before_the_first_call() -> None:
 
 
 @pytest.mark.parametrize("kind", [dict, tuple])
-def test_example_inputs_capture_at_once_and_do_not_run_the_model(kind: type) -> None:
+def test_example_inputs_capture_at_once_and_count_no_step(kind: type) -> None:
     arguments = call(SMALL)
     lazy = lazy_compile.transform(SMALL.model(), arguments if kind is dict else kind(arguments.values()))
     assert len(lazy.branches) == 2
@@ -326,3 +326,32 @@ def test_tensors_may_lie_in_memory_as_they_like(compiled: Compiled) -> None:
         assert same(
             run(lazy, [{**arguments, "x": x, "t": time}]), run(lazy.original, [{**arguments, "x": x, "t": time}])
         )
+
+
+# Training mode ----------------------------------------------------------------------------------------------------
+
+
+class Drops(Small):
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(share)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(self.drop(x), t)
+
+
+def test_dropout_that_is_not_done_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    lazy = lazy_compile.transform(randomize(Drops(0.1)).eval(), call(SMALL))
+    run(lazy, [call(SMALL)])
+    assert not caplog.records
+    run(lazy.train(), [call(SMALL), call(SMALL)])
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "Drops is in training mode and drops values (drop), which its graph does not: a lazy model computes as in "
+        "evaluation mode; call eval() on it, or train the original"
+    )
+
+
+def test_training_mode_without_dropout_is_nothing_to_tell(caplog: pytest.LogCaptureFixture) -> None:
+    run(lazy_compile.transform(randomize(Drops(0.0)).train()), [call(SMALL)])
+    assert not caplog.records

@@ -67,6 +67,13 @@ def test_a_sinusoid_behind_a_linear_layer_is_no_embedding_of_time() -> None:
     assert find("v: f32[8]", "    u = linear(v, w)\n    c = sin(u)\n") is None
 
 
+@pytest.mark.parametrize("product", ["linear(a, k)", "linear(a, k, v)", "mm(a, j)", "addmm(v, a, j)"])
+def test_learned_frequencies_are_a_linear_layer_of_single_numbers(product: str) -> None:
+    inputs = "noise: f32[B]\n    k: param f32[8, 1]\n    j: param f32[1, 8]\n    v: param f32[8]"
+    body = f"    a = unsqueeze(noise, 1)\n    f = {product}\n    g = mul.Tensor(f, 6.28)\n    c = cos(g)\n"
+    assert find(inputs, body) == "noise"
+
+
 def test_a_name_that_is_given_is_taken() -> None:
     assert find("strength: f32[B]", SINUSOID.format("guidance"), wanted="strength") == "strength"
 

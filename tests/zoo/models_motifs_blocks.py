@@ -167,6 +167,23 @@ class ExpertsByIndex(nn.Module):
         return torch.zeros_like(z).scatter_add(1, index, made.flatten(1, 2))
 
 
+class ExpertsByDispatch(nn.Module):
+    """The same, by products with zeros and ones instead of an index (EC-DiT, arXiv 2410.02098)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route = nn.Linear(WIDTH, 4)
+        self.up, self.down = nn.Parameter(torch.empty(4, WIDTH, 64)), nn.Parameter(torch.empty(4, 64, WIDTH))
+
+    def forward(self, z: Tensor) -> Tensor:
+        weights, chosen = self.route(z).softmax(dim=-1).transpose(1, 2).topk(8, dim=-1)
+        places = F.one_hot(chosen, z.shape[1]).to(z.dtype)
+        taken = torch.einsum("bekn,bnd->bekd", places, z)
+        hidden = F.gelu(torch.einsum("bekd,edf->bekf", taken, self.up))
+        made = torch.einsum("bekf,efd->bekd", hidden, self.down)
+        return torch.einsum("bekn,bekd->bnd", places * weights[..., None], made)
+
+
 class ExpertsAndShared(nn.Module):
     """One of three small experts by a Gumbel-free argmax, beside one that all tokens use."""
 
@@ -195,6 +212,7 @@ for name, make in {
     "convolutional": ConvMLP,
     "experts-by-mask": ExpertsByMask,
     "experts-by-index": ExpertsByIndex,
+    "experts-by-dispatch": ExpertsByDispatch,
     "experts-and-shared": ExpertsAndShared,
 }.items():
     zoo_model(f"motif-mlp-{name}")(lambda make=make: denoiser(FillBlock(make()), FillBlock(make())))
