@@ -14,7 +14,7 @@ from torch import Tensor
 from lazy_compile.errors import ConfigError
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.policies.gate_table import FORCE, GateRow, GateTable, compute_logit, should_compute
-from lazy_compile.policies.schedule import CacheSchedule
+from lazy_compile.policies.schedule import CacheSchedule, StepTable
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,12 @@ class Policy:
 
     def _decided(self, query: GateQuery) -> Decisions:
         """Those of the step, asked by its first branch."""
-        known: object = query.memory.get(_DECIDED)
-        if not isinstance(known, _Decided) or known.policy is not self or known.step != query.step:
-            decisions = self.decisions(query.step, query.timestep, query.before, query.memory)
-            known = query.memory[_DECIDED] = _Decided(self, query.step, decisions)
-        return known.decisions
+        known = query.memory.get(_DECIDED)
+        if isinstance(known, _Decided) and known.policy is self and known.step == query.step:
+            return known.decisions
+        decisions = self.decisions(query.step, query.timestep, query.before, query.memory)
+        query.memory[_DECIDED] = _Decided(self, query.step, decisions)
+        return decisions
 
     def slopes(self, step: int, timestep: float, before: float | None) -> Sequence[float] | None:
         """For each branch how far linear reuse follows its line: 1 all the way, 0 not at all. None: all the way."""
@@ -126,8 +127,18 @@ class Policy:
         """Whether gates are read, by the :meth:`row` of each step, so that an exported model needs predictors."""
         return False
 
+    @property
+    def gate_table(self) -> GateTable | None:
+        """The gates that are read, for a graph that looks up its row itself; None where no table holds them."""
+        return None
+
     def row(self, timestep: float, before: float | None) -> GateRow | None:
         """The gates of one step, for a host that hands them to an exported model; None if none are read."""
+        return None if self.gate_table is None else self.gate_table.row(timestep, before)
+
+    def step_table(self, branches: int) -> StepTable | None:
+        """All that it decides for a model of so many branches, for a file in which that is fixed; None if it depends on
+        more than the index of the step."""
         return None
 
     @property
@@ -156,13 +167,13 @@ class Policy:
         Raises:
             ConfigError: it holds something else.
         """
-        known = [item.name for item in fields(self) if item.init] if is_dataclass(self) else []
-        if vars(self).keys() - known and not is_dataclass(self):
+        if not is_dataclass(self) and vars(self):
             raise ConfigError(
                 f"a policy of class {type(self).__name__} cannot be written to a file; make it a dataclass, or define "
                 "to_dict() and from_dict() in it"
             )
-        held = {name: getattr(self, name) for name in known}
+        names = {item.name for item in fields(self) if item.init} if is_dataclass(self) else set[str]()
+        held = {name: getattr(self, name) for name in sorted(names)}
         tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
         return {name: value for name, value in held.items() if name not in tensors}, tensors
 
@@ -176,6 +187,11 @@ class Policy:
             return cls(**values, **tensors)
         except TypeError as error:
             raise ConfigError(f"{cls.__name__} cannot be made of {', '.join([*values, *tensors])} ({error})") from error
+
+
+def spread(decisions: Decisions, branches: int) -> list[bool | None]:
+    """One for each branch."""
+    return [decisions] * branches if decisions is None or isinstance(decisions, bool) else list(decisions)
 
 
 @dataclass(frozen=True)
@@ -194,6 +210,9 @@ class AlwaysCompute(Policy, kind="always_compute"):
     def decisions(self, step: int, timestep: float, before: float | None, memory: dict[str, object]) -> bool:
         return True
 
+    def step_table(self, branches: int) -> StepTable:
+        return StepTable(CacheSchedule.always_compute(1, branches), repeats_from=0)
+
     def describe(self) -> str:
         return "every branch computes at every call"
 
@@ -208,6 +227,9 @@ class Scheduled(Policy, kind="scheduled"):
         self, step: int, timestep: float, before: float | None, memory: dict[str, object]
     ) -> bool | Sequence[bool]:
         return True if step >= self.schedule.steps else self.schedule.should_compute[step].tolist()
+
+    def step_table(self, branches: int) -> StepTable:
+        return StepTable(self.schedule)
 
     @property
     def steps(self) -> int:
@@ -317,10 +339,10 @@ class Learned(Policy, kind="learned"):
             "calibrate with the sampler and the number of steps that you sample with, or with several of them"
         )
 
-    def row(self, timestep: float, before: float | None) -> GateRow:
-        """The gates of one step with the shift, for a host that hands them to an exported model."""
-        row = self.table.row(timestep, before)
-        return GateRow(row.weight, row.bias + self.shift)
+    @property
+    def gate_table(self) -> GateTable:
+        """With the shift."""
+        return self.table.shifted(self.shift) if self.shift else self.table
 
     def check(self, branches: Sequence[ResidualBranch]) -> None:
         features = tuple(branch.gate_features for branch in branches)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
+
 from lazy_compile.errors import ConfigError
 from lazy_compile.policies.policy import Policy, Scheduled
-from lazy_compile.policies.schedule import CacheSchedule
+from lazy_compile.policies.schedule import CacheSchedule, StepTable
 
 Preset = Literal["quality", "balanced", "fast"]
 PolicyLike = Policy | CacheSchedule | Preset
@@ -43,10 +45,14 @@ class EveryNth(Policy, kind="every_nth"):
     def decisions(self, step: int, timestep: float, before: float | None, memory: dict[str, object]) -> bool:
         return step < self.warmup or (step - self.warmup + 1) % self.interval == 0
 
+    def step_table(self, branches: int) -> StepTable:
+        computes = [bool(self.decisions(step, 0.0, None, {})) for step in range(self.warmup + self.interval)]
+        return StepTable(CacheSchedule(np.repeat(np.array(computes)[:, None], branches, axis=1)), self.warmup)
+
     def describe(self) -> str:
         return (
-            f"the first {self.warmup} calls of a trajectory compute, then one call in {self.interval}; the others reuse "
-            "all branches"
+            f"the first {self.warmup} calls of a trajectory compute, then one call in {self.interval}; the others "
+            "reuse all branches"
         )
 
 
