@@ -242,10 +242,16 @@ def set_policy(**values: Any) -> Edit:
         (lambda v: v["config"].update(warmup_steps=0), "warmup_steps is 0; at least 1 step must compute"),
         (lambda v: v["config"].update(reuse="twice"), "config.reuse is 'twice', expected Literal['last', 'linear']"),
         (lambda v: v["config"].pop("reuse"), "lacks 'config.reuse'"),
-        (set_policy(kind="oracle"), "names the policy 'oracle'; expected one of always_compute, scheduled, learned, every"),
+        (
+            set_policy(kind="oracle"),
+            "names the policy 'oracle'; expected one of always_compute, scheduled, learned, every",
+        ),
         (set_policy(), "names the policy None"),
         (set_policy(kind="scheduled"), "lacks 'policy.should_compute'"),
-        (set_policy(kind="scheduled", should_compute=[[1, 1]], slopes=None), "the schedule has 2 branches, the model has 4"),
+        (
+            set_policy(kind="scheduled", should_compute=[[1, 1]], slopes=None),
+            "the schedule has 2 branches, the model has 4",
+        ),
         (set_policy(kind="scheduled", should_compute=[["yes"] * 4], slopes=None), "is not a table of 0 and 1"),
         (
             set_policy(kind="scheduled", should_compute=[[0] * 4], slopes=None),
