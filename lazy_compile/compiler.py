@@ -11,6 +11,8 @@ from torch import nn
 from lazy_compile.config import LazyConfig, chosen_config
 from lazy_compile.errors import CaptureError, ConfigError
 from lazy_compile.integrations import diffusers_pipeline
+from lazy_compile.policies.policy import Policy
+from lazy_compile.policies.presets import PolicyLike, as_policy
 from lazy_compile.runtime.artifact import read
 from lazy_compile.runtime.module import LazyModule
 
@@ -19,7 +21,12 @@ Example = Mapping[str, Any] | Sequence[Any] | None
 
 @overload
 def transform(
-    model: nn.Module, example_inputs: Example = None, config: LazyConfig | None = None, **options: Any
+    model: nn.Module,
+    example_inputs: Example = None,
+    config: LazyConfig | None = None,
+    *,
+    policy: PolicyLike | None = None,
+    **options: Any,
 ) -> LazyModule: ...
 @overload
 def transform(
@@ -27,6 +34,7 @@ def transform(
     example_inputs: None = None,
     config: LazyConfig | None = None,
     *,
+    policy: PolicyLike | None = None,
     components: Sequence[str] | None = None,
     **options: Any,
 ) -> Any: ...
@@ -35,6 +43,7 @@ def transform(
     example_inputs: Example = None,
     config: LazyConfig | None = None,
     *,
+    policy: PolicyLike | None = None,
     components: Sequence[str] | None = None,
     **options: Any,
 ) -> Any:
@@ -46,20 +55,24 @@ def transform(
         example_inputs: arguments of one call, by name or by position, to capture with now. None captures at the first
             call. Shapes, dtypes and devices matter; values do not.
         config: all options; or give them by name: ``transform(model, reuse="last")``.
+        policy: the rule that decides which branches compute: a :class:`Policy`, a :class:`CacheSchedule`, or the name
+            of a preset, which acts at once for any model: ``"quality"``, ``"balanced"`` or ``"fast"``, see
+            :data:`lazy_compile.policies.presets.PRESETS`. None computes everything until ``policy`` is set.
         components: which models of a pipeline, by name. None takes its transformers and U-Nets.
 
     Raises:
-        ConfigError: the model or an option is not of the expected kind.
+        ConfigError: the model or an option is not of the expected kind, or the policy was made for another model.
         CaptureError: the model cannot be turned into a graph.
         NoBranchError: nothing in it can be gated.
     """
+    chosen = None if policy is None else as_policy(policy)
     if not diffusers_pipeline.is_pipeline(model):
         if components is not None:
             raise ConfigError(f"components names models of a pipeline; seen {type(model).__name__}, which is none")
-        return _transform_model(model, example_inputs, chosen_config(config, options))
+        return _transform_model(model, example_inputs, chosen_config(config, options), chosen)
     if example_inputs is not None:
         raise ConfigError("a pipeline needs no example_inputs: its denoisers capture at their first call; leave it out")
-    return diffusers_pipeline.transform_pipeline(model, chosen_config(config, options), components)
+    return diffusers_pipeline.transform_pipeline(model, chosen_config(config, options), components, chosen)
 
 
 def load(directory: str | Path, model: Any, example_inputs: Example = None) -> Any:
@@ -90,13 +103,17 @@ def restore(lazy: Any) -> Any:
     return lazy.release()
 
 
-def _transform_model(model: nn.Module, example_inputs: Example, config: LazyConfig) -> LazyModule:
+def _transform_model(
+    model: nn.Module, example_inputs: Example, config: LazyConfig, policy: Policy | None = None
+) -> LazyModule:
     if isinstance(model, LazyModule):
         raise ConfigError("this model is lazy already; use restore() to get the original back")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"transform() takes a torch.nn.Module or a diffusers pipeline; seen {type(model).__name__}")
     _refuse_quantisers(model)
     lazy = LazyModule(model, config)
+    if policy is not None:
+        lazy.policy = policy
     _capture_example(lazy, example_inputs)
     return lazy
 

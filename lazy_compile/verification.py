@@ -90,7 +90,7 @@ def compare(
         schedule = schedule.tied(lazy.graph.leaders(lazy.lazy_config.group))
         checks += _follows_a_schedule(lazy, sample, schedule, seed)
         policies: list[Policy] = [Scheduled(schedule)]
-        if type(policy) is not AlwaysCompute:
+        if policy != AlwaysCompute():
             checks.append(_stays_finite(lazy, sample, policy, seed))
             policies.append(policy)
         if onnx is not None:

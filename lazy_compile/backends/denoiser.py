@@ -14,14 +14,15 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lazy_compile.backends.onnx.metadata import OnnxMetadata
 from lazy_compile.backends.runner import Force, Mask, Runner, Stream
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ConfigError
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.policies.gate_table import GateRow
-from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
+from lazy_compile.policies.policy import GATES, AlwaysCompute, Policy, spread
+from lazy_compile.policies.presets import PolicyLike, as_policy
+from lazy_compile.runtime.cache import CacheState
 from lazy_compile.runtime.fingerprint import Latents, samples_of
 from lazy_compile.runtime.model_call import groups_of
 from lazy_compile.runtime.stats import LazyStats
@@ -58,17 +59,18 @@ class EngineDenoiser:
 
     Args:
         runner: the exported model.
-        policy: ``AlwaysCompute()``, ``Scheduled(schedule)`` or ``Learned(table)``. A model that does not decide itself
-            takes ``Learned(table, delayed=True)``, and only if it was exported with predictors. None takes the one that
-            the runner's model carries with it, if any.
+        policy: what knows its decisions before a step, such as ``Scheduled(schedule)``, a schedule or the name of a
+            preset; or ``Learned(table)``. A model that does not decide itself takes ``Learned(table, delayed=True)``,
+            and only if it was exported with predictors. None takes the one that the model's file carries.
         config: ``warmup_steps`` and ``max_reuse_age`` are taken from it; the rest was fixed by the export. None takes
             those that the model was exported with.
 
     Raises:
         ConfigError: the policy was made for another model, or asks what is not known before a step.
+        ArtifactError: the policy of the file is of a kind that is not defined in this process.
     """
 
-    def __init__(self, runner: Runner, policy: Policy | None = None, config: LazyConfig | None = None) -> None:
+    def __init__(self, runner: Runner, policy: PolicyLike | None = None, config: LazyConfig | None = None) -> None:
         self.runner = runner
         self.config = config or LazyConfig(
             warmup_steps=runner.metadata.warmup_steps, max_reuse_age=runner.metadata.max_reuse_age
@@ -78,7 +80,7 @@ class EngineDenoiser:
         self._counting = threading.RLock()
         self._policy_number = 0
         self._told: set[str] = set()
-        self.policy = policy or runner.policy or AlwaysCompute()
+        self.policy = self._own_policy() if policy is None else policy
 
     @property
     def branches(self) -> tuple[ResidualBranch, ...]:
@@ -89,18 +91,25 @@ class EngineDenoiser:
         return self._policy
 
     @policy.setter
-    def policy(self, policy: Policy) -> None:
-        if not isinstance(policy, AlwaysCompute | Scheduled | Learned):
-            raise ConfigError(
-                f"policy is {policy!r}; an exported model follows AlwaysCompute(), Scheduled(...) or Learned(...)"
-            )
+    def policy(self, given: PolicyLike) -> None:
+        policy = as_policy(given)
         policy.check(self.branches)
-        if isinstance(policy, Learned):
-            _check_gating(policy, self.runner.metadata)
+        if reason := self.runner.metadata.refusal(policy):
+            raise ConfigError(reason)
         self._policy = policy
         self._policy_number += 1
+        logger.info("exported %s: %s", self.runner.metadata.model, policy.describe())
         self.reset()
         self.reset_stats()
+
+    def _own_policy(self) -> Policy:
+        """What the file says."""
+        if self.runner.policy is None:
+            logger.warning(
+                "the exported %s carries no policy, as files of earlier releases do not: every branch computes; give "
+                "one, or export it again", self.runner.metadata.model,
+            )  # fmt: skip
+        return self.runner.policy or AlwaysCompute()
 
     @property
     def stats(self) -> LazyStats:
@@ -166,7 +175,7 @@ class EngineDenoiser:
         if (mismatch_reason := self._policy.mismatch_reason(step, now, before)) and mismatch_reason not in self._told:
             self._told.add(mismatch_reason)
             logger.warning("%s", mismatch_reason)
-        row, force = self._decide(place, step, now, before)
+        row, force = self._decide(place, state, step, now, before)
         place.stream.skip(max(step - place.last_step - 1, 0))
         slopes = self._policy.slopes(step, now, before)
         outputs = self.runner.run(inputs, row, force, slopes=slopes, stream=place.stream)
@@ -181,19 +190,16 @@ class EngineDenoiser:
         layout, tensors = CallLayout.of(args, kwargs)
         return dict(zip(layout.names, tensors, strict=True))
 
-    def _decide(self, place: _Place, step: int, timestep: float, before: float | None) -> tuple[GateRow | None, Force]:
+    def _decide(
+        self, place: _Place, state: CacheState, step: int, timestep: float, before: float | None
+    ) -> tuple[GateRow | None, Force]:
         policy = self._policy
-        row = policy.row(timestep, before) if isinstance(policy, Learned) else None
-        force: list[bool | None] = [True] * len(self.branches)
-        if step < self.config.warmup_steps or isinstance(policy, AlwaysCompute):
-            return row, force
-        if isinstance(policy, Scheduled):
-            table = policy.schedule.should_compute
-            force = table[step].tolist() if step < len(table) else force
-        elif not policy.delayed:
-            force = [None] * len(self.branches)
-        elif place.logits is not None:
-            force = self.runner.decided_by(None, place.logits).tolist()
+        if policy.reads_gates and policy.known_before_step and place.logits is not None:
+            state.memory[GATES] = self.runner.decided_by(None, place.logits).tolist()
+        row, decided = policy.row(timestep, before), policy.decisions(step, timestep, before, state.memory)
+        if step < self.config.warmup_steps:
+            return row, "compute"
+        force = spread(decided, len(self.branches))
         if self.config.max_reuse_age is not None:
             self._read()
             for index in np.flatnonzero(step - place.computed_at > self.config.max_reuse_age):
@@ -229,20 +235,3 @@ class EngineDenoiser:
             return pytree.treespec_loads(self.runner.metadata.output_spec)
         except (ValueError, NotImplementedError):
             return None
-
-
-def _check_gating(policy: Learned, metadata: OnnxMetadata) -> None:
-    """
-    Raises:
-        ConfigError: the policy knows what to do at another time than the model asks.
-    """
-    if metadata.gating == "predicate" and not policy.delayed:
-        return
-    if metadata.gating == "input" and metadata.predictors and policy.delayed:
-        return
-    kind = f"gating={metadata.gating!r}" + (" and no predictors" if not metadata.predictors else "")
-    raise ConfigError(
-        f"Learned(..., delayed={policy.delayed}) cannot steer a model that was exported with {kind}: export with "
-        "gating='predicate' for Learned(...), with gating='input' and predictors for Learned(..., delayed=True), or "
-        "use Scheduled(...)"
-    )

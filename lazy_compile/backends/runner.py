@@ -131,7 +131,6 @@ class Runner:
         streams: the caches that are alive.
         logits: ``float32[rows, G]`` of the last call; None before it, and where no gate is read.
         fixed: the decisions of the last call, if a host took them; None if the gates did.
-        policy: the rule that the model carries with it; None if it carries none.
     """
 
     sessions: Mapping[Mask, Session]
@@ -139,7 +138,6 @@ class Runner:
     streams: WeakSet[Stream] = field(default_factory=WeakSet, init=False)
     logits: Tensor | None = field(default=None, init=False)
     fixed: Mask | None = field(default=None, init=False)
-    policy: Policy | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._session = next(iter(self.sessions.values()))
@@ -151,6 +149,15 @@ class Runner:
     @property
     def branches(self) -> tuple[ResidualBranch, ...]:
         return self.metadata.branches
+
+    @cached_property
+    def policy(self) -> Policy | None:
+        """The rule that the model carries with it; None if it carries none.
+
+        Raises:
+            ArtifactError: it is of a kind that is not defined in this process.
+        """
+        return self.metadata.read_policy()
 
     @property
     def decisions(self) -> npt.NDArray[np.bool_]:

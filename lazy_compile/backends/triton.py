@@ -72,7 +72,7 @@ def export_triton(
         onnx: what ``export_onnx`` wrote with ``gating="predicate"`` or ``"input"``.
         repository: the folder of all models.
         name: of the model.
-        policy: the rule that decides; None computes everything.
+        policy: the rule that decides; None takes the one that the file carries.
         embed_gates: put the policy into the graph, so that a request brings nothing but what the original takes. Else
             every request brings its row of the gate table, or its decisions.
         backend: ``"tensorrt"`` builds an engine for the GPU at hand, which must be that of the server.
@@ -95,7 +95,7 @@ def export_triton(
     model, metadata = _read(Path(onnx))
     add_start(model)
     if embed_gates:
-        embed_policy(model, metadata, policy or AlwaysCompute())
+        embed_policy(model, metadata, policy or _policy_of(metadata))
     states = _states(model, metadata)
     folder = Path(repository) / name
     file = folder / "1" / "model.onnx"
@@ -139,6 +139,21 @@ def _read(path: Path) -> tuple[Model, OnnxMetadata]:
     # What it says about itself is no longer true of the result.
     del model.metadata_props[KEY]
     return model, metadata
+
+
+def _policy_of(metadata: OnnxMetadata) -> Policy:
+    """What the file says, with the options that no graph knows about.
+
+    Raises:
+        ConfigError: it was exported with such options.
+    """
+    policy = metadata.read_policy() or AlwaysCompute()
+    if policy != AlwaysCompute() and (metadata.warmup_steps > 1 or metadata.max_reuse_age is not None):
+        raise ConfigError(
+            f"the exported {metadata.model} has warmup_steps or max_reuse_age, which no graph knows about; export it "
+            "without them, or give embed_gates=False and let the client decide"
+        )
+    return policy
 
 
 def _states(model: Model, metadata: OnnxMetadata) -> list[tuple[Value, Value]]:

@@ -258,7 +258,7 @@ class _Watching(Scheduled):
 
     read: dict[tuple[int, int], Floats]
 
-    def should_compute(self, query: GateQuery) -> bool:
+    def should_compute(self, query: GateQuery) -> bool | Tensor:
         self.read[query.step, query.branch.index] = pool(query.branch, query.entries).double().numpy()
         return super().should_compute(query)
 

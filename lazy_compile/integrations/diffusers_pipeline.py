@@ -1,8 +1,8 @@
 """diffusers pipelines: their denoisers are replaced in place, and the pipeline runs unchanged.
 
->>> pipe = lazy_compile.transform(pipe)                  # doctest: +SKIP
->>> pipe("a lighthouse", num_inference_steps=20)         # doctest: +SKIP
->>> pipe.transformer.stats.lazy_ratio                    # doctest: +SKIP
+>>> pipe = lazy_compile.transform(pipe, policy="quality")  # doctest: +SKIP
+>>> pipe("a lighthouse", num_inference_steps=20)           # doctest: +SKIP
+>>> pipe.transformer.stats.lazy_ratio                      # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.policies.policy import Policy
 from lazy_compile.runtime.artifact import MANIFEST, read
 from lazy_compile.runtime.module import LazyModule
 
@@ -81,13 +82,16 @@ _PIPELINE = "diffusers.pipelines.pipeline_utils.DiffusionPipeline"
 _DENOISERS = ("transformer", "unet")
 
 
-def transform_pipeline(pipe: Any, config: LazyConfig, components: Sequence[str] | None = None) -> Any:
+def transform_pipeline(
+    pipe: Any, config: LazyConfig, components: Sequence[str] | None = None, policy: Policy | None = None
+) -> Any:
     """Replace the denoisers of a pipeline by lazy ones; each captures at its first call. Returns the pipeline.
 
     Args:
         pipe: a diffusers pipeline.
         config: options of all its denoisers.
         components: which ones, by name. None takes those that diffusers names ``transformer...`` and ``unet...``.
+        policy: the rule that each of them follows; None computes everything.
 
     Raises:
         ConfigError: there is no such component, it is lazy already, or its weights are offloaded by layers.
@@ -105,7 +109,10 @@ def transform_pipeline(pipe: Any, config: LazyConfig, components: Sequence[str] 
         require_resting_weights(modules[name])
     with _models_exchanged(pipe):
         for name in chosen:
-            setattr(pipe, name, LazyDenoiser(modules[name], config))
+            lazy = LazyDenoiser(modules[name], config)
+            if policy is not None:
+                lazy.policy = policy
+            setattr(pipe, name, lazy)
     return pipe
 
 
@@ -171,8 +178,7 @@ def load_pipeline(directory: str | Path, pipe: Any) -> Any:
     for name, artifact in artifacts.items():
         artifact.check_model(pipe.components[name])
     for name, artifact in artifacts.items():
-        transform_pipeline(pipe, artifact.config, [name])
-        getattr(pipe, name).policy = artifact.policy
+        transform_pipeline(pipe, artifact.config, [name], artifact.policy)
     return pipe
 
 

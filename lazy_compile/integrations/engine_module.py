@@ -24,6 +24,7 @@ from lazy_compile.backends.runner import Runner
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ArtifactError, BackendError
 from lazy_compile.policies.policy import Policy
+from lazy_compile.policies.presets import PolicyLike
 from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.module import LazyModule
 from lazy_compile.runtime.stats import LazyStats
@@ -51,7 +52,7 @@ class EngineModule(nn.Module):
         source: str | Path | Runner,
         *,
         like: nn.Module,
-        policy: Policy | None = None,
+        policy: PolicyLike | None = None,
         config: LazyConfig | None = None,
     ) -> None:
         original = like.original if isinstance(like, LazyModule) else like
@@ -88,7 +89,7 @@ class EngineModule(nn.Module):
         return self.denoiser.policy
 
     @policy.setter
-    def policy(self, policy: Policy) -> None:
+    def policy(self, policy: PolicyLike) -> None:
         self.denoiser.policy = policy
 
     @property

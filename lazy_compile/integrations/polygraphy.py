@@ -22,10 +22,9 @@ from polygraphy.tools.args.base import BaseRunnerArgs
 from polygraphy.tools.script import make_invocable
 
 from lazy_compile.backends.open import open_runner
-from lazy_compile.backends.runner import Force
 from lazy_compile.errors import ConfigError
-from lazy_compile.policies.gate_table import GateRow
-from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
+from lazy_compile.policies.policy import GATES, AlwaysCompute, Policy, spread
+from lazy_compile.policies.presets import EveryNth
 from lazy_compile.runtime import artifact
 
 
@@ -35,19 +34,27 @@ class LazyRunner(BaseRunner):  # type: ignore[misc]
     Args:
         path: an ``.onnx`` or ``.ort`` file, or an engine.
         every: compute at every so-maniest iteration, reuse in between.
-        gates: a folder that ``plan`` or ``calibrate`` wrote, to decide instead.
+        gates: a folder that ``plan`` or ``calibrate`` wrote, to decide instead. Without either the file's own policy is
+            followed.
     """
 
     def __init__(self, path: str, every: int | None = None, gates: str | None = None, name: str | None = None) -> None:
         super().__init__(name=name, prefix="lazy-runner")
         if every is not None and (gates is not None or every < 1):
             raise ConfigError(f"--lazy-every is {every}, a number from 1 on, or --lazy-gates decides; give one of them")
-        self._path, self._every = path, every or 1
-        self._policy: Policy = AlwaysCompute() if gates is None else artifact.read(gates).policy
+        self._path = path
+        self._given: Policy | None = None if every is None else EveryNth(1, every)
+        if gates is not None:
+            self._given = artifact.read(gates).policy
 
     def activate_impl(self) -> None:
         self.runner = open_runner(Path(self._path))
+        self._policy = self._given or self.runner.policy or AlwaysCompute()
         self._policy.check(self.runner.branches)
+        if reason := self.runner.metadata.refusal(self._policy):
+            raise ConfigError(reason)
+        G_LOGGER.info(f"{self.name} | {self._policy.describe()}")
+        self.memory: dict[str, object] = {}
         self.step = self.reused = 0
         self.before: float | None = None
 
@@ -61,13 +68,18 @@ class LazyRunner(BaseRunner):  # type: ignore[misc]
         time_input = self.runner.metadata.timestep_input
         tensors = {name: torch.as_tensor(value) for name, value in feed_dict.items()}
         timestep = float(self.step) if time_input is None else float(tensors[time_input].max())
-        row, force = self._decide(timestep)
+        row = self._policy.row(timestep, self.before)
+        decided = self._policy.decisions(self.step, timestep, self.before, self.memory)
+        force = spread(decided, len(self.runner.branches))
         slopes = self._policy.slopes(self.step, timestep, self.before)
         start = time.perf_counter()
         outputs = self.runner.run(tensors, row, force, slopes=slopes)
         self.inference_time = time.perf_counter() - start
         self.step, self.before = self.step + 1, timestep
-        self.reused += int((~self.runner.decisions).sum())
+        decisions = self.runner.decisions
+        self.reused += int((~decisions).sum())
+        if self._policy.reads_gates and self._policy.known_before_step:
+            self.memory[GATES] = self.runner.decided_by(None, self.runner.logits).tolist()
         names = [name for name in self.runner.metadata.outputs if name is not None]
         return OrderedDict((name, output.cpu().numpy()) for name, output in zip(names, outputs, strict=True))
 
@@ -75,15 +87,6 @@ class LazyRunner(BaseRunner):  # type: ignore[misc]
         asked = self.step * len(self.runner.branches)
         G_LOGGER.info(f"{self.name} | lazy ratio {self.reused / max(asked, 1):.3f} of {asked} branch evaluations")
         del self.runner
-
-    def _decide(self, timestep: float) -> tuple[GateRow | None, Force | None]:
-        policy = self._policy
-        if isinstance(policy, Learned):
-            return policy.row(timestep, self.before), None
-        if isinstance(policy, Scheduled):
-            table = policy.schedule.should_compute
-            return None, table[self.step].tolist() if self.step < len(table) else "compute"
-        return None, "reuse" if self.step % self._every else "compute"
 
 
 class LazyRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lazy_compile.errors import ConfigError
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.policies.gate_table import FORCE, GateRow, GateTable, compute_logit, should_compute
-from lazy_compile.policies.schedule import CacheSchedule
+from lazy_compile.policies.schedule import CacheSchedule, StepTable
 
 
 @dataclass(frozen=True)
@@ -37,55 +38,223 @@ class GateQuery:
     memory: dict[str, object]
 
 
-class Policy(ABC):
+Decisions = bool | Sequence[bool | None] | None
+"""What a host knows before a step: True computes, False reuses. One value for all branches, or one for each, in which
+None leaves a branch to its gate; None alone: nothing is known before the step."""
+
+GATES = "gates"
+"""Where a host that reads gates keeps in ``memory`` what they said at the step before: ``list[bool]``, one a branch."""
+
+_DECIDED = "decided"
+
+
+class Policy:
     """Decides; the runtime still computes where nothing is cached, in the warm-up, and at ``max_reuse_age``.
 
+    A subclass overrides :meth:`decisions` if it knows before a step what the branches do, and can then be followed by
+    exported models too; or :meth:`should_compute` if it looks at the activations, and then runs in PyTorch.
+
+    Files name a class by its ``kind``: ``class Mine(Policy, kind="mine")``; without one it is ``module:Class``. What a
+    file names is found among the classes that are defined, and nothing is ever imported for it.
+
     Attributes:
-        reads_entries: whether decisions depend on a branch's inputs, and so on how wide these are.
+        kind: how files name this class.
+        per_branch: whether the policy belongs to the branches that it was made for, so that a call of the model with
+            other branches computes those. False if it treats all branches alike, whatever their number.
     """
 
-    reads_entries: ClassVar[bool] = True
+    kind: ClassVar[str] = ""
+    per_branch: ClassVar[bool] = True
+    kinds: ClassVar[dict[str, type[Policy]]] = {}
 
-    @abstractmethod
+    def __init_subclass__(cls, kind: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.kind = kind or f"{cls.__module__}:{cls.__qualname__}"
+        Policy.kinds[cls.kind] = cls
+
+    # What it decides ----------------------------------------------------------------------------------------------
+
     def should_compute(self, query: GateQuery) -> bool | Tensor:
-        """True or False for the whole call, or ``bool[B]`` with one decision per row."""
+        """True or False for the whole call, or ``bool[B]`` with one decision per row.
 
-    def observe(self, query: GateQuery) -> None:  # noqa: B027, few rules look back
+        Raises:
+            ConfigError: the class defines neither this nor :meth:`decisions`.
+        """
+        decided = self._decided(query)
+        answer = decided if decided is None or isinstance(decided, bool) else decided[query.branch.index]
+        if answer is None:
+            raise ConfigError(f"{type(self).__name__} decides nothing; define should_compute() or decisions() in it")
+        return answer
+
+    def observe(self, query: GateQuery) -> None:
         """What is asked where there is no choice: nothing is cached yet, or the model warms up."""
+        if self.known_before_step:
+            self._decided(query)
+
+    def decisions(self, step: int, timestep: float, before: float | None, memory: dict[str, object]) -> Decisions:
+        """What is known before a step; asked once at every step of a trajectory, those of the warm-up included.
+
+        Args:
+            step: index of the sampler step in this trajectory, from 0.
+            timestep: the model's time input, or the step index where the model has none.
+            before: that of the step before; None at the first.
+            memory: a dictionary of this stream, emptied at every new trajectory, for rules that accumulate.
+        """
+        return None
+
+    def _decided(self, query: GateQuery) -> Decisions:
+        """Those of the step, asked by its first branch."""
+        known = query.memory.get(_DECIDED)
+        if isinstance(known, _Decided) and known.policy is self and known.step == query.step:
+            return known.decisions
+        decisions = self.decisions(query.step, query.timestep, query.before, query.memory)
+        query.memory[_DECIDED] = _Decided(self, query.step, decisions)
+        return decisions
 
     def slopes(self, step: int, timestep: float, before: float | None) -> Sequence[float] | None:
         """For each branch how far linear reuse follows its line: 1 all the way, 0 not at all. None: all the way."""
+        return None
+
+    # What others must know ----------------------------------------------------------------------------------------
+
+    @property
+    def known_before_step(self) -> bool:
+        """Whether :meth:`decisions` knows before a step what every branch does."""
+        return type(self).decisions is not Policy.decisions
+
+    @property
+    def reads_gates(self) -> bool:
+        """Whether gates are read, by the :meth:`row` of each step, so that an exported model needs predictors."""
+        return False
+
+    @property
+    def gate_table(self) -> GateTable | None:
+        """The gates that are read, for a graph that looks up its row itself; None where no table holds them."""
+        return None
+
+    def row(self, timestep: float, before: float | None) -> GateRow | None:
+        """The gates of one step, for a host that hands them to an exported model; None if none are read."""
+        return None if self.gate_table is None else self.gate_table.row(timestep, before)
+
+    def step_table(self, branches: int) -> StepTable | None:
+        """All that it decides for a model of so many branches, for a file in which that is fixed; None if it depends on
+        more than the index of the step."""
+        return None
+
+    @property
+    def steps(self) -> int | None:
+        """How many calls of one trajectory this policy was made for; None if any number will do."""
         return None
 
     def mismatch_reason(self, step: int, timestep: float, before: float | None) -> str:
         """Why this policy was not made for a trajectory that has such a step, in words; empty if it may have been."""
         return ""
 
-    def check(self, branches: Sequence[ResidualBranch]) -> None:  # noqa: B027, not every policy belongs to a model
+    def check(self, branches: Sequence[ResidualBranch]) -> None:
         """Raise :class:`ConfigError` if this policy was made for another model."""
 
+    def describe(self) -> str:
+        """What it does, on one line."""
+        return type(self).__name__
+
+    # How it is written down ---------------------------------------------------------------------------------------
+
+    def to_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What :meth:`from_dict` makes this policy of again: values that JSON can hold, and tensors.
+
+        A dataclass has nothing to define: its fields are written.
+
+        Raises:
+            ConfigError: it holds something else.
+        """
+        if not is_dataclass(self) and vars(self):
+            raise ConfigError(
+                f"a policy of class {type(self).__name__} cannot be written to a file; make it a dataclass, or define "
+                "to_dict() and from_dict() in it"
+            )
+        names = {item.name for item in fields(self) if item.init} if is_dataclass(self) else set[str]()
+        held = {name: getattr(self, name) for name in sorted(names)}
+        tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in held.items() if name not in tensors}, tensors
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """
+        Raises:
+            ConfigError: the values are not those of such a policy.
+        """
+        try:
+            return cls(**values, **tensors)
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__} cannot be made of {', '.join([*values, *tensors])} ({error})") from error
+
+
+def spread(decisions: Decisions, branches: int) -> list[bool | None]:
+    """One for each branch."""
+    return [decisions] * branches if decisions is None or isinstance(decisions, bool) else list(decisions)
+
 
 @dataclass(frozen=True)
-class AlwaysCompute(Policy):
+class _Decided:
+    policy: Policy
+    step: int
+    decisions: Decisions
+
+
+@dataclass(frozen=True)
+class AlwaysCompute(Policy, kind="always_compute"):
     """Never reuses: the transformed model equals the original bit for bit."""
 
-    reads_entries: ClassVar[bool] = False
+    per_branch = False
 
-    def should_compute(self, query: GateQuery) -> bool:
+    def decisions(self, step: int, timestep: float, before: float | None, memory: dict[str, object]) -> bool:
         return True
+
+    def step_table(self, branches: int) -> StepTable:
+        return StepTable(CacheSchedule.always_compute(1, branches), repeats_from=0)
+
+    def describe(self) -> str:
+        return "every branch computes at every call"
 
 
 @dataclass(frozen=True)
-class Scheduled(Policy):
+class Scheduled(Policy, kind="scheduled"):
     """Follows a :class:`CacheSchedule` by step index; steps beyond its end compute."""
 
-    reads_entries: ClassVar[bool] = False
     schedule: CacheSchedule
 
-    def should_compute(self, query: GateQuery) -> bool:
-        if query.step >= self.schedule.steps:
-            return True
-        return bool(self.schedule.should_compute[query.step, query.branch.index])
+    def decisions(
+        self, step: int, timestep: float, before: float | None, memory: dict[str, object]
+    ) -> bool | Sequence[bool]:
+        return True if step >= self.schedule.steps else self.schedule.should_compute[step].tolist()
+
+    def step_table(self, branches: int) -> StepTable:
+        return StepTable(self.schedule)
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+    def describe(self) -> str:
+        return f"a schedule of {self.schedule.steps} steps that reuses {self.schedule.lazy_ratio:.0%} of the branches"
+
+    def to_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        written = self.schedule.to_json()
+        return {"should_compute": written["should_compute"], "slopes": written["slopes"]}, {}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        require_keys(values, {"should_compute": list, "slopes": list | None})
+        rows, slopes = values["should_compute"], values["slopes"]
+        if not all(
+            isinstance(row, list) and len(row) == len(rows[0]) and all(x in (0, 1) for x in row) for row in rows
+        ):
+            raise ConfigError("policy.should_compute is not a table of 0 and 1 with one column per branch")
+        try:
+            table = None if slopes is None else np.array(slopes, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"policy.slopes is not a table of numbers ({error})") from error
+        return cls(CacheSchedule(np.array(rows, dtype=bool), table))
 
     def slopes(self, step: int, timestep: float, before: float | None) -> Sequence[float] | None:
         slopes = self.schedule.slopes
@@ -108,7 +277,7 @@ class Scheduled(Policy):
 
 
 @dataclass(frozen=True)
-class Learned(Policy):
+class Learned(Policy, kind="learned"):
     """Asks the calibrated gates.
 
     Attributes:
@@ -123,6 +292,25 @@ class Learned(Policy):
     _rows: dict[tuple[float, float | None, torch.device], list[tuple[Tensor, Tensor]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    @property
+    def known_before_step(self) -> bool:
+        return self.delayed
+
+    @property
+    def reads_gates(self) -> bool:
+        return True
+
+    @property
+    def steps(self) -> int | None:
+        one_trajectory = self.table.trajectory is None and self.table.interpolation == "nearest"
+        return len(self.table.knots) if one_trajectory else None
+
+    def decisions(self, step: int, timestep: float, before: float | None, memory: dict[str, object]) -> Decisions:
+        if not self.delayed:
+            return None
+        said = memory.get(GATES)
+        return True if said is None else list(said)  # type: ignore[call-overload]
 
     def should_compute(self, query: GateQuery) -> Tensor:
         logit, before = self._logit(query), query.memory.get(_memory_of(query))
@@ -151,10 +339,10 @@ class Learned(Policy):
             "calibrate with the sampler and the number of steps that you sample with, or with several of them"
         )
 
-    def row(self, timestep: float, before: float | None) -> GateRow:
-        """The gates of one step with the shift, for a host that hands them to an exported model."""
-        row = self.table.row(timestep, before)
-        return GateRow(row.weight, row.bias + self.shift)
+    @property
+    def gate_table(self) -> GateTable:
+        """With the shift."""
+        return self.table.shifted(self.shift) if self.shift else self.table
 
     def check(self, branches: Sequence[ResidualBranch]) -> None:
         features = tuple(branch.gate_features for branch in branches)
@@ -164,6 +352,29 @@ class Learned(Policy):
                 f"the model has {len(branches)} with {sum(features)}; calibrate gates for this model"
             )
 
+    def describe(self) -> str:
+        when = "by what they read at the step before" if self.delayed else "by the activations of the step"
+        return f"calibrated gates decide for each branch {when}, with shift {self.shift:g}"
+
+    def to_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values = {
+            "shift": float(self.shift),
+            "delayed": self.delayed,
+            "interpolation": self.table.interpolation,
+            "features": list(self.table.features),
+        }
+        return values, self.table.tensors
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        require_keys(values, {"shift": float, "delayed": bool, "interpolation": str, "features": list})
+        if missing := sorted({"knots", "weight", "bias"} - set(tensors)):
+            raise ConfigError(f"the gates hold no tensor {missing[0]!r}")
+        if unknown := sorted(set(tensors) - {"knots", "weight", "bias", "slope", "trajectory"}):
+            raise ConfigError(f"the gates hold an unknown tensor {unknown[0]!r}")
+        table = GateTable(tuple(values["features"]), **tensors, interpolation=values["interpolation"])
+        return cls(table, values["shift"], values["delayed"])
+
     def _gates(self, timestep: float, before: float | None, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         key = (timestep, before, device)
         gates = self._rows.get(key)
@@ -172,6 +383,19 @@ class Learned(Policy):
                 self._rows.clear()
             gates = self._rows[key] = split_row(self.table.row(timestep, before), self.table.features, device)
         return gates
+
+
+def require_keys(values: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: the values of a policy are not exactly these, each of its type.
+    """
+    for key in sorted(expected.keys() ^ values.keys()):
+        raise ConfigError(f"it {'lacks' if key in expected else 'has an unknown key'} {'policy.' + key!r}")
+    for key, kind in expected.items():
+        if type(values[key]) is not kind and not (isinstance(kind, UnionType) and isinstance(values[key], kind)):
+            name = getattr(kind, "__name__", str(kind))
+            raise ConfigError(f"policy.{key} is {values[key]!r}, expected {name}")
 
 
 def _memory_of(query: GateQuery) -> str:

@@ -16,6 +16,19 @@ from lazy_compile.errors import ArtifactError, ConfigError
 BoolTable = npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class StepTable:
+    """What a policy decides by the index of a step alone, for any number of steps.
+
+    Attributes:
+        schedule: the first steps.
+        repeats_from: the step from which on the rows are repeated without end; None: beyond the end all compute.
+    """
+
+    schedule: CacheSchedule
+    repeats_from: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class CacheSchedule:
     """``should_compute[step, branch]``: True computes, False reuses (as SmoothCache and cache-dit write it).

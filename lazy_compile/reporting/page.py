@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from lazy_compile.errors import ArtifactError
-from lazy_compile.policies.policy import Learned, Scheduled
 from lazy_compile.reporting.figures import LABELS, gate_biases, picture, pixels, quality_against_compute, reuse_maps
 from lazy_compile.runtime.artifact import MANIFEST, read
 from lazy_compile.storage import atomic_path, load_json
@@ -83,14 +82,13 @@ def artifact_page(directory: Path) -> str:
         f"<p class=lead>{html.escape(str(directory))}: {len(names)} branches, "
         f"policy <b>{type(policy).__name__}</b>, captured by {html.escape(artifact.capture)}.</p>"
     ]
-    if isinstance(policy, Learned):
-        table = policy.table.shifted(policy.shift)
+    if (table := policy.gate_table) is not None:
         drawn = picture(gate_biases(table.bias.double().numpy(), table.knots.numpy(), names), "gate biases")
         note = "The bias of each gate over the trajectory, before it reads its input: left is the noisy end."
         parts.append(_section("What the gates lean to", drawn, note))
-    elif isinstance(policy, Scheduled):
-        reuse = (~policy.schedule.should_compute).astype(np.float64)
-        drawn = picture(reuse_maps({f"{policy.schedule.lazy_ratio:.0%} reused": reuse}, names), "schedule")
+    elif (steps := policy.step_table(len(names))) is not None and steps.schedule.lazy_ratio:
+        reuse = (~steps.schedule.should_compute).astype(np.float64)
+        drawn = picture(reuse_maps({f"{steps.schedule.lazy_ratio:.0%} reused": reuse}, names), "schedule")
         parts.append(_section("The schedule", drawn))
     cells = [[name, kind, str(size)] for name, kind, size in artifact.branches]
     parts.append(_section("Branches", _cells(["branch", "kind", "gate features"], cells)))

@@ -13,30 +13,25 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
 from safetensors.torch import save as serialize
 from torch import nn
 
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ArtifactError, ConfigError
-from lazy_compile.ir.branch import ResidualBranch
-from lazy_compile.policies.gate_table import GateTable
-from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
-from lazy_compile.policies.schedule import CacheSchedule
+from lazy_compile.ir.branch import BranchKind, BranchTensor, ResidualBranch
+from lazy_compile.policies.policy import Policy
+from lazy_compile.policies.serialize import from_parts, to_parts
 from lazy_compile.storage import atomic_path, load_json, load_tensors, save_json
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "lazy.json"
+GATES = "gates"
+"""The entry of a policy that names the file of its tensors."""
 
 _TOP = {"format": int, "config": dict, "policy": dict, "model": dict, "branches": list}
 _MODEL = {"fingerprint": str, "capture": str, "attempts": list, "guarded_inputs": list}
 _BRANCH = {"name": str, "kind": str, "gate_features": int}
-_POLICIES: dict[str, dict[str, Any]] = {
-    "always_compute": {"kind": str},
-    "scheduled": {"kind": str, "should_compute": list, "slopes": list | None},
-    "learned": {"kind": str, "shift": float, "delayed": bool, "interpolation": str, "gates": str},
-}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -111,7 +106,7 @@ def write(directory: str | Path, artifact: Artifact) -> None:
     """Write an artifact to a folder; other files in it stay.
 
     Raises:
-        ConfigError: the policy is of a class that is not known here.
+        ConfigError: the policy cannot be written down, see :meth:`~lazy_compile.policies.policy.Policy.to_dict`.
         ArtifactError: the folder cannot be written to.
     """
     folder = Path(directory)
@@ -130,7 +125,7 @@ def write(directory: str | Path, artifact: Artifact) -> None:
         "branches": [dict(zip(_BRANCH, branch, strict=True)) for branch in artifact.branches],
     }
     save_json(folder / MANIFEST, manifest)
-    for file in stale - {folder / str(policy.get("gates"))}:
+    for file in stale - {folder / str(policy.get(GATES))}:
         file.unlink(missing_ok=True)
 
 
@@ -145,7 +140,9 @@ def read(directory: str | Path) -> Artifact:
         raise ArtifactError(f"{folder} holds no {MANIFEST}; expected a folder that calibrate, plan or save() wrote")
     values = load_json(path)
     version = values.get("format") if isinstance(values, dict) else None
-    if version != FORMAT:
+    if version == 3:
+        _from_last_format(values)
+    elif version != FORMAT:
         raise ArtifactError(
             f"{path} has format {version!r}, this release reads {FORMAT}; make it again with this release"
         )
@@ -153,10 +150,12 @@ def read(directory: str | Path) -> Artifact:
     _check(values["model"], _MODEL, path, "model.")
     for position, branch in enumerate(values["branches"]):
         _check(branch, _BRANCH, path, f"branches[{position}].")
+        if branch["kind"] not in {kind.value for kind in BranchKind}:
+            raise ArtifactError(f"{path}: branches[{position}].kind is {branch['kind']!r}; undo the edit")
     branches = tuple(tuple(branch[key] for key in _BRANCH) for branch in values["branches"])
     return Artifact(
         _read_config(values["config"], path),
-        _read_policy(values["policy"], path, [branch[2] for branch in branches]),
+        _read_policy(values["policy"], path, branches),
         values["model"]["fingerprint"],
         values["model"]["capture"],
         tuple(map(str, values["model"]["attempts"])),
@@ -166,29 +165,22 @@ def read(directory: str | Path) -> Artifact:
     )
 
 
+def _from_last_format(values: Any) -> None:
+    """Format 3 left the features of a gate table to the branches."""
+    policy, branches = values.get("policy"), values.get("branches")
+    if isinstance(policy, dict) and policy.get("kind") == "learned" and isinstance(branches, list):
+        policy["features"] = [item.get("gate_features") for item in branches if isinstance(item, dict)]
+
+
 def _write_policy(policy: Policy, folder: Path) -> dict[str, Any]:
-    if type(policy) is AlwaysCompute:
-        return {"kind": "always_compute"}
-    if type(policy) is Scheduled:
-        written = policy.schedule.to_json()
-        return {"kind": "scheduled", "should_compute": written["should_compute"], "slopes": written["slopes"]}
-    if type(policy) is Learned:
-        table = policy.table
-        return {
-            "kind": "learned",
-            "shift": float(policy.shift),
-            "delayed": policy.delayed,
-            "interpolation": table.interpolation,
-            "gates": _write_gates(table.tensors, folder),
-        }
-    raise ConfigError(
-        f"a policy of class {type(policy).__name__} cannot be saved; expected AlwaysCompute, Scheduled or Learned: "
-        "save what it was made from yourself"
-    )
+    values, tensors = to_parts(policy)
+    if GATES in values:
+        raise ConfigError(f"a policy of class {type(policy).__name__} has a value {GATES!r}; name it otherwise")
+    return {**values, GATES: _write_tensors(tensors, folder)} if tensors else values
 
 
-def _write_gates(tensors: Mapping[str, torch.Tensor], folder: Path) -> str:
-    content = serialize({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+def _write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> str:
+    content = serialize(dict(tensors))
     name = f"gates.{_digest(content)}.safetensors"
     with atomic_path(folder / name) as temporary:
         temporary.write_bytes(content)
@@ -199,49 +191,32 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _read_policy(values: dict[str, Any], manifest: Path, features: Sequence[int]) -> Policy:
-    kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in _POLICIES:
-        raise ArtifactError(
-            f"{manifest} names the policy {kind!r}; expected one of {', '.join(_POLICIES)}: undo the edit, or make "
-            "it again"
-        )
-    _check(values, _POLICIES[kind], manifest, "policy.")
+def _read_policy(values: dict[str, Any], manifest: Path, branches: Sequence[tuple[str, str, int]]) -> Policy:
+    values = dict(values)
+    tensors = _read_tensors(values.pop(GATES), manifest) if GATES in values else {}
+    policy = from_parts(values, tensors, str(manifest))
     try:
-        if kind == "scheduled":
-            return Scheduled(_read_schedule(values["should_compute"], values["slopes"], len(features)))
-        if kind == "learned":
-            return Learned(_read_table(values, manifest, features), values["shift"], values["delayed"])
+        policy.check([_stand_in(index, branch) for index, branch in enumerate(branches)])
     except ConfigError as error:
         raise ArtifactError(f"{manifest}: {error}; undo the edit, or make it again") from error
-    return AlwaysCompute()
+    return policy
 
 
-def _read_schedule(rows: list[Any], slopes: list[Any] | None, branches: int) -> CacheSchedule:
-    whole = all(isinstance(row, list) and len(row) == branches and all(x in (0, 1) for x in row) for row in rows)
-    if not whole:
-        raise ConfigError(f"policy.should_compute is not a table of 0 and 1 with {branches} columns, one per branch")
-    try:
-        table = None if slopes is None else np.array(slopes, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"policy.slopes is not a table of numbers ({error})") from error
-    return CacheSchedule(np.array(rows, dtype=bool), table)
-
-
-def _read_table(values: dict[str, Any], manifest: Path, features: Sequence[int]) -> GateTable:
-    path = manifest.parent / Path(values["gates"]).name
+def _read_tensors(name: Any, manifest: Path) -> dict[str, torch.Tensor]:
+    path = manifest.parent / Path(str(name)).name
     tensors, _ = load_tensors(path)
     if path.name != f"gates.{_digest(path.read_bytes())}.safetensors":
         raise ArtifactError(
             f"{path} is not what was saved: its content does not match its name; calibrate again, or restore it"
         )
-    missing = sorted({"knots", "weight", "bias"} - set(tensors))
-    if missing:
-        raise ArtifactError(f"{path} holds no tensor {missing[0]!r}; calibrate again, or restore it from a copy")
-    return GateTable(
-        tuple(features), tensors["knots"], tensors["weight"], tensors["bias"], values["interpolation"],
-        tensors.get("slope"), tensors.get("trajectory"),
-    )  # fmt: skip
+    return tensors
+
+
+def _stand_in(index: int, described: tuple[str, str, int]) -> ResidualBranch:
+    """What is known of a branch before the model is captured."""
+    name, kind, features = described
+    entry = BranchTensor("entry", (features,), "float32", None, 0, 0)
+    return ResidualBranch(index, name, BranchKind(kind), "", 0, (entry,), (), row_separable=True)
 
 
 def _read_config(values: dict[str, Any], manifest: Path) -> LazyConfig:

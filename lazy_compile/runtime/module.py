@@ -18,6 +18,7 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.ir.branch import Refusal, ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls
 from lazy_compile.policies.policy import AlwaysCompute, Policy
+from lazy_compile.policies.presets import PolicyLike, as_policy
 from lazy_compile.runtime.artifact import Artifact, describe, fingerprint, write
 from lazy_compile.runtime.graph_cache import GraphCache
 from lazy_compile.runtime.lazy_graph import LazyGraph as LazyGraph
@@ -122,7 +123,8 @@ class LazyModule(nn.Module):
                 self._store.warn_once(f"{type(self.original).__name__}: {mismatch_reason}")
         leaders = call.graph.leaders(self.lazy_config.group)
         draft = call.caches.draft()
-        step = PolicyStep(self._policy, self.lazy_config, draft, call.groups, self._planned, leaders)
+        planned = self._planned if self._policy.per_branch else None
+        step = PolicyStep(self._policy, self.lazy_config, draft, call.groups, planned, leaders)
         result = call.run(step)
         call.caches.adopt(draft)
         step.record(self._stats_of(call.graph))
@@ -197,17 +199,16 @@ class LazyModule(nn.Module):
 
     @property
     def policy(self) -> Policy:
+        """The rule that decides; a :class:`CacheSchedule` and the name of a preset may be set too, at any time."""
         return self._policy
 
     @policy.setter
-    def policy(self, policy: Policy) -> None:
-        if not isinstance(policy, Policy):
-            raise ConfigError(
-                f"policy is {policy!r}; expected AlwaysCompute(), Scheduled(schedule), Learned(table) or another Policy"
-            )
+    def policy(self, given: PolicyLike) -> None:
+        policy = as_policy(given)
         if self._store.graphs:
             self._planned = {branch.name: branch for branch in self._branches_for(policy)}
         self._policy = policy
+        logger.info("%s: %s", type(self.original).__name__, policy.describe())
         self._warn_of_unknown_branches(self._store.graphs)
         self.reset()
         self.reset_stats()
@@ -375,7 +376,7 @@ class LazyModule(nn.Module):
     def _warn_of_unknown_branches(self, graphs: Iterable[LazyGraph]) -> None:
         for graph in graphs:
             unknown = [branch.name for branch in graph.branches if branch.name not in self._planned]
-            if unknown and not isinstance(self._policy, AlwaysCompute):
+            if unknown and self._policy.per_branch:
                 logger.warning(
                     "calls of %s of one kind have %d branches that the policy was not made for (%s, ...); they compute",
                     type(self.original).__name__, len(unknown), unknown[0],

@@ -158,7 +158,7 @@ class PolicyStep:
         found = self.planned.get(branch.name)
         if found is None or found.kind != branch.kind:
             return None
-        if self.policy.reads_entries and found.gate_features != branch.gate_features:
+        if not self.policy.known_before_step and found.gate_features != branch.gate_features:
             return None
         return found
 

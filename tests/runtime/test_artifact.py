@@ -138,15 +138,34 @@ def test_saving_needs_a_captured_model(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_policy_of_the_users_own_is_not_saved(lazy: LazyModule, tmp_path: Path) -> None:
-    class Coin(Policy):
-        def should_compute(self, query: GateQuery) -> bool:
-            return True
+class Coin(Policy):
+    def __init__(self, side: str) -> None:
+        self.side = side
 
-    lazy.policy = Coin()
-    with pytest.raises(ConfigError, match="class Coin cannot be saved; expected AlwaysCompute, Scheduled or Learned"):
+    def should_compute(self, query: GateQuery) -> bool:
+        return True
+
+
+def test_a_policy_that_does_not_say_how_it_is_written_is_not_saved(lazy: LazyModule, tmp_path: Path) -> None:
+    lazy.policy = Coin("heads")
+    with pytest.raises(ConfigError) as caught:
         lazy.save(tmp_path)
+    assert str(caught.value) == (
+        "a policy of class Coin cannot be written to a file; make it a dataclass, or define to_dict() and from_dict() "
+        "in it"
+    )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gates_of_the_last_format_are_read(saved: Path, lazy: LazyModule) -> None:
+    def to_format_3(values: dict[str, Any]) -> None:
+        values["format"] = 3
+        del values["policy"]["features"]
+
+    edit(saved, to_format_3)
+    policy = read(saved).policy
+    assert isinstance(policy, Learned)
+    assert policy.table.features == gates(lazy).features
 
 
 def test_saving_again_keeps_one_set_of_gates_and_the_users_files(saved: Path, lazy: LazyModule) -> None:
@@ -209,7 +228,7 @@ def set_policy(**values: Any) -> Edit:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda v: v.update(format=99), "has format 99, this release reads 3"),
+        (lambda v: v.update(format=99), "has format 99, this release reads 4"),
         (lambda v: v.pop("format"), "has format None"),
         (lambda v: v.pop("branches"), "lacks 'branches'"),
         (lambda v: v.update(colour="red"), "has an unknown key 'colour'"),
@@ -223,10 +242,16 @@ def set_policy(**values: Any) -> Edit:
         (lambda v: v["config"].update(warmup_steps=0), "warmup_steps is 0; at least 1 step must compute"),
         (lambda v: v["config"].update(reuse="twice"), "config.reuse is 'twice', expected Literal['last', 'linear']"),
         (lambda v: v["config"].pop("reuse"), "lacks 'config.reuse'"),
-        (set_policy(kind="oracle"), "names the policy 'oracle'; expected one of always_compute, scheduled, learned"),
+        (
+            set_policy(kind="oracle"),
+            "names the policy 'oracle'; expected one of always_compute, scheduled, learned, every",
+        ),
         (set_policy(), "names the policy None"),
         (set_policy(kind="scheduled"), "lacks 'policy.should_compute'"),
-        (set_policy(kind="scheduled", should_compute=[[1, 1]], slopes=None), "with 4 columns, one per branch"),
+        (
+            set_policy(kind="scheduled", should_compute=[[1, 1]], slopes=None),
+            "the schedule has 2 branches, the model has 4",
+        ),
         (set_policy(kind="scheduled", should_compute=[["yes"] * 4], slopes=None), "is not a table of 0 and 1"),
         (
             set_policy(kind="scheduled", should_compute=[[0] * 4], slopes=None),
@@ -243,7 +268,14 @@ def set_policy(**values: Any) -> Edit:
         (lambda v: v["policy"].update(interpolation="cubic"), "interpolation is 'cubic'"),
         (lambda v: v["policy"].update(shift="up"), "policy.shift is 'up', expected float"),
         (lambda v: v["policy"].update(gates="gates.0.safetensors"), "gates.0.safetensors"),
-        (lambda v: v["branches"][0].update(gate_features=15), "a gate table for 4 branches"),
+        (lambda v: v["branches"][0].update(gate_features=15), "the gate table is for 4 branches with 64 features"),
+        (lambda v: v["branches"][0].update(kind="head"), "branches[0].kind is 'head'"),
+        (lambda v: v["policy"].update(features=[1]), "a gate table for 1 branches"),
+        (lambda v: v["policy"].pop("gates"), "the gates hold no tensor 'bias'"),
+        (lambda v: v["policy"].update(gates=7), "cannot read"),
+        (set_policy(kind="every_nth", warmup=0, interval=2), "warmup is 0; expected a number of calls"),
+        (set_policy(kind="every_nth", warmup=2), "EveryNth cannot be made of warmup"),
+        (set_policy(kind="always_compute", warmup=2), "AlwaysCompute cannot be made of warmup"),
     ],
 )
 def test_edited_json_is_refused_with_what_was_expected(saved: Path, change: Edit, complaint: str) -> None:

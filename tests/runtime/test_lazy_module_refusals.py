@@ -41,7 +41,8 @@ def test_a_policy_of_the_wrong_type_is_refused(shared: LazyModule) -> None:
         shared.policy = "always"
 
     assert message(ConfigError, assign) == (
-        "policy is 'always'; expected AlwaysCompute(), Scheduled(schedule), Learned(table) or another Policy"
+        "policy is 'always'; expected one of 'quality', 'balanced', 'fast', a CacheSchedule, or a Policy such as "
+        "Scheduled(schedule) or Learned(table)"
     )
 
 

@@ -14,7 +14,8 @@ from lazy_compile.ir.linear_reuse import CLOCK, SLOPE
 from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, decision_name
 from lazy_compile.policies.gate_layout import GateLayout
 from lazy_compile.policies.gate_table import GateRow, GateTable
-from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
+from lazy_compile.policies.policy import Policy
+from lazy_compile.policies.schedule import StepTable
 
 if TYPE_CHECKING:
     from onnx_ir import Model, Value
@@ -101,18 +102,22 @@ def add_start(model: Model) -> None:
 def embed_policy(model: Model, metadata: OnnxMetadata, policy: Policy) -> None:
     """Put the rule that decides into the graph, in place; needs :data:`START`.
 
-    1. ``Learned(table)`` with ``gating="predicate"``: the rows become constants; the timestep input says which one is
-       taken, as :meth:`~lazy_compile.policies.gate_table.GateTable.row` says, and its slopes.
-    2. ``Scheduled`` and ``AlwaysCompute`` with ``gating="input"``: the table and its slopes become constants, read by a
-       slot :data:`STEP` that counts the steps; steps beyond its end compute.
+    1. A policy with a gate table, such as ``Learned(table)``, with ``gating="predicate"``: the rows become constants;
+       the timestep input says which one is taken, as :meth:`~lazy_compile.policies.gate_table.GateTable.row` says, and
+       its slopes.
+    2. One that decides by the index of the step, such as ``Scheduled`` or ``EveryNth``, with ``gating="input"``: its
+       table and slopes become constants, read by a slot :data:`STEP` that counts the steps. Steps beyond the end of
+       the table compute, or follow the rows that it repeats.
 
     Raises:
         ConfigError: the policy and the gating do not go together, or the model has no timestep input.
     """
-    if isinstance(policy, Learned) and not policy.delayed and metadata.gating == "predicate":
-        _embed_table(_Editor(model), metadata, policy)
-    elif isinstance(policy, Scheduled | AlwaysCompute) and metadata.gating == "input" and not metadata.predictors:
-        _embed_schedule(_Editor(model), metadata, policy)
+    policy.check(metadata.branches)
+    gates, steps = policy.gate_table, policy.step_table(len(metadata.branches))
+    if gates is not None and not policy.known_before_step and metadata.gating == "predicate":
+        _embed_gates(_Editor(model), metadata, gates)
+    elif steps is not None and metadata.gating == "input" and not metadata.predictors:
+        _embed_schedule(_Editor(model), metadata, steps)
     else:
         raise ConfigError(
             f"{type(policy).__name__} cannot be put into a model that was exported with gating={metadata.gating!r}: "
@@ -120,19 +125,17 @@ def embed_policy(model: Model, metadata: OnnxMetadata, policy: Policy) -> None:
         )
 
 
-def _embed_schedule(edit: _Editor, metadata: OnnxMetadata, policy: Policy) -> None:
+def _embed_schedule(edit: _Editor, metadata: OnnxMetadata, steps: StepTable) -> None:
     layout = GateLayout.of(metadata.branches, metadata.leaders)
-    table = np.ones((0, len(metadata.branches)), dtype=bool)
-    if isinstance(policy, Scheduled):
-        policy.check(metadata.branches)
-        table = policy.schedule.should_compute
-    rows = np.vstack([table, np.ones((1, len(metadata.branches)), dtype=bool)])[:, list(layout.gates)]
+    schedule = steps.schedule.of(layout.gates)
+    beyond = np.ones((0 if steps.repeats_from is not None else 1, len(layout.gates)))
+    rows = np.vstack([schedule.should_compute, beyond.astype(bool)])
     start = next(value for value in edit.graph.inputs if value.name == START)
     counted = edit.new_input(STEP, "INT64", [1])
-    zero, one, last = edit.whole_numbers(STEP, zero=0, one=1, last=len(rows) - 1)
+    zero, one = edit.whole_numbers(STEP, zero=0, one=1)
     step = edit.add("Where", [start, zero, counted], f"{STEP}.now", "INT64", [1])
     edit.graph.outputs.append(edit.add("Add", [step, one], NEXT_STEP, "INT64", [1]))
-    known = edit.add("Min", [step, last], f"{STEP}.known", "INT64", [1])
+    known = _row_of_step(edit, step, len(rows), steps.repeats_from)
     given = {str(value.name): value for value in edit.graph.inputs}
     for position, branch in enumerate(layout.gates):
         column = edit.constant(rows[:, position], f"{decision_name(branch)}.table")
@@ -141,8 +144,9 @@ def _embed_schedule(edit: _Editor, metadata: OnnxMetadata, policy: Policy) -> No
         decision = edit.add("Reshape", [row, scalar], f"{decision_name(branch)}.now", "BOOL", [])
         _replace_input(edit, given[decision_name(branch)], decision)
     if SLOPE in given:
-        slopes = edit.constant(_slopes(policy, layout, len(rows)), f"{SLOPE}.table")
-        row = edit.add("Gather", [slopes, known], f"{SLOPE}.row", "FLOAT", [1, len(layout.gates)])
+        slopes = np.ones(schedule.should_compute.shape) if schedule.slopes is None else schedule.slopes
+        column = edit.constant(np.vstack([slopes, beyond]).astype(np.float32), f"{SLOPE}.table")
+        row = edit.add("Gather", [column, known], f"{SLOPE}.row", "FLOAT", [1, len(layout.gates)])
         size = edit.constant(np.array([len(layout.gates)]), f"{SLOPE}.shape")
         _replace_input(
             edit, given[SLOPE], edit.add("Reshape", [row, size], f"{SLOPE}.now", "FLOAT", [len(layout.gates)])
@@ -150,33 +154,38 @@ def _embed_schedule(edit: _Editor, metadata: OnnxMetadata, policy: Policy) -> No
     edit.finish()
 
 
-def _slopes(policy: Policy, layout: GateLayout, rows: int) -> Any:
-    """``float32[rows, G]``: how far each branch that decides, and those that it leads, follow their lines."""
-    chosen = [policy.slopes(step, 0.0, None) for step in range(rows)]
-    every = [[1.0] * len(layout.gates) if row is None else [row[gate] for gate in layout.gates] for row in chosen]
-    return np.array(every, dtype=np.float32)
+def _row_of_step(edit: _Editor, step: Value, rows: int, repeats_from: int | None) -> Value:
+    """``int64[1]``: the row of a table for a step that may lie beyond its end: the last, or one of those repeated."""
+    if repeats_from is None:
+        (last,) = edit.whole_numbers(STEP, last=rows - 1)
+        return edit.add("Min", [step, last], f"{STEP}.known", "INT64", [1])
+    first, period = edit.whole_numbers(STEP, first=repeats_from, period=rows - repeats_from)
+    behind = edit.add("Sub", [step, first], f"{STEP}.behind", "INT64", [1])
+    phase = edit.add("Mod", [behind, period], f"{STEP}.phase", "INT64", [1])
+    repeated = edit.add("Add", [phase, first], f"{STEP}.repeated", "INT64", [1])
+    early = edit.add("Less", [step, first], f"{STEP}.early", "BOOL", [1])
+    return edit.add("Where", [early, step, repeated], f"{STEP}.known", "INT64", [1])
 
 
-def _embed_table(edit: _Editor, metadata: OnnxMetadata, policy: Learned) -> None:
-    policy.check(metadata.branches)
+def _embed_gates(edit: _Editor, metadata: OnnxMetadata, gates: GateTable) -> None:
     given = {str(value.name): value for value in edit.graph.inputs}
     timestep = given.get(metadata.timestep_input or "")
     if timestep is None:
         raise ConfigError("this model has no timestep input, by which a row of the gate table could be found")
-    if policy.table.trajectory is not None:
+    if gates.trajectory is not None:
         raise ConfigError("these gates are of several trajectories, a model embeds those of one; calibrate for one")
     layout = GateLayout.of(metadata.branches, metadata.leaders)
-    weight, bias = _rows(policy, layout)
+    weight, bias = _rows(gates, layout)
     rows_of = {GATE_WEIGHT: weight, GATE_BIAS: bias}
     if SLOPE in given:
-        slope = policy.table.slope
+        slope = gates.slope
         rows_of[SLOPE] = np.ones_like(bias) if slope is None else slope[:, list(layout.gates)].float().numpy()
     sizes = list(timestep.shape.numpy()) if timestep.shape is not None else []
     now = edit.add("Cast", [timestep], "timestep.float", "FLOAT", sizes, to=1)
     if sizes:
         axes = edit.constant(np.arange(len(sizes), dtype=np.int64), "timestep.axes")
         now = edit.add("ReduceMax", [now, axes], "timestep.now", "FLOAT", [], keepdims=0)
-    lower, upper, fraction = _locate(edit, now, policy.table)
+    lower, upper, fraction = _locate(edit, now, gates)
     for name, rows in rows_of.items():
         table = edit.constant(rows, f"{name}.table")
         size = [int(rows.shape[1])]
@@ -188,12 +197,9 @@ def _embed_table(edit: _Editor, metadata: OnnxMetadata, policy: Learned) -> None
     edit.finish()
 
 
-def _rows(policy: Learned, layout: GateLayout) -> tuple[Any, Any]:
-    """``float32[K, width]`` and ``float32[K, G]``: of the gates that decide, with the policy's shift."""
-    table = policy.table
-    rows = [
-        layout.row(GateRow(weight, bias + policy.shift)) for weight, bias in zip(table.weight, table.bias, strict=True)
-    ]
+def _rows(gates: GateTable, layout: GateLayout) -> tuple[Any, Any]:
+    """``float32[K, width]`` and ``float32[K, G]``: of the gates that decide."""
+    rows = [layout.row(GateRow(weight, bias)) for weight, bias in zip(gates.weight, gates.bias, strict=True)]
     return torch.stack([row.weight for row in rows]).numpy(), torch.stack([row.bias for row in rows]).numpy()
 
 

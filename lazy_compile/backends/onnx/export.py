@@ -40,7 +40,7 @@ from lazy_compile.errors import BackendError, ConfigError, import_optional
 from lazy_compile.ir.program import Program, Role
 from lazy_compile.ir.state_tensors import initial_value
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
-from lazy_compile.policies.policy import Learned, Scheduled
+from lazy_compile.policies.schedule import StepTable
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.module import LazyGraph, LazyModule
@@ -122,14 +122,16 @@ def export_onnx(
       in and ``compute_logits`` comes out. One file serves every policy: what a step decides is in its row.
     - ``gating="input"``: the host. One ``should_compute_*: bool`` for each gate goes in. Rows and logits are there too
       if the policy is ``Learned``, so that a step can be decided by the logits of the one before.
-    - ``gating="schedule"``: nobody. The policy must be ``Scheduled``; a folder is written with one model for each
-      distinct row of its table, without any ``If``, and one copy of the weights.
+    - ``gating="schedule"``: nobody. The policy must be ``Scheduled``, or decide by the index of the step in another
+      way; a folder is written with one model for each set of decisions, without any ``If``, and one copy of the
+      weights.
 
     With ``invariants`` what they and the weights alone decide (keys and values of a text, its embedder) is written as
     a second model, the prologue: ``m.prologue.onnx`` beside ``m.onnx``, ``prologue.onnx`` in a folder. Its outputs
     ``invariant_0`` and so on are inputs of the first, which no longer takes an input that only the prologue reads.
 
-    :class:`OnnxMetadata` describes all of it inside the file.
+    :class:`OnnxMetadata` describes all of it inside the file, with the policy of the model: a runner and an engine that
+    is built from the file follow it unless they are given another one.
 
     Args:
         lazy: a captured lazy model. ``batch_rule="per_sample"`` is exported as ``"all_reuse"``.
@@ -161,8 +163,7 @@ def export_onnx(
     target = Path(path)
     beside: Path | None = None
     if gating == "schedule":
-        assert isinstance(lazy.policy, Scheduled)
-        masks = ScheduleVariants.of(lazy.policy.schedule.tied(export.leaders), target)
+        masks = ScheduleVariants.of(export.table.schedule.tied(export.leaders), target)
         with SharedWeights(target) as weights:
             for position, (mask, file) in enumerate(masks.files.items()):
                 model = export.make(mask)
@@ -217,6 +218,7 @@ class _Export:
 
     Attributes:
         prologue: what computes the inputs of role INVARIANT, converted; None if there are none.
+        fixed: the decisions of ``gating="schedule"``; None where a step brings them.
     """
 
     lazy: LazyModule
@@ -229,7 +231,13 @@ class _Export:
     rule: BatchRule
     predictors: bool
     opset: int
+    fixed: StepTable | None
     is_simplified: bool = False
+
+    @property
+    def table(self) -> StepTable:
+        assert self.fixed is not None
+        return self.fixed
 
     @classmethod
     def of(
@@ -248,11 +256,6 @@ class _Export:
             raise ConfigError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
         if gating not in get_args(Gating):
             raise ConfigError(f"gating is {gating!r}; expected one of {', '.join(map(repr, get_args(Gating)))}")
-        if gating == "schedule" and not isinstance(lazy.policy, Scheduled):
-            raise ConfigError(
-                f"gating='schedule' fixes a schedule, the model's policy is {type(lazy.policy).__name__}; "
-                "set lazy.policy = Scheduled(...), or take another gating"
-            )
         config = lazy.lazy_config
         check_group(group := config.group if group is None else group)
         import_optional("onnxscript", "onnx")
@@ -269,11 +272,12 @@ class _Export:
                 "file for each that you need",
                 type(lazy.original).__name__, ", ".join(graph.guarded_inputs),
             )  # fmt: skip
+        table = _step_table(lazy, len(graph.branches)) if gating == "schedule" else None
         graph = hoisted_graph(lazy, graph, invariants)
         leaders = graph.leaders(group)
         rule: BatchRule = "all_reuse" if config.batch_rule == "per_sample" else config.batch_rule
         if predictors is None:
-            predictors = isinstance(lazy.policy, Learned)
+            predictors = lazy.policy.reads_gates
         predictors = gating == "predicate" or (gating == "input" and predictors)
         lift = LiftCacheSlots(
             config.reuse, rule, "predicate" if gating == "predicate" else "input", leaders, predictors
@@ -282,7 +286,7 @@ class _Export:
         example = dict(all_inputs(lazy, graph, lifted, tensors))
         hoists = graph.program.prologue is not None
         prologue = make_prologue(lazy.original, graph.program, tensors, opset) if hoists else None
-        return cls(lazy, graph, lifted, prologue, example, gating, leaders, rule, predictors, opset)
+        return cls(lazy, graph, lifted, prologue, example, gating, leaders, rule, predictors, opset, table)
 
     @property
     def hoisted_from(self) -> tuple[str, ...]:
@@ -302,7 +306,8 @@ class _Export:
         name_values(model, inputs, all_outputs(program))
         conditionals = sink_branches(model)
         drop_unread_inputs(model, self.hoisted_from)
-        model.metadata_props[KEY] = self._metadata(program, mask, conditionals).to_json()
+        metadata = self._metadata(program, mask, conditionals).with_policy(self.lazy.policy)
+        model.metadata_props[KEY] = metadata.to_json()
         structure = check_structure(model)
         broken = (*structure.problems[: structure.if_nodes != structure.conditionals], *check_rules(model))
         if broken:
@@ -368,6 +373,20 @@ class _Export:
             return None
         self.is_simplified = True
         return result
+
+
+def _step_table(lazy: LazyModule, branches: int) -> StepTable:
+    """
+    Raises:
+        ConfigError: the policy fixes no reuse by the index of the step.
+    """
+    table = lazy.policy.step_table(branches)
+    if table is None or table.schedule.should_compute.all():
+        raise ConfigError(
+            f"gating='schedule' fixes a schedule, the model's policy is {type(lazy.policy).__name__}; "
+            "set lazy.policy = Scheduled(...), or take another gating"
+        )
+    return table
 
 
 def _dump(spec: pytree.TreeSpec) -> str:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lazy_compile.config import BatchRule, ReuseArm
-from lazy_compile.errors import ArtifactError
+from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.ir.branch import BranchKind, BranchTensor, ResidualBranch
+from lazy_compile.policies.policy import Policy
+from lazy_compile.policies.serialize import from_json, to_json
+
+logger = logging.getLogger("lazy_compile")
 
 KEY = "lazy_compile"
 """The entry of ``ModelProto.metadata_props``; its value is JSON."""
 
-VERSION = 4
+VERSION = 5
+LAST_VERSION = 4
+"""It held no policy."""
+
+MAX_POLICY_BYTES = 256 * 2**20
+"""A file carries no more than this for its policy: gates of a model of 60 blocks and 50 steps take a fifth of it."""
 
 Gating = Literal["predicate", "input", "schedule"]
 
@@ -69,6 +79,8 @@ class OnnxMetadata:
         total_macs: of one dense evaluation.
         warmup_steps: first steps that compute, see :class:`~lazy_compile.config.LazyConfig`; a host sees to it.
         max_reuse_age: reuses in a row after which a branch computes; a host sees to it.
+        policy: the rule that a host follows unless told otherwise, as :mod:`lazy_compile.policies.serialize` writes it;
+            None if the file carries none.
     """
 
     model: str
@@ -92,6 +104,50 @@ class OnnxMetadata:
     total_macs: int
     warmup_steps: int
     max_reuse_age: int | None
+    policy: dict[str, Any] | None = None
+
+    def read_policy(self) -> Policy | None:
+        """
+        Raises:
+            ArtifactError: it is of a kind that is not defined in this process, or damaged.
+        """
+        return None if self.policy is None else from_json(self.policy, f"the exported {self.model}")
+
+    def refusal(self, policy: Policy) -> str:
+        """Why a policy cannot steer this model, in words; empty if it can."""
+        name = type(policy).__name__
+        if not policy.reads_gates:
+            if policy.known_before_step:
+                return ""
+            return (
+                f"{name} decides by the activations in a branch, which exported models do not show; use a policy that "
+                "defines decisions(), such as Scheduled(...)"
+            )
+        delayed = policy.known_before_step
+        if self.gating == "predicate" and not delayed:
+            return ""
+        if self.gating == "input" and self.predictors and delayed:
+            return ""
+        kind = f"gating={self.gating!r}" + (" and no predictors" if not self.predictors else "")
+        return (
+            f"{name}(..., delayed={delayed}) cannot steer a model that was exported with {kind}: export with "
+            "gating='predicate' for Learned(...), with gating='input' and predictors for Learned(..., delayed=True), "
+            "or use Scheduled(...)"
+        )
+
+    def with_policy(self, policy: Policy) -> OnnxMetadata:
+        """The same with a policy to be followed, if this model can follow it and a file can hold it; else a warning
+        says why not, and a host must be given one."""
+        try:
+            reason = self.refusal(policy)
+            written = None if reason else to_json(policy)
+        except ConfigError as error:
+            reason, written = str(error), None
+        if written is not None and (size := len(json.dumps(written))) > MAX_POLICY_BYTES:
+            reason, written = f"it takes {size >> 20} MiB, a file carries {MAX_POLICY_BYTES >> 20} at most", None
+        if written is None:
+            logger.warning("the exported %s carries no policy; give its runner one: %s", self.model, reason)
+        return replace(self, policy=written)
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, default=lambda kind: kind.value)
@@ -106,7 +162,7 @@ class OnnxMetadata:
             raise ArtifactError("this ONNX file was not written by export_onnx: it does not describe its branches")
         try:
             values = json.loads(properties[KEY])
-            if values.pop("version") != VERSION:
+            if values.pop("version") not in (VERSION, LAST_VERSION):
                 raise ValueError(f"its version is not {VERSION}")
             values["branches"] = tuple(_branch(item) for item in values["branches"])
             for name in ("inputs", "invariants"):

@@ -15,6 +15,7 @@ from lazy_compile.backends.onnx.metadata import OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, find_prologue
 from lazy_compile.backends.runner import Runner, TensorSpec
 from lazy_compile.errors import ArtifactError, BackendError, import_optional
+from lazy_compile.policies.policy import Scheduled
 
 
 class OnnxRunner(Runner):
@@ -29,7 +30,8 @@ class OnnxRunner(Runner):
     def __init__(
         self, path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int | None = None
     ) -> None:
-        files = ScheduleVariants.load(path).files if Path(path).is_dir() else {(): Path(path)}
+        masks = ScheduleVariants.load(path) if Path(path).is_dir() else None
+        files = {(): Path(path)} if masks is None else masks.files
         sessions = {mask: OnnxSession(file, providers, threads) for mask, file in files.items()}
         prologue: OnnxFile | None = None
         for mask, file in files.items():
@@ -39,6 +41,8 @@ class OnnxRunner(Runner):
                 prologue = prologue or OnnxFile(beside, providers, threads)
                 check_prologue(beside, prologue.properties.get(PROLOGUE_KEY, ""), file, metadata)
         super().__init__(sessions, prologue)
+        if masks is not None and self.metadata.policy is None:  # of the last release: its manifest holds the schedule
+            self.policy = Scheduled(masks.schedule)
 
 
 class OnnxFile:

@@ -22,10 +22,11 @@ from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.backends.tensorrt.layers import parse_layers
 from lazy_compile.backends.tensorrt.network import configure, parse_network, serialize
-from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, digest, policy_to_json
+from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, digest
 from lazy_compile.backends.tensorrt.source import OnnxSource
-from lazy_compile.errors import ArtifactError, BackendError, import_optional
+from lazy_compile.errors import ArtifactError, BackendError, ConfigError, import_optional
 from lazy_compile.policies.policy import AlwaysCompute, Policy, Scheduled
+from lazy_compile.policies.serialize import to_json
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.storage import atomic_path
 
@@ -43,6 +44,7 @@ class BuildReport:
         structure: where its kernels stand.
         skipped: whether the engine was there already, made from the same file with the same options.
         seconds: how long it took.
+        policy: what its runner follows unless told otherwise, in words.
         prologue: what was built of the prologue; None if there is none.
     """
 
@@ -52,6 +54,7 @@ class BuildReport:
     structure: EngineStructure
     skipped: bool
     seconds: float
+    policy: str = ""
     prologue: BuildReport | None = None
 
 
@@ -72,7 +75,8 @@ def build_engine(
         onnx: what ``export_onnx`` wrote; any other ONNX model is built too.
         engine: where to write. The file appears when it is complete and checked.
         config: all options.
-        policy: the rule that a runner of this engine follows unless told otherwise.
+        policy: the rule that a runner of this engine follows unless told otherwise; None takes the one that the file
+            carries, and without any computes everything.
         on_progress: called as the builder's phases go on.
 
     Raises:
@@ -83,7 +87,7 @@ def build_engine(
     """
     source, target, config = OnnxSource.read(onnx), Path(engine), config or BuildConfig()
     prologue = source.read_prologue()
-    made = _make(source, target, config, policy or AlwaysCompute(), on_progress)
+    made = _make(source, target, config, policy or _policy_of(source), on_progress)
     beside = None if prologue is None else _make_prologue(prologue, source, target, config, on_progress).write()
     return replace(made.write(), prologue=beside)
 
@@ -102,6 +106,7 @@ class _Made:
     sidecar: EngineSidecar
     structure: EngineStructure
     seconds: float
+    policy: str
 
     def write(self) -> BuildReport:
         if self.plan is not None:
@@ -111,7 +116,18 @@ class _Made:
             for problem in self.structure.problems:
                 logger.warning("%s is right but not as lazy as it could be: %s", self.target, problem)
         size, skipped = self.target.stat().st_size, self.plan is None
-        return BuildReport(self.target, self.title, size, self.structure, skipped, self.seconds)
+        return BuildReport(self.target, self.title, size, self.structure, skipped, self.seconds, self.policy)
+
+
+def _policy_of(source: OnnxSource) -> Policy:
+    """What the file says."""
+    policy = None if source.model is None else source.model.read_policy()
+    if source.model is not None and policy is None:
+        logger.warning(
+            "%s carries no policy, as files of earlier releases do not: its engine computes every branch unless its "
+            "runner is given one", source.path,
+        )  # fmt: skip
+    return policy or AlwaysCompute()
 
 
 def _make(source: OnnxSource, target: Path, config: BuildConfig, policy: Policy, on_progress: OnProgress) -> _Made:
@@ -119,9 +135,15 @@ def _make(source: OnnxSource, target: Path, config: BuildConfig, policy: Policy,
     start = time.perf_counter()
     flavor, trt, device = builder_for(config)
     version, title = str(trt.__version__), f"{flavor.title} {trt.__version__}"
+    if not (policy.known_before_step or policy.reads_gates):
+        raise ConfigError(
+            f"an engine cannot follow {type(policy).__name__}, which decides by the activations in a branch; use a "
+            "policy that defines decisions(), such as Scheduled(...)"
+        )
     key = _key(source, config, policy, version, device)
     if (known := _finished(target, key)) is not None:
-        return _Made(target, title, None, known, known.structure(), time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return _Made(target, title, None, known, known.structure(), seconds, policy.describe())
     if source.model is not None:
         policy.check(source.model.branches)
     with record(trt) as messages, tempfile.TemporaryDirectory() as folder:
@@ -134,9 +156,10 @@ def _make(source: OnnxSource, target: Path, config: BuildConfig, policy: Policy,
         _keep_timing_cache(config, settings)
     sidecar = EngineSidecar(
         flavor.name, version, device, key, digest(plan), config.options(), tensors, source.model, source.prologue,
-        policy, source.nodes, structure.layers,
+        to_json(policy), source.nodes, structure.layers,
     )  # fmt: skip
-    return _Made(target, title, plan, sidecar, structure, time.perf_counter() - start)
+    logger.info("%s: %s", target, policy.describe())
+    return _Made(target, title, plan, sidecar, structure, time.perf_counter() - start, policy.describe())
 
 
 def _make_prologue(
@@ -181,9 +204,9 @@ def build_engines(
     """
     masks = ScheduleVariants.load(onnx)
     result = ScheduleVariants.of(masks.schedule, Path(engines), ".engine")
-    policy = Scheduled(masks.schedule)
     config, keep = config or BuildConfig(), []
     first, reports = OnnxSource.read(next(iter(masks.files.values()))), []
+    policy = (first.model.read_policy() if first.model is not None else None) or Scheduled(masks.schedule)
     prologue = first.read_prologue()
     for mask, file in masks.files.items():
         reports.append(_make(OnnxSource.read(file), result.files[mask], config, policy, on_progress).write())
@@ -196,7 +219,7 @@ def build_engines(
 
 def _key(source: OnnxSource, config: BuildConfig, policy: Policy, version: str, device: str) -> str:
     """All that an engine and its description depend on, in one digest."""
-    values = [source.sha256, config.flavor, config.options(), policy_to_json(policy), version, device]
+    values = [source.sha256, config.flavor, config.options(), to_json(policy), version, device]
     return digest(json.dumps(values, sort_keys=True).encode())
 
 

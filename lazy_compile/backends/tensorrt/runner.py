@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lazy_compile.backends.tensorrt.device import ALIGNMENT, CudaDevice
 from lazy_compile.backends.tensorrt.network import dtype_name
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar
 from lazy_compile.errors import ArtifactError, BackendError
+from lazy_compile.policies.policy import Policy
 
 logger = logging.getLogger("lazy_compile")
 
@@ -61,7 +63,12 @@ class TensorRTRunner(Runner):
                 # It runs once a trajectory: a CUDA graph would take more memory than time.
                 prologue = prologue or EngineFile(beside, sidecar, sidecar.check_file(beside), device, False)
         super().__init__(sessions, prologue)
-        self.policy = next(iter(sessions.values())).sidecar.policy
+        self._sidecar = next(iter(sessions.values())).sidecar
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The rule that the engine was built with."""
+        return self._sidecar.policy
 
 
 def open_device() -> CudaDevice:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as write_tensors
 
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata
 from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
 from lazy_compile.backends.tensorrt.layers import EngineLayer
 from lazy_compile.backends.tensorrt.network import EngineTensor
 from lazy_compile.errors import ArtifactError, ConfigError
-from lazy_compile.policies.gate_table import GateTable
-from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
-from lazy_compile.policies.schedule import CacheSchedule
+from lazy_compile.policies.policy import Policy
+from lazy_compile.policies.serialize import from_json
 from lazy_compile.storage import load_json, save_json
 
-FORMAT = 2
+FORMAT = 3
+LAST_FORMAT = 2
+"""It wrote the size of a schedule beside it."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,10 @@ class EngineSidecar:
         sha256: of the engine.
         options: of the build.
         tensors: inputs and outputs.
-        model: the contract of the lazy model; None if the ONNX file was not one.
+        model: the contract of the lazy model, without a policy; None if the ONNX file was not one.
         prologue: the digest of a prologue, by which its model knows it; empty if it is none.
-        policy: the rule that its runner follows unless told otherwise.
+        written_policy: the rule that its runner follows unless told otherwise, as
+            :mod:`lazy_compile.policies.serialize` writes it.
         nodes: names of the heavy ONNX nodes by conditional, ``""`` for those in none.
         layers: what the builder made of it.
     """
@@ -54,9 +52,17 @@ class EngineSidecar:
     tensors: tuple[EngineTensor, ...]
     model: OnnxMetadata | None
     prologue: str
-    policy: Policy
+    written_policy: dict[str, Any]
     nodes: dict[str, tuple[str, ...]]
     layers: tuple[EngineLayer, ...]
+
+    @property
+    def policy(self) -> Policy:
+        """
+        Raises:
+            ArtifactError: it is of a kind that is not defined in this process, or damaged.
+        """
+        return from_json(self.written_policy, "the description of this engine")
 
     def structure(self) -> EngineStructure:
         """Where its kernels stand."""
@@ -76,9 +82,9 @@ class EngineSidecar:
             "sha256": self.sha256,
             "options": self.options,
             "tensors": [asdict(tensor) for tensor in self.tensors],
-            "model": None if self.model is None else json.loads(self.model.to_json()),
+            "model": None if self.model is None else json.loads(replace(self.model, policy=None).to_json()),
             "prologue": self.prologue,
-            "policy": policy_to_json(self.policy),
+            "policy": self.written_policy,
             "nodes": {place: list(names) for place, names in self.nodes.items()},
             "layers": [list(asdict(layer).values()) for layer in self.layers],
         }
@@ -95,11 +101,14 @@ class EngineSidecar:
             raise ArtifactError(f"{engine} has no {path.name} beside it; copy both, or build the engine again")
         values = load_json(path)
         try:
-            if values.pop("format") != FORMAT:
+            version, policy = values.pop("format"), values.pop("policy")
+            if version not in (FORMAT, LAST_FORMAT):
                 raise ValueError(f"its format is not {FORMAT}")
+            if version == LAST_FORMAT and policy["kind"] == "scheduled":
+                policy = {key: value for key, value in policy.items() if key not in ("steps", "branches")}
+            values["written_policy"] = policy
             model = values["model"]
             values["model"] = None if model is None else OnnxMetadata.parse({KEY: json.dumps(model)})
-            values["policy"] = policy_from_json(values["policy"])
             values["tensors"] = tuple(EngineTensor(**_tuples(item)) for item in values["tensors"])
             values["layers"] = tuple(EngineLayer(*map(_tuple, item)) for item in values["layers"])
             values["nodes"] = _tuples(values["nodes"])
@@ -131,42 +140,6 @@ def path_beside(engine: Path) -> Path:
 
 def digest(content: Any) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def policy_to_json(policy: Policy) -> dict[str, Any]:
-    """
-    Raises:
-        ConfigError: it is of a class that an engine cannot follow.
-    """
-    if type(policy) is AlwaysCompute:
-        return {"kind": "always_compute"}
-    if type(policy) is Scheduled:
-        return {"kind": "scheduled", **policy.schedule.to_json()}
-    if type(policy) is Learned:
-        table = policy.table
-        packed = write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in table.tensors.items()})
-        return {
-            "kind": "learned",
-            "shift": policy.shift,
-            "delayed": policy.delayed,
-            "features": list(table.features),
-            "interpolation": table.interpolation,
-            "tensors": base64.b64encode(packed).decode(),
-        }
-    raise ConfigError(f"an engine cannot follow {policy!r}; expected AlwaysCompute(), Scheduled(...) or Learned(...)")
-
-
-def policy_from_json(values: Mapping[str, Any]) -> Policy:
-    kind = values["kind"]
-    if kind == "scheduled":
-        return Scheduled(CacheSchedule.from_json(values))
-    if kind == "learned":
-        tensors = read_tensors(base64.b64decode(values["tensors"]))
-        table = GateTable(tuple(values["features"]), **tensors, interpolation=values["interpolation"])
-        return Learned(table, values["shift"], values["delayed"])
-    if kind != "always_compute":
-        raise ValueError(f"its policy is {kind!r}")
-    return AlwaysCompute()
 
 
 def _tuple(value: Any) -> Any:

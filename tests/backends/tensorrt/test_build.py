@@ -19,11 +19,11 @@ import pytest
 from lazy_compile.backends.tensorrt import api as tensorrt_api
 from lazy_compile.backends.tensorrt import build as tensorrt_build
 from lazy_compile.backends.tensorrt import network as tensorrt_network
-from lazy_compile.backends.tensorrt.api import FLAVORS, first_sentence, listen, load
+from lazy_compile.backends.tensorrt.api import FLAVORS, first_sentence, load, record
 from lazy_compile.backends.tensorrt.build import build_engine
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.backends.tensorrt.profile import parse_shapes, profile_of
-from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, policy_from_json, policy_to_json
+from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, path_beside
 from lazy_compile.errors import ArtifactError, BackendError, ConfigError, LazyCompileError, MissingDependencyError
 from lazy_compile.policies.policy import GateQuery, Policy, Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
@@ -302,17 +302,25 @@ def test_a_policy_that_an_engine_cannot_follow_is_refused(tmp_path: Path) -> Non
         build_engine(written(tmp_path, one_if()), tmp_path / "m.engine", RTX, policy=Asks())
 
 
-def test_a_schedule_keeps_its_slopes() -> None:
+def test_a_schedule_keeps_its_slopes(tmp_path: Path) -> None:
     table = CacheSchedule.every(2, 4, 3).should_compute
     policy = Scheduled(CacheSchedule(table, np.linspace(0.0, 1.0, 12).reshape(4, 3)))
-    assert policy_from_json(json.loads(json.dumps(policy_to_json(policy)))) == policy
+    engine = tmp_path / "m.engine"
+    report = build_engine(written(tmp_path, one_if()), engine, RTX, policy=policy)
+    assert report.policy == "a schedule of 4 steps that reuses 50% of the branches"
+    assert EngineSidecar.load(engine).policy == policy
+    path = path_beside(engine)
+    values = json.loads(path.read_text())
+    values["policy"] |= {"steps": 4, "branches": 3}
+    path.write_text(json.dumps({**values, "format": 2}))
+    assert EngineSidecar.load(engine).policy == policy, "the last format"
 
 
 def test_a_damaged_description_is_refused(tmp_path: Path) -> None:
     engine, beside = tmp_path / "m.engine", tmp_path / "m.engine.json"
     build_engine(written(tmp_path, one_if()), engine, RTX)
     good = beside.read_text()
-    for content in (good.replace('"format": 2', '"format": 7'), good.replace('"is_input"', '"input"'), "{}"):
+    for content in (good.replace('"format": 3', '"format": 7'), good.replace('"is_input"', '"input"'), "{}"):
         beside.write_text(content)
         with pytest.raises(ArtifactError, match=r"m.engine.json is damaged .*; build the engine again"):
             EngineSidecar.load(engine)
@@ -341,8 +349,8 @@ def test_messages_lose_the_place_in_the_source() -> None:
 
 def test_only_the_listener_hears(tmp_path: Path) -> None:
     trt = load(FLAVORS["rtx"])
-    with listen(trt) as outer, listen(trt) as inner:
+    with record(trt) as outer, record(trt) as inner:
         trt.Builder(tensorrt_api.logger_of(trt)).create_network()
     assert isinstance(inner, list)
     assert outer == []
-    assert tensorrt_api.logger_of(trt).heard is None
+    assert tensorrt_api.logger_of(trt).messages is None
