@@ -297,7 +297,7 @@ def test_ctrl_c_ends_a_real_process_with_130(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time, pathlib\ndef model():\n    pathlib.Path('started').touch()\n    time.sleep(60)\n"
     )
-    code = "from lazy_compile.cli.app import main; main()"
+    code = "from lazy_compile.__main__ import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(
         [sys.executable, "-c", code, "inspect", "slow:model"],
