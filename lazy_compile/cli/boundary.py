@@ -9,14 +9,13 @@ import traceback
 from typing import Any
 
 import typer
-from typer import BadParameter
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from lazy_compile.errors import LazyCompileError
 
 INTERRUPTED = 130
 LONGEST_LINE = 300
-ClickException = BadParameter.__mro__[2]  # typer carries a click of its own
 _DEBUG = f"{__name__}.debug"
 
 
@@ -31,7 +30,7 @@ class OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (ClickException, typer.Exit, typer.Abort):
+        except (TyperException, typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
