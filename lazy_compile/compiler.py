@@ -71,7 +71,9 @@ def transform(
             raise ConfigError(f"components names models of a pipeline; seen {type(model).__name__}, which is none")
         return _transform_model(model, example_inputs, chosen_config(config, options), chosen)
     if example_inputs is not None:
-        raise ConfigError("a pipeline needs no example_inputs: its denoisers capture at their first call; leave it out")
+        raise ConfigError(
+            "a pipeline takes no example_inputs: leave it out and call the pipeline once, which captures its denoisers"
+        )
     return diffusers_pipeline.transform_pipeline(model, chosen_config(config, options), components, chosen)
 
 

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from importlib import metadata
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from lazy_compile.cli.bench import full_size, overhead
-from lazy_compile.cli.build import build, export_triton
-from lazy_compile.cli.prepare import calibrate, export, inspect, plan
-from lazy_compile.cli.use import demo, quality, questions, report, run, speed, verify
-from lazy_compile.errors import LazyCompileError
-
-INTERRUPTED = 130
-
-
-class OneLineErrors(TyperGroup):
-    """Turns errors raised on purpose into one line and their exit code; any other keeps its traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except LazyCompileError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
-
-
-def exit_codes() -> dict[int, str]:
-    """What each exit code means."""
-    kinds = sorted(LazyCompileError.__subclasses__(), key=lambda kind: kind.exit_code)
-    meanings = {kind.exit_code: (kind.__doc__ or "").strip().splitlines()[0] for kind in kinds}
-    return {0: "Done.", 1: "Something unforeseen.", **meanings, INTERRUPTED: "Interrupted."}
-
+from lazy_compile.cli.bench import full_size, overhead, quality, questions, speed
+from lazy_compile.cli.boundary import OneLineErrors, debug_option, exit_codes
+from lazy_compile.cli.build import build
+from lazy_compile.cli.calibrate import calibrate
+from lazy_compile.cli.demo import demo
+from lazy_compile.cli.export import export
+from lazy_compile.cli.inspect import inspect
+from lazy_compile.cli.options import as_command
+from lazy_compile.cli.plan import plan
+from lazy_compile.cli.report import report
+from lazy_compile.cli.run import run
+from lazy_compile.cli.triton import export_triton
+from lazy_compile.cli.verify import verify
 
 app = typer.Typer(
     name="lazy-compile",
@@ -47,6 +30,11 @@ app = typer.Typer(
     help=(
         "Make diffusion transformers lazy: find their attention and MLP branches, learn when a branch may reuse what "
         "it produced at an earlier denoising step, export the result.\n\n"
+        "Four commands from a model to a faster one:\n\n"
+        "1. lazy-compile inspect MODEL\n\n"
+        "2. lazy-compile calibrate MODEL --target-lazy-ratio 0.4 --output gates\n\n"
+        "3. lazy-compile verify MODEL --gates gates\n\n"
+        "4. lazy-compile export MODEL --gates gates --output model.onnx\n\n"
         "MODEL is package.module:factory (a function that returns a torch.nn.Module, or the module and a dict of "
         "example inputs), a diffusers folder (dir or dir#subfolder), or a .pt2 file."
     ),
@@ -54,28 +42,48 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed, and what reuse costs in quality.", no_args_is_help=True)
 
+LOOK, MAKE, JUDGE, DEPLOY = "Look", "Make lazy", "Run and judge", "Deploy"
 _GIVEN = "lazy_compile.demo:model --sampler lazy_compile.demo:sampler"
-for group, verb, example in (
-    (app, inspect, "inspect lazy_compile.demo:model --why-not"),
-    (app, calibrate, f"calibrate {_GIVEN} --target-lazy-ratio 0.4 --output gates"),
-    (app, plan, f"plan {_GIVEN} --compute-ratio 0.6 --output schedule"),
-    (app, export, "export lazy_compile.demo:model --gates gates --output model.onnx"),
-    (app, build, "build lazy_compile.demo:model --gates gates --flavor rtx --precision fp16 --output model.engine"),
-    (app, export_triton, "export-triton model.onnx --gates gates --name denoiser --output models"),
-    (app, run, f"run {_GIVEN} --gates gates --onnx model.onnx --output samples.npy"),
-    (app, verify, f"verify {_GIVEN} --gates gates --onnx model.onnx"),
-    (app, report, "report gates --output gates.html"),
-    (bench, speed, "bench speed --output build/bench"),
-    (bench, quality, "bench quality digits --output build/quality"),
-    (bench, questions, "bench questions --output build/quality"),
-    (bench, full_size, "bench full-size --model DiT-XL/2 --output build/bench"),
-    (bench, overhead, "bench overhead --model Wan --output build/bench"),
-    (app, demo, "demo --output build/demo"),
+for group, panel, verb, example in (
+    (app, LOOK, inspect, "inspect lazy_compile.demo:model --why-not"),
+    (app, MAKE, calibrate, f"calibrate {_GIVEN} --target-lazy-ratio 0.4 --output gates"),
+    (app, MAKE, plan, f"plan {_GIVEN} --compute-ratio 0.6 --output schedule"),
+    (app, DEPLOY, export, "export lazy_compile.demo:model --gates gates --output model.onnx"),
+    (
+        app,
+        DEPLOY,
+        build,
+        "build lazy_compile.demo:model --gates gates --flavor rtx --output model.engine",
+    ),
+    (app, DEPLOY, export_triton, "export-triton model.onnx --gates gates --name denoiser --output models"),
+    (app, JUDGE, run, f"run {_GIVEN} --gates gates --onnx model.onnx --output samples.npy"),
+    (app, JUDGE, verify, f"verify {_GIVEN} --gates gates --onnx model.onnx"),
+    (app, JUDGE, report, "report gates --output gates.html"),
+    (bench, JUDGE, speed, "bench speed --output build/bench"),
+    (bench, JUDGE, quality, "bench quality digits --output build/quality"),
+    (bench, JUDGE, questions, "bench questions --output build/quality"),
+    (bench, JUDGE, full_size, "bench full-size --model DiT-XL/2 --output build/bench"),
+    (bench, JUDGE, overhead, "bench overhead --model Wan --output build/bench"),
+    (app, LOOK, demo, "demo --output build/demo"),
 ):
-    group.command(epilog=f"Example: lazy-compile {example}")(verb)
-app.add_typer(bench, name="bench")
+    group.command(epilog=f"Example: lazy-compile {example}", rich_help_panel=panel)(as_command(verb))
+app.add_typer(bench, name="bench", rich_help_panel=JUDGE)
 
 
-def main() -> None:
-    """The console script."""
-    app()
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lazy-compile {metadata.version('lazy-compile')}")
+        raise typer.Exit
+
+
+@app.callback()
+def global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", callback=debug_option, help="Show tracebacks too; or set LAZY_COMPILE_DEBUG=1."),
+    ] = False,
+) -> None:
+    """Options that stand before the verb."""

@@ -1,44 +1,130 @@
-"""The verbs that measure what a transformation costs: bench overhead, bench full-size."""
+"""``lazy-compile bench``: speed, overhead, and what reuse costs in quality."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lazy_compile.cli import options as given
+from lazy_compile.cli.options import OutputOptions
 
 
-def overhead(
-    output: given.Folder = Path("build/bench"),
-    model: Annotated[list[str] | None, typer.Option(help="DiT, SD3, FLUX, Wan or CogView4; by default all.")] = None,
-    repeats: Annotated[int, typer.Option(min=2, help="Timed calls of each model.")] = 15,
-    json: given.Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions(OutputOptions):
+    """What ``lazy-compile speed`` takes."""
+
+    output: given.Folder = Path("build/bench")
+
+
+def speed(options: SpeedOptions) -> None:
+    """Time gated models against dense ones, side by side, and write bench.json."""
+    from lazy_compile.bench.speed import run as measure
+    from lazy_compile.progress import progress_bars
+    from lazy_compile.reporting.tables import plain, show, speed_table
+
+    with progress_bars(not options.json) as on_progress:
+        rows = [plain(row) for row in measure(options.output, on_progress=on_progress)]
+    show({"rows": rows, "output": str(options.output)}, options.json, speed_table(rows), f"written to {options.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityOptions(OutputOptions):
+    """What ``lazy-compile quality`` takes."""
+
+    model: Annotated[str, typer.Argument(help="digits or scenes, or all.")] = "all"
+    output: given.Folder = Path("build/quality")
+    samples: Annotated[int | None, typer.Option(min=2, help="Images for each set of noise.")] = None
+    ratio: Annotated[list[float] | None, typer.Option(help="Compute ratios; may be given several times.")] = None
+
+
+def quality(options: QualityOptions) -> None:
+    """Score methods of doing less at equal compute, and write quality.json, quality.md and quality.html."""
+    from lazy_compile.bench.quality_report import measure_all, quality_table
+    from lazy_compile.progress import progress_bars
+    from lazy_compile.reporting.tables import show
+
+    given_settings = {"samples": options.samples, "ratios": tuple(options.ratio or ()) or None}
+    changes = {name: value for name, value in given_settings.items() if value is not None}
+    with progress_bars(not options.json) as on_progress:
+        rows = measure_all(options.model, changes, options.output, on_progress)
+    show(
+        {"rows": rows, "output": str(options.output)}, options.json, quality_table(rows), f"written to {options.output}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionsOptions(OutputOptions):
+    """What ``lazy-compile questions`` takes."""
+
+    output: given.Folder = Path("build/quality")
+
+
+def questions(options: QuestionsOptions) -> None:
+    """Ask the digits model what a table of methods does not say, and write questions.md with its pictures."""
+    from lazy_compile.bench.ablations_report import ask_all
+    from lazy_compile.progress import progress_bars
+    from lazy_compile.reporting.tables import show
+
+    with progress_bars(not options.json) as on_progress:
+        answers = ask_all(options.output, on_progress=on_progress)
+    show({"answers": answers, "output": str(options.output)}, options.json, f"written to {options.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverheadOptions(OutputOptions):
+    """What ``lazy-compile overhead`` takes."""
+
+    output: given.Folder = Path("build/bench")
+    model: Annotated[list[str] | None, typer.Option(help="DiT, SD3, FLUX, Wan or CogView4; by default all.")] = None
+    repeats: Annotated[int, typer.Option(min=2, help="Timed calls of each model.")] = 15
+
+
+def overhead(options: OverheadOptions) -> None:
     """Time transformed models that reuse nothing against their originals, side by side, and write overhead.json."""
     from lazy_compile.bench.midsize import MIDSIZE
     from lazy_compile.bench.overhead import run as measure
     from lazy_compile.progress import progress_bars
     from lazy_compile.reporting.tables import overhead_table, plain, show
 
-    with progress_bars(not json) as on_progress:
-        measured = measure(output, models=model or tuple(MIDSIZE), repeats=repeats, on_progress=on_progress)
+    with progress_bars(not options.json) as on_progress:
+        measured = measure(
+            options.output, models=options.model or tuple(MIDSIZE), repeats=options.repeats, on_progress=on_progress
+        )
     rows = [plain(row) for row in measured]
-    show({"rows": rows, "output": str(output)}, json, overhead_table(rows), f"written to {output}")
+    show(
+        {"rows": rows, "output": str(options.output)},
+        options.json,
+        overhead_table(rows),
+        f"written to {options.output}",
+    )
 
 
-def full_size(
-    output: given.Folder = Path("build/bench"),
-    model: Annotated[list[str] | None, typer.Option(help="FLUX.1-dev, say; by default all.")] = None,
-    json: given.Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class FullSizeOptions(OutputOptions):
+    """What ``lazy-compile full-size`` takes."""
+
+    output: given.Folder = Path("build/bench")
+    model: Annotated[list[str] | None, typer.Option(help="FLUX.1-dev, say; by default all.")] = None
+
+
+def full_size(options: FullSizeOptions) -> None:
     """Transform published models at full size without their weights; write full_size.json and .md. Takes minutes."""
     from lazy_compile.bench.full_size import run as measure
     from lazy_compile.bench.full_size_models import FULL_SIZE
     from lazy_compile.progress import progress_bars
     from lazy_compile.reporting.tables import full_size_table, plain, show
 
-    with progress_bars(not json) as on_progress:
-        rows = [plain(row) for row in measure(output, models=model or tuple(FULL_SIZE), on_progress=on_progress)]
-    show({"rows": rows, "output": str(output)}, json, full_size_table(rows), f"written to {output}")
+    with progress_bars(not options.json) as on_progress:
+        rows = [
+            plain(row)
+            for row in measure(options.output, models=options.model or tuple(FULL_SIZE), on_progress=on_progress)
+        ]
+    show(
+        {"rows": rows, "output": str(options.output)},
+        options.json,
+        full_size_table(rows),
+        f"written to {options.output}",
+    )

@@ -1,4 +1,4 @@
-"""The verbs that make something to deploy: build, export-triton."""
+"""``lazy-compile build``: a TensorRT engine, or the command that builds it elsewhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lazy_compile.cli import options as given
+from lazy_compile.cli.options import ModelOptions
 from lazy_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,50 +25,51 @@ if TYPE_CHECKING:
 _SHAPES = "Of inputs with free sizes, as trtexec takes them: x:1x4x32x32,t:1."
 
 
-def build(
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(ModelOptions):
+    """What ``lazy-compile build`` takes."""
+
     source: Annotated[
         str, typer.Argument(metavar="MODEL|ONNX", help="A model as for export, or the file or folder that it wrote.")
-    ],
+    ]
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The engine to write; a folder where there are several.")
-    ],
+    ]
     flavor: Annotated[
         Literal["tensorrt", "rtx"],
         typer.Option(help="tensorrt builds on and for the GPU at hand; rtx (TensorRT-RTX) needs none."),
-    ] = "tensorrt",
-    precision: given.Precision = None,
-    gating: given.GatingOption = "predicate",
-    group: given.Group = None,
-    invariant: given.Invariants = None,
-    gates: given.Gates = None,
-    min_shapes: Annotated[str, typer.Option("--minShapes", help=_SHAPES)] = "",
-    opt_shapes: Annotated[str, typer.Option("--optShapes", help="The shapes to optimize for.")] = "",
-    max_shapes: Annotated[str, typer.Option("--maxShapes", help="The largest shapes.")] = "",
+    ] = "tensorrt"
+    precision: given.Precision = None
+    gating: given.GatingOption = "predicate"
+    group: given.Group = None
+    invariant: given.Invariants = None
+    gates: given.Gates = None
+    min_shapes: Annotated[str, typer.Option("--minShapes", help=_SHAPES)] = ""
+    opt_shapes: Annotated[str, typer.Option("--optShapes", help="The shapes to optimize for.")] = ""
+    max_shapes: Annotated[str, typer.Option("--maxShapes", help="The largest shapes.")] = ""
     compute_capabilities: Annotated[
         str, typer.Option(metavar="8.6,8.9|CURRENT", help="GPUs to build for (rtx); default is 8.6 and newer.")
-    ] = "",
-    timing_cache: Annotated[
-        Path | None, typer.Option(help="File of kernel timings, kept up to date (tensorrt).")
-    ] = None,
-    workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Limit of scratch memory.")] = None,
-    optimization_level: Annotated[int | None, typer.Option(help="0 builds fast, 5 searches longest.")] = None,
-    tf32: Annotated[bool, typer.Option(help="Whether float32 products may run in TF32.")] = True,
+    ] = ""
+    timing_cache: Annotated[Path | None, typer.Option(help="File of kernel timings, kept up to date (tensorrt).")] = (
+        None
+    )
+    workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Limit of scratch memory.")] = None
+    optimization_level: Annotated[int | None, typer.Option(help="0 builds fast, 5 searches longest.")] = None
+    tf32: Annotated[bool, typer.Option(help="Whether float32 products may run in TF32.")] = True
     sanitize: Annotated[
         bool, typer.Option("--sanitize", help="Let Polygraphy fold constants first; dropped if it moves a branch.")
-    ] = False,
-    any_onnx: Annotated[bool, typer.Option("--any-onnx", help="Also take ONNX that export did not write.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; needs no TensorRT.")] = False,
+    ] = False
+    any_onnx: Annotated[bool, typer.Option("--any-onnx", help="Also take ONNX that export did not write.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; needs no TensorRT.")] = False
     print_trtexec: Annotated[
         bool, typer.Option("--print-trtexec", help="Print the command that builds the same with trtexec, and stop.")
-    ] = False,
+    ] = False
     print_polygraphy: Annotated[
         bool, typer.Option("--print-polygraphy", help="Print the one for Polygraphy, and stop.")
-    ] = False,
-    shape: given.Shapes = None,
-    options: given.Options = None,
-    device: given.Device = "cpu",
-    json: given.Json = False,
-) -> None:
+    ] = False
+
+
+def build(options: BuildOptions) -> None:
     """Build a TensorRT engine in which every branch is a jump over its kernels.
 
     A MODEL is exported first; its ONNX file stays beside the engine, and runs in ONNX Runtime too. The engine is
@@ -85,44 +87,56 @@ def build(
     from lazy_compile.reporting.tables import plain, show
 
     config = BuildConfig(
-        flavor=flavor,
-        min_shapes=parse_shapes("--minShapes", min_shapes),
-        opt_shapes=parse_shapes("--optShapes", opt_shapes),
-        max_shapes=parse_shapes("--maxShapes", max_shapes),
-        compute_capabilities=tuple(filter(None, compute_capabilities.split(","))),
-        workspace_bytes=None if workspace is None else workspace * 2**20,
-        optimization_level=optimization_level,
-        timing_cache=timing_cache,
-        tf32=tf32,
-        sanitize=sanitize,
+        flavor=options.flavor,
+        min_shapes=parse_shapes("--minShapes", options.min_shapes),
+        opt_shapes=parse_shapes("--optShapes", options.opt_shapes),
+        max_shapes=parse_shapes("--maxShapes", options.max_shapes),
+        compute_capabilities=tuple(filter(None, options.compute_capabilities.split(","))),
+        workspace_bytes=None if options.workspace is None else options.workspace * 2**20,
+        optimization_level=options.optimization_level,
+        timing_cache=options.timing_cache,
+        tf32=options.tf32,
+        sanitize=options.sanitize,
     )
-    parse_group(group)
+    parse_group(options.group)
     request = _Request(
-        source, gating, group, tuple(invariant or ()), precision, gates, tuple(shape or ()), tuple(options or ()),
-        device,
-    )  # fmt: skip
-    request.check(output)
-    if print_trtexec or print_polygraphy:
-        lines = list(_commands(request, output, config, print_trtexec, print_polygraphy))
-        show({"commands": lines}, json, *lines)
+        options.source,
+        options.gating,
+        options.group,
+        tuple(options.invariant or ()),
+        options.precision,
+        options.gates,
+        tuple(options.shape or ()),
+        tuple(options.settings or ()),
+        options.device,
+    )
+    request.check(options.output)
+    if options.print_trtexec or options.print_polygraphy:
+        lines = list(_commands(request, options.output, config, options.print_trtexec, options.print_polygraphy))
+        show({"commands": lines}, options.json, *lines)
         return
-    if not dry_run:
+    if not options.dry_run:
         builder_for(config)  # it would be a pity to find out after a long export
-    with tempfile.TemporaryDirectory() as folder, progress_bars(not json) as on_progress:
-        onnx = request.onnx(Path(folder) / "model.engine" if dry_run else output)
+    with tempfile.TemporaryDirectory() as folder, progress_bars(not options.json) as on_progress:
+        onnx = request.onnx(Path(folder) / "model.engine" if options.dry_run else options.output)
         policy = request.export(onnx, on_progress)
-        if request.is_onnx and onnx.is_file() and not any_onnx:
+        if request.is_onnx and onnx.is_file() and not options.any_onnx:
             OnnxSource.read(onnx).require_lazy()
-        if dry_run:
+        if options.dry_run:
             seen = preview(onnx)
         else:
-            reports = _build(onnx, output, config, policy, on_progress)
-    if dry_run:
-        show(preview_values(seen, request.source, output), json, *preview_tables(seen))
+            reports = _build(onnx, options.output, config, policy, on_progress)
+    if options.dry_run:
+        show(preview_values(seen, request.source, options.output), options.json, *preview_tables(seen))
         return
     engines = [{**plain(report), "structure": report.structure.summary()} for report in reports]
     values = {"engines": [{name: value for name, value in each.items() if name != "prologue"} for each in engines]}
-    show({**values, "onnx": str(onnx), "output": str(output)}, json, build_table(reports), f"written to {output}")
+    show(
+        {**values, "onnx": str(onnx), "output": str(options.output)},
+        options.json,
+        build_table(reports),
+        f"written to {options.output}",
+    )
 
 
 @dataclass(frozen=True)
@@ -151,9 +165,13 @@ class _Request:
             ConfigError: an option has no meaning here, or the engine would take the place of what it is built from.
         """
         belonging = {
-            "--precision": self.precision, "--group": self.group, "--shape": self.shapes, "--set": self.options,
-            "--gating": self.gating if self.gating != "predicate" else None, "--invariant": self.invariants,
-        }  # fmt: skip
+            "--precision": self.precision,
+            "--group": self.group,
+            "--shape": self.shapes,
+            "--set": self.options,
+            "--gating": self.gating if self.gating != "predicate" else None,
+            "--invariant": self.invariants,
+        }
         if self.is_onnx and (given := [name for name, value in belonging.items() if value]):
             raise ConfigError(
                 f"{given[0]} says how a MODEL is exported; {self.source} is exported already: leave it out"
@@ -241,42 +259,3 @@ def _prologues(request: _Request, pairs: Sequence[tuple[Path, Path]]) -> Iterato
     elif not request.invariants:
         return
     yield prologue_path(onnx, gating), prologue_path(engine, gating)
-
-
-def export_triton(
-    onnx: Annotated[Path, typer.Argument(metavar="ONNX", help="What export wrote with --gating predicate or input.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The repository: the folder of all models.")],
-    name: Annotated[str, typer.Option(help="Of the model in the repository.")] = "denoiser",
-    gates: given.Gates = None,
-    embed_gates: Annotated[
-        bool, typer.Option(help="Put the gates or the schedule into the graph; else every request brings its row.")
-    ] = True,
-    backend: Annotated[
-        Literal["onnxruntime", "tensorrt"], typer.Option(help="tensorrt builds an engine on and for the GPU at hand.")
-    ] = "onnxruntime",
-    sequences: Annotated[int, typer.Option(help="Trajectories that one instance keeps at once.")] = 16,
-    idle_seconds: Annotated[float, typer.Option(help="After which an unfinished trajectory is dropped.")] = 60.0,
-    json: given.Json = False,
-) -> None:
-    """Write a model repository for the Triton Inference Server: a trajectory is a sequence, its caches are its state.
-
-    The first request of a trajectory is sent with sequence_start, which makes every branch compute. With the policy in
-    the graph (the default) a request brings nothing but what the original model takes.
-    """
-    from lazy_compile.backends.triton import export_triton as write
-    from lazy_compile.reporting.tables import facts, plain, show, size
-    from lazy_compile.runtime import artifact
-
-    saved = None if gates is None else artifact.read(gates)
-    if saved is not None and embed_gates and (saved.config.warmup_steps > 1 or saved.config.max_reuse_age is not None):
-        raise ConfigError(
-            f"{gates} has warmup_steps or max_reuse_age, which no graph knows about; plan or calibrate without them, "
-            "or give --no-embed-gates and let the client decide"
-        )
-    policy = None if saved is None else saved.policy
-    report = write(
-        onnx, output, name, policy=policy, embed_gates=embed_gates, backend=backend, sequences=sequences,
-        idle_seconds=idle_seconds,
-    )  # fmt: skip
-    values = plain(report)
-    show(values, json, facts({**values, "cache_bytes": size(report.cache_bytes)}))

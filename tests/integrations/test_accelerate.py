@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import lazy_compile
 from lazy_compile import CacheSchedule, Learned
 from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
-from lazy_compile.cli import app
+from lazy_compile.cli.app import app
 from lazy_compile.errors import CaptureError, ConfigError
 from lazy_compile.planning.search import ScheduleSearch, SearchOptions
 from lazy_compile.processes import Processes

@@ -19,7 +19,7 @@ class LazyCompileCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
     def run(self) -> None:
-        from lazy_compile.cli import app
+        from lazy_compile.cli.app import app
 
         app([self.args.verb, *self.args.arguments], prog_name=f"{sys.argv[0]} lazy-compile")
 
