@@ -63,6 +63,25 @@ class PassError(LazyCompileError):
     exit_code = 9
 
 
+def shown(value: object, limit: int = 120) -> str:
+    """A value, or the message of another library's error, as one short line of a message."""
+    text = value if isinstance(value, str) else _text(value, limit)
+    line = " ".join(text[: 4 * limit].split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def _text(value: object, limit: int) -> str:
+    if isinstance(value, BaseException):
+        return str(value) or type(value).__name__
+    if isinstance(value, list | dict | tuple) and len(value) > limit:
+        return f"a {type(value).__name__} of {len(value)}"
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
+        return f"a {type(value).__name__}"
+
+
 def import_optional(module: str, extra: str) -> ModuleType:
     """Import ``module``, or say in one line which extra of lazy-compile installs it."""
     try:

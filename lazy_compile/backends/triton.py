@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lazy_compile.backends.onnx.embed import NEXT_STEP, START, STEP, add_start, embed_policy
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.save import save_model
+from lazy_compile.backends.onnx.seal import DIGEST_KEY, read_proto
 from lazy_compile.backends.tensorrt.build import build_engine, builder_for
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.errors import ArtifactError, ConfigError, import_optional
@@ -121,6 +122,7 @@ def export_triton(
 
 def _read(path: Path) -> tuple[Model, OnnxMetadata]:
     ir = import_optional("onnx_ir", "onnx")
+    read_proto(path)
     try:
         model = ir.load(path)
     except Exception as error:
@@ -138,6 +140,7 @@ def _read(path: Path) -> tuple[Model, OnnxMetadata]:
         )
     # What it says about itself is no longer true of the result.
     del model.metadata_props[KEY]
+    model.metadata_props.pop(DIGEST_KEY, None)
     return model, metadata
 
 

@@ -52,8 +52,9 @@ def run(
     sample = load_sampler(sampler, named, lazy, steps, scheduler)
     denoiser: Any = lazy
     if runner is not None:
-        from lazy_compile.backends.denoiser import EngineDenoiser
+        from lazy_compile.backends.denoiser import EngineDenoiser, check_same_model
 
+        check_same_model(runner.metadata, lazy.original, onnx or engine)
         denoiser = EngineDenoiser(runner, None if gates is None else lazy.policy, lazy.lazy_config)
     denoiser.reset_stats()
     with launched_processes() as processes:

@@ -7,7 +7,9 @@ JSON is replaced last and in one stroke, so an interrupted save leaves what was 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
@@ -19,15 +21,26 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from lazy_compile.config import LazyConfig
-from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.digests import DIGEST, check_digest, digest_of, verification, verifies
+from lazy_compile.errors import ArtifactError, ConfigError, shown
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.policies.gate_table import GateTable
 from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
-from lazy_compile.storage import atomic_path, load_json, load_tensors, save_json
+from lazy_compile.storage import (
+    atomic_path,
+    load_json,
+    load_sealed_json,
+    load_tensors,
+    locked_folder,
+    remove_files,
+    save_sealed_json,
+)
 
 FORMAT = 3
 MANIFEST = "lazy.json"
+
+_UNDO = "undo the edit, or make it again"
 
 _TOP = {"format": int, "config": dict, "policy": dict, "model": dict, "branches": list}
 _MODEL = {"fingerprint": str, "capture": str, "attempts": list, "guarded_inputs": list}
@@ -115,7 +128,6 @@ def write(directory: str | Path, artifact: Artifact) -> None:
         ArtifactError: the folder cannot be written to.
     """
     folder = Path(directory)
-    stale = set(folder.glob("gates.*.safetensors"))
     policy = _write_policy(artifact.policy, folder)
     manifest = {
         "format": FORMAT,
@@ -129,17 +141,34 @@ def write(directory: str | Path, artifact: Artifact) -> None:
         },
         "branches": [dict(zip(_BRANCH, branch, strict=True)) for branch in artifact.branches],
     }
-    save_json(folder / MANIFEST, manifest)
-    for file in stale - {folder / str(policy.get("gates"))}:
-        file.unlink(missing_ok=True)
+    with locked_folder(folder):
+        older = _gates_of(folder / MANIFEST)
+        save_sealed_json(folder / MANIFEST, manifest)
+        remove_files(folder, older - {str(policy.get("gates"))})
 
 
-def read(directory: str | Path) -> Artifact:
+def _gates_of(manifest: Path) -> set[str]:
+    """The file of gates that a manifest names; none where there is no manifest that can be read."""
+    with suppress(ArtifactError, KeyError, TypeError):
+        name = load_sealed_json(manifest)["policy"]["gates"]
+        return {name} if re.fullmatch(r"gates\.[0-9a-f]{16}\.safetensors", name) else set()
+    return set()
+
+
+def read(directory: str | Path, *, verify: bool = True) -> Artifact:
     """
+    Args:
+        directory: the folder.
+        verify: False reads it without holding it against its digests.
+
     Raises:
         ArtifactError: a file is missing or damaged, or was edited into something that cannot be understood.
     """
-    folder = Path(directory)
+    with verification(verify):
+        return _read(Path(directory))
+
+
+def _read(folder: Path) -> Artifact:
     path = folder / MANIFEST
     if not path.exists():
         raise ArtifactError(f"{folder} holds no {MANIFEST}; expected a folder that calibrate, plan or save() wrote")
@@ -147,14 +176,14 @@ def read(directory: str | Path) -> Artifact:
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
         raise ArtifactError(
-            f"{path} has format {version!r}, this release reads {FORMAT}; make it again with this release"
+            f"{path} has format {shown(version)}, this release reads {FORMAT}; make it again with this release"
         )
-    _check(values, _TOP, path, "")
+    _check({name: value for name, value in values.items() if name != DIGEST}, _TOP, path, "")
     _check(values["model"], _MODEL, path, "model.")
     for position, branch in enumerate(values["branches"]):
         _check(branch, _BRANCH, path, f"branches[{position}].")
     branches = tuple(tuple(branch[key] for key in _BRANCH) for branch in values["branches"])
-    return Artifact(
+    artifact = Artifact(
         _read_config(values["config"], path),
         _read_policy(values["policy"], path, [branch[2] for branch in branches]),
         values["model"]["fingerprint"],
@@ -164,6 +193,8 @@ def read(directory: str | Path) -> Artifact:
         branches,
         folder,
     )
+    check_digest(values, path)  # last, since the other checks say more about an edit
+    return artifact
 
 
 def _write_policy(policy: Policy, folder: Path) -> dict[str, Any]:
@@ -196,15 +227,14 @@ def _write_gates(tensors: Mapping[str, torch.Tensor], folder: Path) -> str:
 
 
 def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return digest_of(content)[:16]
 
 
 def _read_policy(values: dict[str, Any], manifest: Path, features: Sequence[int]) -> Policy:
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in _POLICIES:
         raise ArtifactError(
-            f"{manifest} names the policy {kind!r}; expected one of {', '.join(_POLICIES)}: undo the edit, or make "
-            "it again"
+            f"{manifest} names the policy {shown(kind)}; expected one of {', '.join(_POLICIES)}: {_UNDO}"
         )
     _check(values, _POLICIES[kind], manifest, "policy.")
     try:
@@ -230,18 +260,24 @@ def _read_schedule(rows: list[Any], slopes: list[Any] | None, branches: int) -> 
 
 def _read_table(values: dict[str, Any], manifest: Path, features: Sequence[int]) -> GateTable:
     path = manifest.parent / Path(values["gates"]).name
-    tensors, _ = load_tensors(path)
-    if path.name != f"gates.{_digest(path.read_bytes())}.safetensors":
+    tensors, _ = load_tensors(path, sealed=False)
+    if verifies() and path.name != f"gates.{_digest(path.read_bytes())}.safetensors":
         raise ArtifactError(
             f"{path} is not what was saved: its content does not match its name; calibrate again, or restore it"
         )
     missing = sorted({"knots", "weight", "bias"} - set(tensors))
     if missing:
         raise ArtifactError(f"{path} holds no tensor {missing[0]!r}; calibrate again, or restore it from a copy")
-    return GateTable(
-        tuple(features), tensors["knots"], tensors["weight"], tensors["bias"], values["interpolation"],
-        tensors.get("slope"), tensors.get("trajectory"),
-    )  # fmt: skip
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{path}: {name} holds numbers that are not finite; calibrate again, or restore it")
+    try:
+        return GateTable(
+            tuple(features), tensors["knots"], tensors["weight"], tensors["bias"], values["interpolation"],
+            tensors.get("slope"), tensors.get("trajectory"),
+        )  # fmt: skip
+    except (TypeError, IndexError) as error:
+        raise ArtifactError(f"{path} holds no table of gates ({shown(error)}); calibrate again") from error
 
 
 def _read_config(values: dict[str, Any], manifest: Path) -> LazyConfig:
@@ -249,22 +285,24 @@ def _read_config(values: dict[str, Any], manifest: Path) -> LazyConfig:
     _check(values, hints, manifest, "config.")
     try:
         return LazyConfig(**values)
-    except ConfigError as error:
+    except (ConfigError, TypeError) as error:
         raise ArtifactError(f"{manifest}: {error}; undo the edit, or make it again") from error
 
 
 def _check(values: Any, expected: Mapping[str, Any], path: Path, prefix: str) -> None:
     """One object of the manifest: exactly these keys, each of its type."""
     if not isinstance(values, dict):
-        raise ArtifactError(f"{path}: {prefix[:-1]} is {values!r}, expected an object; undo the edit, or make it again")
+        raise ArtifactError(
+            f"{path}: {prefix[:-1]} is {shown(values)}, expected an object; undo the edit, or make it again"
+        )
     for key in sorted(expected.keys() ^ values.keys()):
         trouble = "lacks" if key in expected else "has an unknown key"
-        raise ArtifactError(f"{path} {trouble} {prefix + key!r}; undo the edit, or make it again")
+        raise ArtifactError(f"{path} {trouble} {shown(prefix + key)!r}; undo the edit, or make it again")
     for key, kind in expected.items():
         if not _is(values[key], kind):
             name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
             raise ArtifactError(
-                f"{path}: {prefix + key} is {values[key]!r}, expected {name}; undo the edit, or make it again"
+                f"{path}: {prefix + key} is {shown(values[key])}, expected {name}; undo the edit, or make it again"
             )
 
 

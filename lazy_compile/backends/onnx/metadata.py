@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from lazy_compile.backends.onnx.metadata_schema import check_contract
 from lazy_compile.config import BatchRule, ReuseArm
-from lazy_compile.errors import ArtifactError
+from lazy_compile.errors import ArtifactError, shown
 from lazy_compile.ir.branch import BranchKind, BranchTensor, ResidualBranch
+from lazy_compile.storage import parse_json
 
 KEY = "lazy_compile"
 """The entry of ``ModelProto.metadata_props``; its value is JSON."""
@@ -93,6 +95,9 @@ class OnnxMetadata:
     warmup_steps: int
     max_reuse_age: int | None
 
+    def __post_init__(self) -> None:
+        check_contract(self)
+
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, default=lambda kind: kind.value)
 
@@ -105,7 +110,7 @@ class OnnxMetadata:
         if KEY not in properties:
             raise ArtifactError("this ONNX file was not written by export_onnx: it does not describe its branches")
         try:
-            values = json.loads(properties[KEY])
+            values = parse_json(properties[KEY], "the description inside this ONNX file", infinity=True)
             if values.pop("version") != VERSION:
                 raise ValueError(f"its version is not {VERSION}")
             values["branches"] = tuple(_branch(item) for item in values["branches"])
@@ -115,14 +120,14 @@ class OnnxMetadata:
             return cls(**_tuples(values))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
-                f"the description inside this ONNX file is damaged ({error!r}); export the model again"
+                f"the description inside this ONNX file is damaged ({shown(repr(error))}); export the model again"
             ) from error
 
 
 def first_line(error: BaseException) -> str:
     """An error of another library on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return shown(lines[0], 160) if lines else type(error).__name__
 
 
 def _branch(values: dict[str, Any]) -> ResidualBranch:

@@ -18,6 +18,7 @@ from lazy_compile.backends.tensorrt.api import first_error, flavor_of, load, log
 from lazy_compile.backends.tensorrt.device import ALIGNMENT, CudaDevice
 from lazy_compile.backends.tensorrt.network import dtype_name
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar
+from lazy_compile.digests import verification
 from lazy_compile.errors import ArtifactError, BackendError
 
 logger = logging.getLogger("lazy_compile")
@@ -34,6 +35,7 @@ class TensorRTRunner(Runner):
         path: the engine, with its description beside it, and its prologue if it has one; or a folder that
             ``build_engines`` wrote.
         cuda_graphs: False leaves CUDA graphs alone.
+        verify: False reads the files without holding them against their digests.
 
     Raises:
         ArtifactError: there is no such engine, its description or prologue is missing or of another engine, or it is
@@ -42,7 +44,14 @@ class TensorRTRunner(Runner):
         MissingDependencyError: its flavor of TensorRT is not installed.
     """
 
-    def __init__(self, path: str | Path, *, cuda_graphs: bool = True) -> None:
+    def __init__(self, path: str | Path, *, cuda_graphs: bool = True, verify: bool = True) -> None:
+        with verification(verify):
+            sessions, prologue = self._load(path, cuda_graphs)
+        super().__init__(sessions, prologue)
+        self.policy = next(iter(sessions.values())).sidecar.policy
+
+    @staticmethod
+    def _load(path: str | Path, cuda_graphs: bool) -> tuple[dict[tuple[bool, ...], EngineSession], EngineFile | None]:
         files = ScheduleVariants.load(path).files if Path(path).is_dir() else {(): Path(path)}
         device: Any = None
         sessions = {}
@@ -60,8 +69,7 @@ class TensorRTRunner(Runner):
                 check_prologue(beside, sidecar.prologue, file, metadata)
                 # It runs once a trajectory: a CUDA graph would take more memory than time.
                 prologue = prologue or EngineFile(beside, sidecar, sidecar.check_file(beside), device, False)
-        super().__init__(sessions, prologue)
-        self.policy = next(iter(sessions.values())).sidecar.policy
+        return sessions, prologue
 
 
 def open_device() -> CudaDevice:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata
+from lazy_compile.backends.onnx.metadata_schema import check_types
 from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
 from lazy_compile.backends.tensorrt.layers import EngineLayer
 from lazy_compile.backends.tensorrt.network import EngineTensor
-from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.digests import DIGEST, check_digest, digest_of, digest_of_file, verifies
+from lazy_compile.errors import ArtifactError, ConfigError, shown
 from lazy_compile.policies.gate_table import GateTable
 from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
-from lazy_compile.storage import load_json, save_json
+from lazy_compile.storage import load_json, regular_file, save_sealed_json
 
 FORMAT = 2
 
@@ -35,7 +38,7 @@ class EngineSidecar:
         version: of that builder; TensorRT runs an engine with no other one.
         device: the GPU that it was built on; empty if none was needed.
         key: what it was made from, a digest of the ONNX file, the options, the policy, the builder and the GPU.
-        sha256: of the engine.
+        content: the digest of the engine.
         options: of the build.
         tensors: inputs and outputs.
         model: the contract of the lazy model; None if the ONNX file was not one.
@@ -49,7 +52,7 @@ class EngineSidecar:
     version: str
     device: str
     key: str
-    sha256: str
+    content: str
     options: dict[str, Any]
     tensors: tuple[EngineTensor, ...]
     model: OnnxMetadata | None
@@ -62,8 +65,12 @@ class EngineSidecar:
         """Where its kernels stand."""
         return check_branches(self.layers, len(self.nodes) - 1, self.nodes)
 
-    def save(self, engine: Path) -> None:
+    def save(self, engine: Path, waiting: Path | None = None) -> None:
         """
+        Args:
+            engine: that it stands beside.
+            waiting: where to write it instead, see :func:`waiting_path`.
+
         Raises:
             ArtifactError: the folder cannot be written to.
         """
@@ -73,7 +80,7 @@ class EngineSidecar:
             "version": self.version,
             "device": self.device,
             "key": self.key,
-            "sha256": self.sha256,
+            "content": self.content,
             "options": self.options,
             "tensors": [asdict(tensor) for tensor in self.tensors],
             "model": None if self.model is None else json.loads(self.model.to_json()),
@@ -82,7 +89,7 @@ class EngineSidecar:
             "nodes": {place: list(names) for place, names in self.nodes.items()},
             "layers": [list(asdict(layer).values()) for layer in self.layers],
         }
-        save_json(path_beside(engine), values)
+        save_sealed_json(path_beside(engine) if waiting is None else waiting, values)
 
     @classmethod
     def load(cls, engine: str | Path) -> EngineSidecar:
@@ -90,11 +97,10 @@ class EngineSidecar:
         Raises:
             ArtifactError: it is missing, damaged, or of another release.
         """
-        path = path_beside(Path(engine))
-        if not path.is_file():
-            raise ArtifactError(f"{engine} has no {path.name} beside it; copy both, or build the engine again")
-        values = load_json(path)
+        path = _find(Path(engine))
+        written = load_json(path, infinity=True)
         try:
+            values = {name: value for name, value in written.items() if name != DIGEST}
             if values.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             model = values["model"]
@@ -103,9 +109,12 @@ class EngineSidecar:
             values["tensors"] = tuple(EngineTensor(**_tuples(item)) for item in values["tensors"])
             values["layers"] = tuple(EngineLayer(*map(_tuple, item)) for item in values["layers"])
             values["nodes"] = _tuples(values["nodes"])
-            return cls(**values)
-        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-            raise ArtifactError(f"{path} is damaged ({error!r}); build the engine again") from error
+            sidecar = cls(**values)
+            check_types(sidecar)
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError, SafetensorError) as error:
+            raise ArtifactError(f"{path} is damaged ({shown(repr(error))}); build the engine again") from error
+        check_digest(written, path)
+        return sidecar
 
     def check_file(self, engine: str | Path) -> bytes:
         """The engine.
@@ -114,10 +123,10 @@ class EngineSidecar:
             ArtifactError: it is missing, or not the one that this describes.
         """
         try:
-            plan = Path(engine).read_bytes()
+            plan = regular_file(Path(engine)).read_bytes()
         except OSError as error:
             raise ArtifactError(f"cannot read {engine}: {error.strerror or error}; build it again") from error
-        if digest(plan) != self.sha256:
+        if verifies() and digest_of(plan) != self.content:
             raise ArtifactError(
                 f"{engine} is not the engine that {path_beside(Path(engine)).name} describes; copy both from one "
                 "build, or build it again"
@@ -129,8 +138,27 @@ def path_beside(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
-def digest(content: Any) -> str:
-    return hashlib.sha256(content).hexdigest()
+def waiting_path(engine: Path, content: str) -> Path:
+    """Where the description of a new engine lies while the engine takes the place of an older one.
+
+    Should the process end in between, either engine still finds its own description.
+    """
+    return engine.with_name(f".{engine.name}.{content[:16]}.json")
+
+
+def _find(engine: Path) -> Path:
+    """
+    Raises:
+        ArtifactError: the engine has no description.
+    """
+    if engine.is_file() and list(engine.parent.glob(f".{escape(engine.name)}.{'?' * 16}.json")):
+        waiting = waiting_path(engine, digest_of_file(engine))
+        if waiting.is_file():
+            return waiting
+    path = path_beside(engine)
+    if not path.is_file():
+        raise ArtifactError(f"{engine} has no {path.name} beside it; copy both, or build the engine again")
+    return path
 
 
 def policy_to_json(policy: Policy) -> dict[str, Any]:
