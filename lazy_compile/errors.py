@@ -63,21 +63,21 @@ class PassError(LazyCompileError):
     exit_code = 9
 
 
-def shown(value: object, limit: int = 120) -> str:
-    """A value, or the message of another library's error, as one short line of a message."""
-    text = value if isinstance(value, str) else _text(value, limit)
+def one_line(text: str, limit: int = 120) -> str:
+    """A text of whatever origin as one short line of a message."""
     line = " ".join(text[: 4 * limit].split())
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
-def _text(value: object, limit: int) -> str:
+def shown(value: object, limit: int = 120) -> str:
+    """A value that a file holds, or what another library's error says, as one short line of a message."""
     if isinstance(value, BaseException):
-        return str(value) or type(value).__name__
+        return one_line(str(value) or type(value).__name__, limit)
     if isinstance(value, list | dict | tuple) and len(value) > limit:
         return f"a {type(value).__name__} of {len(value)}"
     try:
-        return repr(value)
+        return one_line(repr(value[: 4 * limit] if isinstance(value, str | bytes) else value), limit)
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
         return f"a {type(value).__name__}"
 

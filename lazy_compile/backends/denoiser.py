@@ -17,7 +17,7 @@ from lazy_compile.backends.onnx.metadata import OnnxMetadata
 from lazy_compile.backends.runner import Force, Mask, Runner, Stream
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.config import LazyConfig
-from lazy_compile.errors import ArtifactError, ConfigError, shown
+from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.policies.gate_table import GateRow
 from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
@@ -196,7 +196,7 @@ def check_same_model(metadata: OnnxMetadata, original: nn.Module, source: object
     """
     if metadata.fingerprint != fingerprint(original):
         raise ArtifactError(
-            f"{source} was exported from another {shown(metadata.model)} than this {type(original).__name__}: the "
+            f"{source} was exported from another {one_line(metadata.model)} than this {type(original).__name__}: the "
             "names or sizes of their parameters differ; export this one"
         )
 

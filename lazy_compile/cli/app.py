@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -12,6 +12,7 @@ from lazy_compile.cli.bench import full_size, overhead
 from lazy_compile.cli.build import build, export_triton
 from lazy_compile.cli.prepare import calibrate, export, inspect, plan
 from lazy_compile.cli.use import demo, quality, questions, report, run, speed, verify
+from lazy_compile.digests import verification
 from lazy_compile.errors import LazyCompileError
 
 INTERRUPTED = 130
@@ -53,6 +54,18 @@ app = typer.Typer(
     epilog="\n\n".join(["Exit codes:", *(f"{code} - {meaning}" for code, meaning in exit_codes().items())]),
 )
 bench = typer.Typer(help="Measure speed, and what reuse costs in quality.", no_args_is_help=True)
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Whether files are held against their digests before use.")
+    ] = True,
+) -> None:
+    """Options of every verb."""
+    context.with_resource(verification(verify))
+
 
 _GIVEN = "lazy_compile.demo:model --sampler lazy_compile.demo:sampler"
 for group, verb, example in (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lazy_compile.errors import ArtifactError, ConfigError, import_optional, shown
+from lazy_compile.errors import ArtifactError, ConfigError, import_optional, one_line, shown
 from lazy_compile.storage import load_json
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,7 +113,7 @@ def load_denoiser(folder: Path) -> nn.Module:
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ArtifactError(
-            f"{config} names the class {shown(name)!r}, which diffusers {diffusers.__version__} has not as a model; "
+            f"{config} names the class {shown(name)}, which diffusers {diffusers.__version__} has not as a model; "
             "install the release that wrote it"
         )
     try:
@@ -128,7 +128,7 @@ def _class_name(config: Path) -> str:
         return str(load_json(config)["_class_name"])
     except (KeyError, TypeError, ArtifactError) as error:
         raise ArtifactError(
-            f"{config} names no _class_name ({shown(repr(error))}); expected a file that diffusers wrote"
+            f"{config} names no _class_name ({one_line(repr(error))}); expected a file that diffusers wrote"
         ) from error
 
 

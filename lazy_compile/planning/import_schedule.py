@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lazy_compile.digests import DIGEST, without_digest
-from lazy_compile.errors import ArtifactError, ConfigError, shown
+from lazy_compile.errors import ArtifactError, ConfigError, one_line, shown
 from lazy_compile.ir.branch import BranchKind, ResidualBranch
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.stats import LazyStats
@@ -35,7 +35,7 @@ def import_schedule(path: str | Path, branches: Sequence[ResidualBranch], steps:
     try:
         schedule = _schedule_of(values, path, branches, steps)
     except (TypeError, ValueError, IndexError, OverflowError, KeyError, ConfigError) as error:
-        raise ArtifactError(f"{path} is no schedule that is known here ({shown(repr(error))})") from error
+        raise ArtifactError(f"{path} is no schedule that is known here ({one_line(repr(error))})") from error
     if (schedule.steps, schedule.branches) != (steps, len(branches)):
         raise ConfigError(
             f"{path} is for {schedule.steps} steps and {schedule.branches} branches, this model takes {steps} and has "
@@ -76,12 +76,12 @@ def from_smoothcache(components: Mapping[str, Sequence[int]], branches: Sequence
         base, _, position = re.sub(r"[-_.](?=\d+$)", "-", name).partition("-")
         if base not in _KINDS or not np.isin(row, (0, 1)).all():
             raise ArtifactError(
-                f"component {shown(name)!r} is not known; expected 0 and 1 for one of {', '.join(_KINDS)}"
+                f"component {shown(name)} is not known; expected 0 and 1 for one of {', '.join(_KINDS)}"
             )
         chosen = [branch.index for branch in branches if branch.kind in _KINDS[base]]
         chosen = chosen[int(position) : int(position) + 1] if position else chosen
         if not chosen:
-            raise ArtifactError(f"component {shown(name)!r} has no branch in this model; was the schedule made for it?")
+            raise ArtifactError(f"component {shown(name)} has no branch in this model; was the schedule made for it?")
         table[:, chosen] = np.array(row, dtype=bool)[:, None]
     return CacheSchedule(table)
 

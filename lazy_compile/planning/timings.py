@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lazy_compile.errors import ArtifactError, ConfigError, shown
+from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.runtime.module import LazyModule, ModelCall
 from lazy_compile.runtime.sampling import Sampler
@@ -62,7 +62,7 @@ class BranchTimings:
             return cls(np.array(values["branches"], dtype=np.float64), float(values["total"]))
         except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise ArtifactError(
-                f"{path} holds no timings ({shown(repr(error))}); "
+                f"{path} holds no timings ({one_line(repr(error))}); "
                 'expected {"branches": [seconds, ...], "total": seconds}'
             ) from error
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lazy_compile.errors import ArtifactError, ConfigError, shown
+from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.storage import load_json
 
 BoolTable = npt.NDArray[np.bool_]
@@ -137,7 +137,7 @@ class CacheSchedule:
             return cls(table, None if slopes is None else np.asarray(slopes, dtype=np.float64))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
             raise ArtifactError(
-                f"this is not a schedule ({shown(repr(error))}); expected a JSON object with "
+                f"this is not a schedule ({one_line(repr(error))}); expected a JSON object with "
                 "should_compute[step][branch]"
             ) from error
 

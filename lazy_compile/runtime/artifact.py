@@ -297,7 +297,7 @@ def _check(values: Any, expected: Mapping[str, Any], path: Path, prefix: str) ->
         )
     for key in sorted(expected.keys() ^ values.keys()):
         trouble = "lacks" if key in expected else "has an unknown key"
-        raise ArtifactError(f"{path} {trouble} {shown(prefix + key)!r}; undo the edit, or make it again")
+        raise ArtifactError(f"{path} {trouble} {shown(prefix + key)}; undo the edit, or make it again")
     for key, kind in expected.items():
         if not _is(values[key], kind):
             name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")

@@ -12,9 +12,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from lazy_compile.backends.onnx.seal import seal_of
 from lazy_compile.digests import RangeDigests, check_digest, digest_of, digest_of_file, verifies
-from lazy_compile.errors import ArtifactError, import_optional, shown
+from lazy_compile.errors import ArtifactError, import_optional, one_line, shown
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.storage import (
+    load_json,
     load_sealed_json,
     locked_folder,
     remove_files,
@@ -87,7 +88,7 @@ class ScheduleVariants:
             names = {mask: str(values["files"][_hexadecimal(mask)]) for mask in found.files}
             digests = {name: values["digests"][name] for name in names.values()}
         except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path} is damaged ({shown(repr(error))}); export again") from error
+            raise ArtifactError(f"{path} is damaged ({one_line(repr(error))}); export again") from error
         for name in names.values():
             file = path.parent / name
             if Path(name).name != name or not file.is_file():

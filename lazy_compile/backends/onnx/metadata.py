@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lazy_compile.backends.onnx.metadata_schema import check_contract
 from lazy_compile.config import BatchRule, ReuseArm
-from lazy_compile.errors import ArtifactError, shown
+from lazy_compile.errors import ArtifactError, one_line
 from lazy_compile.ir.branch import BranchKind, BranchTensor, ResidualBranch
 from lazy_compile.storage import parse_json
 
@@ -120,14 +120,14 @@ class OnnxMetadata:
             return cls(**_tuples(values))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
-                f"the description inside this ONNX file is damaged ({shown(repr(error))}); export the model again"
+                f"the description inside this ONNX file is damaged ({one_line(repr(error))}); export the model again"
             ) from error
 
 
 def first_line(error: BaseException) -> str:
     """An error of another library on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return shown(lines[0], 160) if lines else type(error).__name__
+    return one_line(lines[0], 160) if lines else type(error).__name__
 
 
 def _branch(values: dict[str, Any]) -> ResidualBranch:

@@ -29,7 +29,7 @@ def check_types(value: Any) -> None:
     Raises:
         ValueError: one is of another type, not finite, negative where it counts something, or far too long.
     """
-    for name, hint in _hints(type(value)).items():
+    for name, hint in _hints(_class_of(value)).items():
         item = getattr(value, name)
         if not _is(item, hint):
             raise ValueError(f"{name} is {shown(item)}, expected {_title(hint)}")
@@ -76,6 +76,10 @@ def check_contract(metadata: OnnxMetadata) -> None:
 def _expect(holds: bool, otherwise: str) -> None:
     if not holds:
         raise ValueError(otherwise)
+
+
+def _class_of(value: object) -> Any:
+    return type(value)
 
 
 @cache

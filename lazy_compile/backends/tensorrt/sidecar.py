@@ -20,7 +20,7 @@ from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
 from lazy_compile.backends.tensorrt.layers import EngineLayer
 from lazy_compile.backends.tensorrt.network import EngineTensor
 from lazy_compile.digests import DIGEST, check_digest, digest_of, digest_of_file, verifies
-from lazy_compile.errors import ArtifactError, ConfigError, shown
+from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.policies.gate_table import GateTable
 from lazy_compile.policies.policy import AlwaysCompute, Learned, Policy, Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
@@ -112,7 +112,7 @@ class EngineSidecar:
             sidecar = cls(**values)
             check_types(sidecar)
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError, SafetensorError) as error:
-            raise ArtifactError(f"{path} is damaged ({shown(repr(error))}); build the engine again") from error
+            raise ArtifactError(f"{path} is damaged ({one_line(repr(error))}); build the engine again") from error
         check_digest(written, path)
         return sidecar
 
