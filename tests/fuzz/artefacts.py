@@ -39,6 +39,7 @@ class Kind:
     write: Callable[[LazyModule, Path], Any]
     use: Callable[[LazyModule, Path], Any]
     sealed: bool = True
+    files: int = 1
 
 
 def make_lazy(seed: int) -> LazyModule:
@@ -108,12 +109,12 @@ def _times(lazy: LazyModule, folder: Path) -> None:
 
 
 KINDS = (
-    Kind("gates", lambda lazy, folder: lazy.save(folder), _read_gates),
+    Kind("gates", lambda lazy, folder: lazy.save(folder), _read_gates, files=2),
     Kind("onnx", _export(), _run),
-    Kind("external", _export(external=True), _run),
-    Kind("prologue", _export(invariants=("text",)), _run),
-    Kind("schedule", _export(gating="schedule"), _run),
-    Kind("engine", _write_engine, _read_engine),
+    Kind("external", _export(external=True), _run, files=2),
+    Kind("prologue", _export(invariants=("text",)), _run, files=2),
+    Kind("schedule", _export(gating="schedule"), _run, files=2),
+    Kind("engine", _write_engine, _read_engine, files=2),
     Kind(
         "checkpoint",
         lambda lazy, folder: save_tensors(folder / "c.safetensors", lazy.policy.table.tensors, {"kind": "test"}),

@@ -14,7 +14,9 @@ TEXTS = ["NaN", "Infinity", "1e999", "9" * 5000, "[" * 100_000, '"\ud83d"']
 def mutate(folder: Path, other: Path, rng: random.Random) -> str:
     """Damage one file of ``folder``; ``other`` holds one of the same kind. Says what was done."""
     file = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
-    kinds = [flip_bits, truncate, extend, swap, delete]
+    kinds = [flip_bits, truncate, extend, delete]
+    if len(list(other.rglob("*"))) > 1:  # a lone file of another model is a good artefact
+        kinds.append(swap)
     if file.suffix == ".json":
         kinds += [edit_json, edit_json, odd_json]
     kind = rng.choice(kinds)
