@@ -33,7 +33,10 @@ ENGINE = b"an engine"
 
 @dataclass(frozen=True)
 class Kind:
-    """``sealed``: whether a file that is used carries a digest, so that nothing may change silently."""
+    """``sealed``: whether a file that is used carries a digest, so that nothing may change silently.
+
+    ``files``: how many it has, at least.
+    """
 
     name: str
     write: Callable[[LazyModule, Path], Any]
