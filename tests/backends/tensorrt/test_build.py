@@ -19,7 +19,7 @@ import pytest
 from lazy_compile.backends.tensorrt import api as tensorrt_api
 from lazy_compile.backends.tensorrt import build as tensorrt_build
 from lazy_compile.backends.tensorrt import network as tensorrt_network
-from lazy_compile.backends.tensorrt.api import FLAVORS, first_sentence, listen, load
+from lazy_compile.backends.tensorrt.api import FLAVORS, first_sentence, load, record
 from lazy_compile.backends.tensorrt.build import build_engine
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.backends.tensorrt.profile import parse_shapes, profile_of
@@ -341,7 +341,7 @@ def test_messages_lose_the_place_in_the_source() -> None:
 
 def test_only_the_listener_hears(tmp_path: Path) -> None:
     trt = load(FLAVORS["rtx"])
-    with listen(trt) as outer, listen(trt) as inner:
+    with record(trt) as outer, record(trt) as inner:
         trt.Builder(tensorrt_api.logger_of(trt)).create_network()
     assert isinstance(inner, list)
     assert outer == []
