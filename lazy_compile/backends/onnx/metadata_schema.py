@@ -8,14 +8,11 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 from lazy_compile.errors import shown
-
-if TYPE_CHECKING:
-    from lazy_compile.backends.onnx.metadata import OnnxMetadata
 
 MAX_NAME = 1000
 """Characters of a name; of anything longer no runtime makes a tensor."""
@@ -42,8 +39,9 @@ def check_types(value: Any) -> None:
                 raise ValueError(f"{name} holds a text of {len(part)} characters, more than {MAX_NAME}")
 
 
-def check_contract(metadata: OnnxMetadata) -> None:
-    """
+def check_contract(metadata: Any) -> None:
+    """Hold an ``OnnxMetadata`` against itself.
+
     Raises:
         ValueError: the description contradicts itself.
     """
