@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help docs install demo test test-torchao test-pruna test-zoo zoo-golden coverage-page bench results lint clean
+.PHONY: help docs install demo test test-torchao test-pruna test-zoo fuzz zoo-golden coverage-page bench results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -41,6 +41,10 @@ PRUNA := build/pruna
 test-pruna: $(INSTALLED) ## the cacher of examples/pruna, with Pruna installed beside .venv (300 MB)
 	@test -d $(PRUNA) || $(BIN)/python -m pip install -q --no-deps --target $(PRUNA) -r examples/pruna/requirements.txt
 	PYTHONPATH=$(PRUNA) $(BIN)/pytest -m pruna tests/integrations/test_pruna.py
+
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: $(INSTALLED) ## read 2,000 damaged files, and kill writers at every point
+	$(BIN)/pytest -m "fuzz or not fuzz" tests/fuzz
 
 test-zoo zoo-golden coverage-page: export OMP_NUM_THREADS := 1
 test-zoo: $(INSTALLED) ## every model of the zoo: all diffusers transformers

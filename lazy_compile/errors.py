@@ -63,6 +63,25 @@ class PassError(LazyCompileError):
     exit_code = 9
 
 
+def one_line(text: str, limit: int = 120) -> str:
+    """A text of whatever origin as one short line of a message."""
+    line = " ".join(text[: 4 * limit].split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """A value that a file holds, or what another library's error says, as one short line of a message."""
+    if isinstance(value, BaseException):
+        return one_line(str(value) or type(value).__name__, limit)
+    if isinstance(value, list | dict | tuple) and len(value) > limit:
+        return f"a {type(value).__name__} of {len(value)}"
+    try:
+        return one_line(repr(value[: 4 * limit] if isinstance(value, str | bytes) else value), limit)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
+        return f"a {type(value).__name__}"
+
+
 def import_optional(module: str, extra: str) -> ModuleType:
     """Import ``module``, or say in one line which extra of lazy-compile installs it."""
     try:

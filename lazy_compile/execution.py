@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lazy_compile.backends.denoiser import EngineDenoiser
+from lazy_compile.backends.denoiser import EngineDenoiser, check_same_model
 from lazy_compile.backends.runner import Runner
 from lazy_compile.policies.policy import Policy, Scheduled
 from lazy_compile.processes import Processes
@@ -72,6 +72,7 @@ def run(
     processes = Processes.here()
     denoiser: Any = lazy
     if runner is not None:
+        check_same_model(runner.metadata, lazy.original, "the exported model")
         denoiser = EngineDenoiser(runner, None if follow_runner else lazy.policy, lazy.lazy_config)
     mine = seed + processes.rank
     dense_seconds = None

@@ -162,7 +162,7 @@ def _stays_finite(lazy: LazyModule, sample: Sampler, policy: Policy, seed: int) 
 def _exported_like(
     lazy: LazyModule, sample: Sampler, path: Path, policies: Sequence[Policy], seed: int
 ) -> Iterator[Check]:
-    from lazy_compile.backends.denoiser import EngineDenoiser
+    from lazy_compile.backends.denoiser import EngineDenoiser, check_same_model
     from lazy_compile.backends.onnx.structure import check_structure
     from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 
@@ -172,6 +172,7 @@ def _exported_like(
     sound = not structure.problems and structure.branches == len(lazy.branches)
     yield Check("ONNX: structure", sound, seen, expected)
     runner = OnnxRunner(path)
+    check_same_model(runner.metadata, lazy.original, path)
     lazy.lazy_config = replace(lazy.lazy_config, batch_rule=runner.metadata.batch_rule)
     for policy in policies:
         lazy.policy = policy

@@ -11,22 +11,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lazy_compile.backends.onnx.metadata import OnnxMetadata
 from lazy_compile.backends.runner import Force, Mask, Runner, Stream
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.config import LazyConfig
-from lazy_compile.errors import ConfigError
+from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.policies.gate_table import GateRow
 from lazy_compile.policies.policy import GATES, AlwaysCompute, Policy, spread
 from lazy_compile.policies.presets import PolicyLike, as_policy
+from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.cache import CacheState
 from lazy_compile.runtime.fingerprint import Latents, samples_of
 from lazy_compile.runtime.model_call import groups_of
 from lazy_compile.runtime.stats import LazyStats
 from lazy_compile.runtime.trajectory import Placed, Trajectories, current_stream
+from lazy_compile.tree_specs import load_tree_spec
 
 logger = logging.getLogger("lazy_compile")
 
@@ -231,7 +234,16 @@ class EngineDenoiser:
     @cached_property
     def _spec(self) -> pytree.TreeSpec | None:
         """None for a return type that pytree cannot read here: outputs then come as a plain tuple."""
-        try:
-            return pytree.treespec_loads(self.runner.metadata.output_spec)
-        except (ValueError, NotImplementedError):
-            return None
+        return load_tree_spec(self.runner.metadata.output_spec, "the description of this model")
+
+
+def check_same_model(metadata: OnnxMetadata, original: nn.Module, source: object) -> None:
+    """
+    Raises:
+        ArtifactError: an exported model is that of another one, by the names and sizes of its parameters.
+    """
+    if metadata.fingerprint != fingerprint(original):
+        raise ArtifactError(
+            f"{source} was exported from another {one_line(metadata.model)} than this {type(original).__name__}: the "
+            "names or sizes of their parameters differ; export this one"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lazy_compile.backends.onnx.embed import NEXT_STEP, START, STEP, add_start, embed_policy
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.save import save_model
+from lazy_compile.backends.onnx.seal import DIGEST_KEY, read_proto
 from lazy_compile.backends.tensorrt.build import build_engine, builder_for
 from lazy_compile.backends.tensorrt.config import BuildConfig
-from lazy_compile.errors import ArtifactError, ConfigError, import_optional
+from lazy_compile.errors import ArtifactError, ConfigError, import_optional, shown
 from lazy_compile.policies.policy import AlwaysCompute, Policy
 from lazy_compile.storage import atomic_path
 
@@ -25,6 +27,11 @@ TYPES = {
     "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32",
     "BOOL": "TYPE_BOOL",
 }  # fmt: skip
+
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_TENSOR_NAME = re.compile(r"[\w.:/\[\]-]{1,200}", re.ASCII)
+"""Nothing that ends a string of config.pbtxt."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,10 @@ def export_triton(
         raise ConfigError(f"backend is {backend!r}; expected one of {', '.join(map(repr, get_args(Backend)))}")
     if sequences < 1 or idle_seconds <= 0:
         raise ConfigError(f"sequences is {sequences}, idle_seconds is {idle_seconds}; use 1 or more, and more than 0")
+    if not _MODEL_NAME.fullmatch(name):
+        raise ConfigError(
+            f"name is {shown(name)}; it becomes a folder of the repository: use letters, digits, '_', '-' and '.'"
+        )
     if backend == "tensorrt":
         builder_for(build or BuildConfig())
     model, metadata = _read(Path(onnx))
@@ -121,6 +132,7 @@ def export_triton(
 
 def _read(path: Path) -> tuple[Model, OnnxMetadata]:
     ir = import_optional("onnx_ir", "onnx")
+    read_proto(path)
     try:
         model = ir.load(path)
     except Exception as error:
@@ -136,8 +148,15 @@ def _read(path: Path) -> tuple[Model, OnnxMetadata]:
             f"{path} takes what its prologue computes, which a request to a server does not bring; export it without "
             "invariants (--invariant)"
         )
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if not _TENSOR_NAME.fullmatch(str(value.name)):
+            raise ArtifactError(
+                f"{path} has a tensor {shown(str(value.name))}, which config.pbtxt cannot name; rename the "
+                "argument and export again"
+            )
     # What it says about itself is no longer true of the result.
     del model.metadata_props[KEY]
+    model.metadata_props.pop(DIGEST_KEY, None)
     return model, metadata
 
 
@@ -206,7 +225,10 @@ def _shape(value: Value) -> list[int]:
 
 
 def _type(value: Value) -> str:
-    return TYPES[str(value.dtype.name if value.dtype is not None else "FLOAT")]
+    name = str(value.dtype.name if value.dtype is not None else "FLOAT")
+    if name not in TYPES:
+        raise ConfigError(f"{value.name} is of type {name}, which a server does not take; expected {', '.join(TYPES)}")
+    return TYPES[name]
 
 
 def _bytes(value: Value) -> int:

@@ -182,7 +182,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         mine = [row for row in rows if row["model"] == model]
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells(row))}</tr>" for row in mine)
         head = "".join(f"<th>{html.escape(title)}</th>" for title in COLUMNS.values())
-        figure = picture(pareto(mine), f"error against compute, {html.escape(model)}")
+        figure = picture(pareto(mine), f"error against compute, {model}")
         parts.append(f"<h2>{html.escape(model)}</h2>{figure}<table><tr>{head}</tr>{body}</table>")
     return (
         "<!doctype html><meta charset=utf-8><title>Quality against compute</title><style>:root{color-scheme:light dark}"

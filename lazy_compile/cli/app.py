@@ -20,6 +20,7 @@ from lazy_compile.cli.report import report
 from lazy_compile.cli.run import run
 from lazy_compile.cli.triton import export_triton
 from lazy_compile.cli.verify import verify
+from lazy_compile.digests import verification
 
 app = typer.Typer(
     name="lazy-compile",
@@ -78,12 +79,17 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def global_options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and stop.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Whether files are held against their digests before use.")
+    ] = True,
     debug: Annotated[
         bool,
         typer.Option("--debug", callback=debug_option, help="Show tracebacks too; or set LAZY_COMPILE_DEBUG=1."),
     ] = False,
 ) -> None:
     """Options that stand before the verb."""
+    context.with_resource(verification(verify))

@@ -285,17 +285,11 @@ def _call_factory(spec: str) -> NamedModel:
 
 
 def _load_exported(spec: str) -> NamedModel:
-    import torch
+    from lazy_compile.capture.exported_file import load_exported
 
     if not Path(spec).exists():
         raise ArtifactError(f"there is no file {spec}; expected one that torch.export.save wrote")
-    try:
-        exported = torch.export.load(spec)
-    except Exception as error:  # torch raises whatever its reader trips over
-        reason = (str(error) or "no message").splitlines()[0]
-        raise ArtifactError(
-            f"cannot read {spec} ({type(error).__name__}: {reason}); write it again with torch.export.save"
-        ) from error
+    exported = load_exported(Path(spec))
     model = exported.module()
     inputs: dict[str, Any] = {}
     if exported.example_inputs is not None:

@@ -26,7 +26,7 @@ from lazy_compile.progress import OnProgress, progress_bars
 from lazy_compile.reporting.page import SAMPLES, SUMMARY, write_report
 from lazy_compile.reporting.tables import branch_table, inspection, inspection_summary
 from lazy_compile.runtime.module import LazyModule
-from lazy_compile.storage import atomic_path, save_json
+from lazy_compile.storage import atomic_path, save_sealed_json
 
 ONNX = "digits.onnx"
 SHOWN = 20
@@ -73,7 +73,7 @@ def _run(output: Path, settings: DemoSettings, checkpoints: Path | None, progres
         "decisions_varying_between_samples": comparison.result("lazy", max(settings.targets)).varying,
         "onnx": onnx,
     }
-    save_json(output / SUMMARY, summary)
+    save_sealed_json(output / SUMMARY, summary)
     _save_samples(output / SAMPLES, comparison, [branch.name for branch in lazy.branches])
     write_report(output / SUMMARY, output / "report.html")
     return summary

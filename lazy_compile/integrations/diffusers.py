@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lazy_compile.errors import ArtifactError, ConfigError, import_optional
+from lazy_compile.errors import ArtifactError, ConfigError, import_optional, one_line, shown
+from lazy_compile.storage import load_json
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),  # clipping is for pixels, and hides errors of latents
@@ -119,22 +119,22 @@ def load_denoiser(folder: Path) -> nn.Module:
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ArtifactError(
-            f"{config} names the class {name!r}, which diffusers {diffusers.__version__} has not as a model; "
+            f"{config} names the class {shown(name)}, which diffusers {diffusers.__version__} has not as a model; "
             "install the release that wrote it"
         )
     try:
         model: nn.Module = kind.from_pretrained(folder, local_files_only=True)  # type: ignore[attr-defined]
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot load {name} from {folder}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # diffusers raises whatever a strange configuration leads to
+        raise ArtifactError(f"cannot load {name} from {folder}: {type(error).__name__}: {shown(error)}") from error
     return model.eval()
 
 
 def _class_name(config: Path) -> str:
     try:
-        return str(json.loads(config.read_text())["_class_name"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        return str(load_json(config)["_class_name"])
+    except (KeyError, TypeError, ArtifactError) as error:
         raise ArtifactError(
-            f"{config} names no _class_name ({error!r}); expected a file that diffusers wrote"
+            f"{config} names no _class_name ({one_line(repr(error))}); expected a file that diffusers wrote"
         ) from error
 
 

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lazy_compile.backends.denoiser import EngineDenoiser
+from lazy_compile.backends.denoiser import EngineDenoiser, check_same_model
 from lazy_compile.backends.open import open_runner
 from lazy_compile.backends.runner import Runner
 from lazy_compile.config import LazyConfig
-from lazy_compile.errors import ArtifactError, BackendError
+from lazy_compile.errors import BackendError
 from lazy_compile.policies.policy import Policy
 from lazy_compile.policies.presets import PolicyLike
-from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.module import LazyModule
 from lazy_compile.runtime.stats import LazyStats
 from lazy_compile.runtime.trajectory import use_stream
@@ -59,11 +58,7 @@ class EngineModule(nn.Module):
         self.__dict__["_imitated"] = type(original)
         super().__init__()
         runner = source if isinstance(source, Runner) else open_runner(source)
-        if runner.metadata.fingerprint != fingerprint(original):
-            raise ArtifactError(
-                f"this was exported from another {runner.metadata.model} than the {type(original).__name__} that it is "
-                "to stand for: the sizes of their parameters differ; export this one"
-            )
+        check_same_model(runner.metadata, original, "this" if isinstance(source, Runner) else source)
         self.denoiser = EngineDenoiser(runner, policy, config)
         self.config = getattr(original, "config", None)
         self.__dict__["__module__"] = type(original).__module__  # diffusers reads the library's name there

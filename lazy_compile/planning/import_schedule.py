@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.digests import DIGEST, without_digest
+from lazy_compile.errors import ArtifactError, ConfigError, one_line, shown
 from lazy_compile.ir.branch import BranchKind, ResidualBranch
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.stats import LazyStats
+from lazy_compile.storage import load_json
 
 _ATTENTION = frozenset({BranchKind.SELF_ATTENTION, BranchKind.JOINT_ATTENTION, BranchKind.PARALLEL})
 _KINDS = {
@@ -29,29 +31,33 @@ def import_schedule(path: str | Path, branches: Sequence[ResidualBranch], steps:
         ArtifactError: the file cannot be read, or holds none of these.
         ConfigError: it is for another number of steps or branches.
     """
+    values = load_json(path)
     try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot read the schedule {path}: {error}") from error
-    if isinstance(values, Mapping) and "should_compute" in values:
-        schedule = CacheSchedule.from_json(values)
-    elif isinstance(values, Mapping) and "routers" in values:
-        schedule = from_routers(values["routers"], steps)
-    elif isinstance(values, Mapping) and "steps_mask" in values:
-        schedule = from_steps_mask(values["steps_mask"], branches)
-    elif isinstance(values, Mapping) and values and all(isinstance(row, list) for row in values.values()):
-        schedule = from_smoothcache(values, branches)
-    else:
-        raise ArtifactError(
-            f"{path} is no schedule that is known here; expected an object with should_compute, routers or steps_mask, "
-            "or one list of 0 and 1 for each component, as SmoothCache writes it"
-        )
+        schedule = _schedule_of(values, path, branches, steps)
+    except (TypeError, ValueError, IndexError, OverflowError, KeyError, ConfigError) as error:
+        raise ArtifactError(f"{path} is no schedule that is known here ({one_line(repr(error))})") from error
     if (schedule.steps, schedule.branches) != (steps, len(branches)):
         raise ConfigError(
             f"{path} is for {schedule.steps} steps and {schedule.branches} branches, this model takes {steps} and has "
             f"{len(branches)}; use as many steps as the file was made for"
         )
     return schedule
+
+
+def _schedule_of(values: Any, path: str | Path, branches: Sequence[ResidualBranch], steps: int) -> CacheSchedule:
+    """By what the file holds."""
+    if isinstance(values, Mapping) and "should_compute" in values:
+        return CacheSchedule.from_json(without_digest(values, path) if DIGEST in values else values)
+    if isinstance(values, Mapping) and "routers" in values:
+        return from_routers(values["routers"], steps)
+    if isinstance(values, Mapping) and "steps_mask" in values:
+        return from_steps_mask(values["steps_mask"], branches)
+    if isinstance(values, Mapping) and values and all(isinstance(row, list) for row in values.values()):
+        return from_smoothcache(values, branches)
+    raise ArtifactError(
+        f"{path} is no schedule that is known here; expected an object with should_compute, routers or steps_mask, "
+        "or one list of 0 and 1 for each component, as SmoothCache writes it"
+    )
 
 
 def from_smoothcache(components: Mapping[str, Sequence[int]], branches: Sequence[ResidualBranch]) -> CacheSchedule:
@@ -64,16 +70,18 @@ def from_smoothcache(components: Mapping[str, Sequence[int]], branches: Sequence
     """
     lengths = {len(row) for row in components.values()}
     if len(lengths) != 1:
-        raise ArtifactError(f"the components have {sorted(lengths)} steps; expected one number of steps for all")
+        raise ArtifactError(f"the components have {shown(sorted(lengths))} steps; expected one number of steps for all")
     table = np.ones((lengths.pop(), len(branches)), dtype=bool)
     for name, row in components.items():
         base, _, position = re.sub(r"[-_.](?=\d+$)", "-", name).partition("-")
         if base not in _KINDS or not np.isin(row, (0, 1)).all():
-            raise ArtifactError(f"component {name!r} is not known; expected 0 and 1 for one of {', '.join(_KINDS)}")
+            raise ArtifactError(
+                f"component {shown(name)} is not known; expected 0 and 1 for one of {', '.join(_KINDS)}"
+            )
         chosen = [branch.index for branch in branches if branch.kind in _KINDS[base]]
         chosen = chosen[int(position) : int(position) + 1] if position else chosen
         if not chosen:
-            raise ArtifactError(f"component {name!r} has no branch in this model; was the schedule made for it?")
+            raise ArtifactError(f"component {shown(name)} has no branch in this model; was the schedule made for it?")
         table[:, chosen] = np.array(row, dtype=bool)[:, None]
     return CacheSchedule(table)
 
@@ -89,11 +97,13 @@ def from_routers(scores: Sequence[Sequence[float]], steps: int, threshold: float
     """
     try:
         rows = np.array(scores, dtype=np.float64)
+        if not np.isfinite(rows).all() or not ((rows >= 0) & (rows <= 1)).all():
+            raise ValueError("a score is not between 0 and 1")
         if rows.ndim != 2 or len(rows) not in (steps, steps // 2):
             raise ValueError(f"the shape is {rows.shape}")
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ArtifactError(
-            f"these are no routers for {steps} steps ({error}); expected {steps} or {steps // 2} rows"
+            f"these are no routers for {steps} steps ({shown(error)}); expected {steps} or {steps // 2} rows"
         ) from error
     table = np.ones((steps, rows.shape[1]), dtype=bool)
     if len(rows) == steps:
@@ -109,8 +119,8 @@ def from_steps_mask(mask: Sequence[int], branches: Sequence[ResidualBranch]) -> 
     Raises:
         ArtifactError: it is not made of 0 and 1.
     """
-    if not len(mask) or not np.isin(mask, (0, 1)).all():
-        raise ArtifactError(f"the steps_mask is {mask!r}; expected a list of 0 and 1, one for each step")
+    if not isinstance(mask, Sequence) or not len(mask) or not np.isin(mask, (0, 1)).all():
+        raise ArtifactError(f"the steps_mask is {shown(mask)}; expected a list of 0 and 1, one for each step")
     return CacheSchedule(np.repeat(np.array(mask, dtype=bool)[:, None], len(branches), axis=1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.runtime.module import LazyModule, ModelCall
 from lazy_compile.runtime.sampling import Sampler
@@ -38,6 +39,11 @@ class BranchTimings:
     total: float
 
     def __post_init__(self) -> None:
+        if self.branches.ndim != 1 or not math.isfinite(self.total):
+            raise ConfigError(
+                f"branches of shape {self.branches.shape} and a step of {self.total} s are no timings; give a list of "
+                "seconds, and the seconds of the whole step"
+            )
         if not (np.isfinite(self.branches).all() and (self.branches >= 0).all() and self.branches.sum() <= self.total):
             raise ConfigError(
                 f"branches of {self.branches.sum():.3g} s do not fit in a step of {self.total:.3g} s; give the seconds "
@@ -54,9 +60,10 @@ class BranchTimings:
         values = load_json(Path(path))
         try:
             return cls(np.array(values["branches"], dtype=np.float64), float(values["total"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise ArtifactError(
-                f'{path} holds no timings ({error!r}); expected {{"branches": [seconds, ...], "total": seconds}}'
+                f"{path} holds no timings ({one_line(repr(error))}); "
+                'expected {"branches": [seconds, ...], "total": seconds}'
             ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.errors import ArtifactError, ConfigError, one_line
+from lazy_compile.storage import load_json
 
 BoolTable = npt.NDArray[np.bool_]
 
@@ -148,14 +148,12 @@ class CacheSchedule:
                 raise ValueError("a decision is neither 0 nor 1")
             slopes = values.get("slopes")
             return cls(table, None if slopes is None else np.asarray(slopes, dtype=np.float64))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
             raise ArtifactError(
-                f"this is not a schedule ({error!r}); expected a JSON object with should_compute[step][branch]"
+                f"this is not a schedule ({one_line(repr(error))}); expected a JSON object with "
+                "should_compute[step][branch]"
             ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> CacheSchedule:
-        try:
-            return cls.from_json(json.loads(Path(path).read_text()))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"cannot read the schedule {path}: {error}") from error
+        return cls.from_json(load_json(path))

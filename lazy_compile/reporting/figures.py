@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lazy_compile.errors import import_optional
+from lazy_compile.errors import import_optional, one_line
+from lazy_compile.reporting.markup import Markup, render
 
 Floats = npt.NDArray[np.float64]
 Draw = Callable[["Theme"], Any]
@@ -53,13 +54,14 @@ DARK = Theme(
 )  # fmt: skip
 
 
-def picture(draw: Draw, alt: str) -> str:
+def picture(draw: Draw, alt: str) -> Markup:
     """HTML of a figure that follows the page's colour scheme: one drawing, two themes."""
     light, dark = (_png(draw, theme) for theme in (LIGHT, DARK))
-    return (
-        f'<picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{light}" alt="{alt}"></picture>'
-    )
+    return render(
+        '<picture><source srcset="{{ dark }}" media="(prefers-color-scheme: dark)">'
+        '<img src="{{ light }}" alt="{{ alt }}"></picture>',
+        dark=dark, light=light, alt=alt,
+    )  # fmt: skip
 
 
 def pixels(images: Floats) -> str:
@@ -90,7 +92,7 @@ def quality_against_compute(rows: Sequence[Mapping[str, Any]]) -> Draw:
                 x, y, spread = zip(*points, strict=True)
                 ours = method == "lazy"
                 axis.errorbar(
-                    x, y, yerr=spread, marker=_MARKERS.get(method, "."), label=LABELS.get(method, method),
+                    x, y, yerr=spread, marker=_MARKERS.get(method, "."), label=_plain(LABELS.get(method, method)),
                     color=theme.accent if ours else theme.others.get(method, theme.text),
                     linewidth=2.2 if ours else 1.1, markersize=8 if ours or method == "dense" else 6, capsize=2.5,
                     elinewidth=1, zorder=3 if ours else 2,
@@ -120,10 +122,10 @@ def reuse_maps(maps: Mapping[str, Floats], branches: Sequence[str]) -> Draw:
         axes = figure.subplots(1, len(maps), squeeze=False, sharey=True)
         for axis, (title, shares) in zip(axes[0], maps.items(), strict=True):
             image = axis.imshow(shares.T, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-            axis.set_title(title, fontsize=11, color=theme.text, loc="left")
+            axis.set_title(_plain(title), fontsize=11, color=theme.text, loc="left")
             axis.set_xlabel("denoising step")
             axis.set_xticks(range(0, len(shares), max(1, len(shares) // 10)))
-            axis.set_yticks(range(len(branches)), branches, fontsize=8)
+            axis.set_yticks(range(len(branches)), list(map(_plain, branches)), fontsize=8)
             axis.set_xticks(np.arange(-0.5, len(shares)), minor=True)
             axis.set_yticks(np.arange(-0.5, len(branches)), minor=True)
             _style(axis, theme)
@@ -148,7 +150,7 @@ def gate_biases(bias: Floats, knots: Floats, branches: Sequence[str]) -> Draw:
         figure = _figure(height=1.3 + 0.24 * len(branches))
         axis = figure.subplots()
         image = axis.imshow(bias.T, cmap=shades, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        axis.set_yticks(range(len(branches)), branches, fontsize=8)
+        axis.set_yticks(range(len(branches)), list(map(_plain, branches)), fontsize=8)
         axis.set_xticks(range(len(knots)), [f"{knot:g}" for knot in knots], fontsize=8, rotation=60)
         axis.set_xlabel("time input")
         _style(axis, theme)
@@ -160,6 +162,11 @@ def gate_biases(bias: Floats, knots: Floats, branches: Sequence[str]) -> Draw:
         return figure
 
     return draw
+
+
+def _plain(name: str) -> str:
+    """A name as text: between two dollar signs matplotlib reads formulas."""
+    return one_line(name, 80).replace("\\", "/").replace("$", r"\$")
 
 
 def _style(axis: Any, theme: Theme) -> None:

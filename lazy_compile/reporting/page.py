@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from lazy_compile.errors import ArtifactError
+from lazy_compile.errors import ArtifactError, shown
 from lazy_compile.reporting.figures import LABELS, gate_biases, picture, pixels, quality_against_compute, reuse_maps
+from lazy_compile.reporting.markup import Markup, join, render
 from lazy_compile.runtime.artifact import MANIFEST, read
-from lazy_compile.storage import atomic_path, load_json
+from lazy_compile.storage import atomic_path, load_sealed_json
 
 SUMMARY = "summary.json"
 SAMPLES = "samples.npz"
@@ -36,7 +37,7 @@ def write_report(source: str | Path, output: str | Path) -> Path:
     if source.is_dir() or source.name == MANIFEST:
         page = artifact_page(source.parent if source.name == MANIFEST else source)
     else:
-        page = summary_page(load_json(source), source)
+        page = summary_page(load_sealed_json(source), source)
     with atomic_path(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return output
@@ -44,28 +45,35 @@ def write_report(source: str | Path, output: str | Path) -> Path:
 
 def summary_page(summary: Any, source: Path) -> str:
     """The page of a comparison; its pictures come from :data:`SAMPLES` beside ``source``, where that exists."""
-    _require(summary, _TOP, str(source))
-    for position, row in enumerate(summary["rows"]):
-        _require(row, _ROW, f"{source}: rows[{position}]")
-    _require(summary["onnx"], _ONNX, f"{source}: onnx")
+    _check_summary(summary, source)
+    try:
+        return _summary_page(summary, source)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise ArtifactError(f"{source} is damaged ({shown(error)}); make it again") from error
+
+
+def _summary_page(summary: Any, source: Path) -> str:
     rows = summary["rows"]
-    shown = _load_samples(source.with_name(SAMPLES))
+    arrays = _load_samples(source.with_name(SAMPLES))
     parts = [
-        f"<p class=lead>{html.escape(summary['model'])}, {summary['steps']} denoising steps. Every method starts from "
-        "the same noise; a lazy model computes a branch, or reuses what it produced at an earlier step.</p>",
+        render(
+            "<p class=lead>{{ model }}, {{ steps }} denoising steps. Every method starts from the same noise; a lazy "
+            "model computes a branch, or reuses what it produced at an earlier step.</p>",
+            model=summary["model"], steps=summary["steps"],
+        ),
         _tiles(summary),
         _section("Quality against compute", picture(quality_against_compute(rows), "quality against compute"),
                  "Lower is better. Bars: one standard deviation over the sets of noise."),
     ]  # fmt: skip
-    if shown:
-        parts.append(_section("Samples from the same noise", _samples(rows, shown)))
+    if arrays:
+        parts.append(_section("Samples from the same noise", _samples(rows, arrays)))
         maps = {
-            f"{row['lazy_ratio']:.0%} reused, {row['compute_ratio']:.0%} of the MACs": shown[f"reuse_{position}"]
+            f"{row['lazy_ratio']:.0%} reused, {row['compute_ratio']:.0%} of the MACs": arrays[f"reuse_{position}"]
             for position, row in enumerate(rows)
-            if row["method"] == "lazy" and f"reuse_{position}" in shown
+            if row["method"] == "lazy" and f"reuse_{position}" in arrays
         }
         if maps:
-            drawn = picture(reuse_maps(maps, [str(name) for name in shown["branches"]]), "reuse per branch and step")
+            drawn = picture(reuse_maps(maps, [str(name) for name in arrays["branches"]]), "reuse per branch and step")
             varying = f"{summary['decisions_varying_between_samples']:.1%} of the decisions differ between samples."
             parts.append(_section("What is reused", drawn, f"By branch and step, under the lazy gates. {varying}"))
     parts.append(_section("All figures", _table(rows)))
@@ -79,8 +87,14 @@ def artifact_page(directory: Path) -> str:
     names = [name for name, _, _ in artifact.branches]
     policy = artifact.policy
     parts = [
-        f"<p class=lead>{html.escape(str(directory))}: {len(names)} branches, "
-        f"policy <b>{type(policy).__name__}</b>, captured by {html.escape(artifact.capture)}.</p>"
+        render(
+            "<p class=lead>{{ folder }}: {{ count }} branches, policy <b>{{ policy }}</b>, captured by "
+            "{{ capture }}.</p>",
+            folder=directory,
+            count=len(names),
+            policy=type(policy).__name__,
+            capture=artifact.capture,
+        )
     ]
     if (table := policy.gate_table) is not None:
         drawn = picture(gate_biases(table.bias.double().numpy(), table.knots.numpy(), names), "gate biases")
@@ -95,7 +109,7 @@ def artifact_page(directory: Path) -> str:
     return _page("A lazy model", parts)
 
 
-def _tiles(summary: Mapping[str, Any]) -> str:
+def _tiles(summary: Mapping[str, Any]) -> Markup:
     """The lazy rows in a few words, each beside fewer steps at no less compute."""
     tiles = []
     for row in summary["rows"]:
@@ -112,33 +126,40 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     tiles.append(
         (f"{onnx['if_nodes']} ONNX If nodes", f"{note} ONNX Runtime within {onnx['max_abs_error']:.1e} of PyTorch.")
     )
-    return "<div class=tiles>" + "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in tiles) + "</div>"
-
-
-def _samples(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, Any]) -> str:
-    """One strip a method, under a heading for each target."""
-    groups: dict[str, list[str]] = {"Independent of a target": []}
-    if "reference" in shown:
-        groups["Independent of a target"].append(_strip("reference", "many dense steps", shown["reference"]))
-    for position, row in enumerate(rows):
-        if f"images_{position}" in shown:
-            target = row.get("target")
-            heading = "Independent of a target" if target is None else f"Gates calibrated to reuse {target:.0%}"
-            detail = f"{row['sampler_steps']} steps, {row['compute_ratio']:.0%} of the MACs"
-            strip = _strip(LABELS.get(row["method"], row["method"]), detail, shown[f"images_{position}"])
-            groups.setdefault(heading, []).append(strip)
-    return "".join(f"<h3>{html.escape(heading)}</h3>{''.join(strips)}" for heading, strips in groups.items())
-
-
-def _strip(name: str, detail: str, images: Any) -> str:
-    return (
-        f"<figure{' class=ours' if name == LABELS['lazy'] else ''}><figcaption><b>{html.escape(name)}</b>"
-        f'<span>{html.escape(detail)}</span></figcaption><img class=strip src="{pixels(images[:16])}" '
-        f'alt="samples: {html.escape(name)}"></figure>'
+    return render(
+        "<div class=tiles>{% for a, b in tiles %}<div><b>{{ a }}</b><span>{{ b }}</span></div>{% endfor %}</div>",
+        tiles=tiles,
     )
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _samples(rows: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any]) -> Markup:
+    """One strip a method, under a heading for each target."""
+    groups: dict[str, list[Markup]] = {"Independent of a target": []}
+    if "reference" in arrays:
+        groups["Independent of a target"].append(_strip("reference", "many dense steps", arrays["reference"]))
+    for position, row in enumerate(rows):
+        if f"images_{position}" in arrays:
+            target = row.get("target")
+            heading = "Independent of a target" if target is None else f"Gates calibrated to reuse {target:.0%}"
+            detail = f"{row['sampler_steps']} steps, {row['compute_ratio']:.0%} of the MACs"
+            strip = _strip(LABELS.get(row["method"], row["method"]), detail, arrays[f"images_{position}"])
+            groups.setdefault(heading, []).append(strip)
+    return join(
+        render("<h3>{{ heading }}</h3>{{ strips }}", heading=heading, strips=join(strips))
+        for heading, strips in groups.items()
+    )
+
+
+def _strip(name: str, detail: str, images: Any) -> Markup:
+    return render(
+        "<figure{{ mark }}><figcaption><b>{{ name }}</b><span>{{ detail }}</span></figcaption>"
+        '<img class=strip src="{{ source }}" alt="samples: {{ name }}"></figure>',
+        mark=Markup(" class=ours") if name == LABELS["lazy"] else "", name=name, detail=detail,
+        source=pixels(images[:16]),
+    )  # fmt: skip
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Markup:
     scores = {"rmse_dense": "RMSE to dense", "rmse_reference": "RMSE to reference", "frechet": "Fréchet"}
     if all("frechet_scans" in row for row in rows):
         scores["frechet_scans"] = "to scans"
@@ -153,29 +174,29 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return _cells(head, cells, ours=[row["method"] == "lazy" for row in rows])
 
 
-def _cells(head: Sequence[str], rows: Sequence[Sequence[str]], ours: Sequence[bool] = ()) -> str:
-    top = "".join(f"<th>{html.escape(cell)}" for cell in head)
-    body = "".join(
-        f"<tr{' class=ours' if position < len(ours) and ours[position] else ''}>"
-        + "".join(f"<td>{html.escape(cell)}" for cell in row)
-        for position, row in enumerate(rows)
-    )
-    return f"<div class=wide><table><thead><tr>{top}<tbody>{body}</table></div>"
+def _cells(head: Sequence[str], rows: Sequence[Sequence[str]], ours: Sequence[bool] = ()) -> Markup:
+    marked = [(position < len(ours) and ours[position], row) for position, row in enumerate(rows)]
+    return render(
+        "<div class=wide><table><thead><tr>{% for cell in head %}<th>{{ cell }}{% endfor %}<tbody>"
+        "{% for mine, row in rows %}<tr{% if mine %} class=ours{% endif %}>"
+        "{% for cell in row %}<td>{{ cell }}{% endfor %}{% endfor %}</table></div>",
+        head=head, rows=marked,
+    )  # fmt: skip
 
 
 def _spread(row: Mapping[str, Any], key: str) -> str:
     return f"{row[key]:.4f}" + (f" ±{row[f'{key}_std']:.4f}" if f"{key}_std" in row else "")
 
 
-def _method(summary: Mapping[str, Any]) -> str:
+def _method(summary: Mapping[str, Any]) -> Markup:
     seeds = max(row["seeds"] for row in summary["rows"])
-    return (
+    return render(
         "<ul>"
-        f"<li>Mean and standard deviation over {seeds} sets of noise; a set is the same for every method.</li>"
+        "<li>Mean and standard deviation over {{ seeds }} sets of noise; a set is the same for every method.</li>"
         "<li><b>Reused</b>: share of all branch evaluations that were answered from the cache, samples counted singly. "
         "<b>MACs</b>: multiply-accumulates spent over those of the dense model at the same number of steps, always-on "
         "parts included.</li>"
-        f"<li><b>RMSE to dense</b>: against the dense samples at {summary['steps']} steps. <b>RMSE to reference</b>: "
+        "<li><b>RMSE to dense</b>: against the dense samples at {{ steps }} steps. <b>RMSE to reference</b>: "
         "against many dense steps, which stand for the exact solution. Pixels lie in -1 to 1.</li>"
         "<li><b>Fréchet</b>: distance between Gaussians fitted to the features of a small digits classifier, on "
         "samples and on the reference samples of the same noise; <b>to scans</b>: on samples and on all real scans. "
@@ -183,9 +204,10 @@ def _method(summary: Mapping[str, Any]) -> str:
         "<li><b>Fewer steps</b> always gets at least the compute of the lazy model that it is compared with. <b>Every "
         "2nd step</b> and the random and planned schedules reuse with the same linear extrapolation as the lazy gates; "
         "<i>repeated</i> returns the last output unchanged.</li>"
-        f"<li>ONNX: one trajectory in ONNX Runtime against PyTorch under one decision per call; largest difference of "
-        f"the samples {summary['onnx']['max_abs_error']:.1e}.</li></ul>"
-    )
+        "<li>ONNX: one trajectory in ONNX Runtime against PyTorch under one decision per call; largest difference of "
+        "the samples {{ error }}.</li></ul>",
+        seeds=seeds, steps=summary["steps"], error=f"{summary['onnx']['max_abs_error']:.1e}",
+    )  # fmt: skip
 
 
 def _load_samples(path: Path) -> dict[str, Any]:
@@ -195,7 +217,7 @@ def _load_samples(path: Path) -> dict[str, Any]:
         with path.open("rb") as file, np.load(file) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"cannot read {path} ({error}); run the demo again, or delete it") from error
+        raise ArtifactError(f"cannot read {path} ({shown(error)}); run the demo again, or delete it") from error
 
 
 def _require(values: Any, keys: Sequence[str], where: str) -> None:
@@ -204,18 +226,41 @@ def _require(values: Any, keys: Sequence[str], where: str) -> None:
         raise ArtifactError(f"{where} lacks {missing[0]!r}; expected a summary.json as the demo writes it")
 
 
-def _section(title: str, body: str, note: str = "") -> str:
-    remark = f"<p class=note>{html.escape(note)}</p>" if note else ""
-    return f"<section><h2>{html.escape(title)}</h2>{body}{remark}</section>"
+def _check_summary(summary: Any, source: Path) -> None:
+    """
+    Raises:
+        ArtifactError: something is missing, or a score is no finite number.
+    """
+    _require(summary, _TOP, str(source))
+    if not isinstance(summary["rows"], list) or not isinstance(summary["model"], str):
+        raise ArtifactError(f"{source} is damaged: expected a model and a list of rows; make it again")
+    for position, row in enumerate(summary["rows"]):
+        _require(row, _ROW, f"{source}: rows[{position}]")
+        for key, value in row.items():
+            text = key in ("method", "label")
+            if (not isinstance(value, str)) if text else not _is_number(value):
+                raise ArtifactError(f"{source}: rows[{position}].{shown(key)} is {shown(value)}; make it again")
+    _require(summary["onnx"], _ONNX, f"{source}: onnx")
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
-    return _TEMPLATE.replace("$title", html.escape(title)).replace("$body", "\n".join(parts))
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+
+
+def _section(title: str, body: Markup, note: str = "") -> Markup:
+    return render(
+        "<section><h2>{{ title }}</h2>{{ body }}{% if note %}<p class=note>{{ note }}</p>{% endif %}</section>",
+        title=title, body=body, note=note,
+    )  # fmt: skip
+
+
+def _page(title: str, parts: Sequence[Markup]) -> str:
+    return str(render(_TEMPLATE, title=title, body=Markup("\n").join(parts)))
 
 
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title><style>
+<title>{{ title }}</title><style>
 :root { color-scheme: light dark; --page: #fcfcfd; --card: #fff; --text: #22262e; --soft: #646b78; --line: #e3e5ea;
   --accent: #c2410c; --tint: #fff3ea; }
 @media (prefers-color-scheme: dark) { :root { --page: #15171b; --card: #1c1f25; --text: #dfe3ea; --soft: #98a0ae;
@@ -251,7 +296,7 @@ th:first-child, td:first-child { text-align: left; }
 tr.ours td:first-child { color: var(--accent); font-weight: 600; }
 ul { margin: 0; padding-left: 20px; font-size: 15px; }
 li { margin: 6px 0; }
-</style></head><body><main><h1>$title</h1>
-$body
+</style></head><body><main><h1>{{ title }}</h1>
+{{ body }}
 </main></body></html>
 """

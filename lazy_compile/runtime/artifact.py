@@ -7,7 +7,9 @@ JSON is replaced last and in one stroke, so an interrupted save leaves what was 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
@@ -18,16 +20,27 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from lazy_compile.config import LazyConfig
-from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.digests import DIGEST, check_digest, digest_of, verification, verifies
+from lazy_compile.errors import ArtifactError, ConfigError, shown
 from lazy_compile.ir.branch import BranchKind, BranchTensor, ResidualBranch
 from lazy_compile.policies.policy import Policy
 from lazy_compile.policies.serialize import from_parts, to_parts
-from lazy_compile.storage import atomic_path, load_json, load_tensors, save_json
+from lazy_compile.storage import (
+    atomic_path,
+    load_json,
+    load_sealed_json,
+    load_tensors,
+    locked_folder,
+    remove_files,
+    save_sealed_json,
+)
 
 FORMAT = 4
 MANIFEST = "lazy.json"
 GATES = "gates"
 """The entry of a policy that names the file of its tensors."""
+
+_UNDO = "undo the edit, or make it again"
 
 _TOP = {"format": int, "config": dict, "policy": dict, "model": dict, "branches": list}
 _MODEL = {"fingerprint": str, "capture": str, "attempts": list, "guarded_inputs": list}
@@ -110,7 +123,6 @@ def write(directory: str | Path, artifact: Artifact) -> None:
         ArtifactError: the folder cannot be written to.
     """
     folder = Path(directory)
-    stale = set(folder.glob("gates.*.safetensors"))
     policy = _write_policy(artifact.policy, folder)
     manifest = {
         "format": FORMAT,
@@ -124,17 +136,34 @@ def write(directory: str | Path, artifact: Artifact) -> None:
         },
         "branches": [dict(zip(_BRANCH, branch, strict=True)) for branch in artifact.branches],
     }
-    save_json(folder / MANIFEST, manifest)
-    for file in stale - {folder / str(policy.get(GATES))}:
-        file.unlink(missing_ok=True)
+    with locked_folder(folder):
+        older = _gates_of(folder / MANIFEST)
+        save_sealed_json(folder / MANIFEST, manifest)
+        remove_files(folder, older - {str(policy.get(GATES))})
 
 
-def read(directory: str | Path) -> Artifact:
+def _gates_of(manifest: Path) -> set[str]:
+    """The file of gates that a manifest names; none where there is no manifest that can be read."""
+    with suppress(ArtifactError, KeyError, TypeError):
+        name = load_sealed_json(manifest)["policy"]["gates"]
+        return {name} if re.fullmatch(r"gates\.[0-9a-f]{16}\.safetensors", name) else set()
+    return set()
+
+
+def read(directory: str | Path, *, verify: bool = True) -> Artifact:
     """
+    Args:
+        directory: the folder.
+        verify: False reads it without holding it against its digests.
+
     Raises:
         ArtifactError: a file is missing or damaged, or was edited into something that cannot be understood.
     """
-    folder = Path(directory)
+    with verification(verify):
+        return _read(Path(directory))
+
+
+def _read(folder: Path) -> Artifact:
     path = folder / MANIFEST
     if not path.exists():
         raise ArtifactError(f"{folder} holds no {MANIFEST}; expected a folder that calibrate, plan or save() wrote")
@@ -144,16 +173,16 @@ def read(directory: str | Path) -> Artifact:
         _from_last_format(values)
     elif version != FORMAT:
         raise ArtifactError(
-            f"{path} has format {version!r}, this release reads {FORMAT}; make it again with this release"
+            f"{path} has format {shown(version)}, this release reads {FORMAT}; make it again with this release"
         )
-    _check(values, _TOP, path, "")
+    _check({name: value for name, value in values.items() if name != DIGEST}, _TOP, path, "")
     _check(values["model"], _MODEL, path, "model.")
     for position, branch in enumerate(values["branches"]):
         _check(branch, _BRANCH, path, f"branches[{position}].")
         if branch["kind"] not in {kind.value for kind in BranchKind}:
             raise ArtifactError(f"{path}: branches[{position}].kind is {branch['kind']!r}; undo the edit")
     branches = tuple(tuple(branch[key] for key in _BRANCH) for branch in values["branches"])
-    return Artifact(
+    artifact = Artifact(
         _read_config(values["config"], path),
         _read_policy(values["policy"], path, branches),
         values["model"]["fingerprint"],
@@ -163,6 +192,9 @@ def read(directory: str | Path) -> Artifact:
         branches,
         folder,
     )
+    if version == FORMAT:  # format 3 carried none
+        check_digest(values, path)  # last, since the other checks say more about an edit
+    return artifact
 
 
 def _from_last_format(values: Any) -> None:
@@ -188,7 +220,7 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> str:
 
 
 def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return digest_of(content)[:16]
 
 
 def _read_policy(values: dict[str, Any], manifest: Path, branches: Sequence[tuple[str, str, int]]) -> Policy:
@@ -204,11 +236,16 @@ def _read_policy(values: dict[str, Any], manifest: Path, branches: Sequence[tupl
 
 def _read_tensors(name: Any, manifest: Path) -> dict[str, torch.Tensor]:
     path = manifest.parent / Path(str(name)).name
-    tensors, _ = load_tensors(path)
-    if path.name != f"gates.{_digest(path.read_bytes())}.safetensors":
+    tensors, _ = load_tensors(path, sealed=False)
+    if verifies() and path.name != f"gates.{_digest(path.read_bytes())}.safetensors":
         raise ArtifactError(
             f"{path} is not what was saved: its content does not match its name; calibrate again, or restore it"
         )
+    for tensor_name, tensor in tensors.items():
+        if tensor.is_complex() or not torch.isfinite(tensor).all():
+            raise ArtifactError(
+                f"{path}: {tensor_name} holds numbers that are not finite; calibrate again, or restore it"
+            )
     return tensors
 
 
@@ -224,22 +261,24 @@ def _read_config(values: dict[str, Any], manifest: Path) -> LazyConfig:
     _check(values, hints, manifest, "config.")
     try:
         return LazyConfig(**values)
-    except ConfigError as error:
+    except (ConfigError, TypeError) as error:
         raise ArtifactError(f"{manifest}: {error}; undo the edit, or make it again") from error
 
 
 def _check(values: Any, expected: Mapping[str, Any], path: Path, prefix: str) -> None:
     """One object of the manifest: exactly these keys, each of its type."""
     if not isinstance(values, dict):
-        raise ArtifactError(f"{path}: {prefix[:-1]} is {values!r}, expected an object; undo the edit, or make it again")
+        raise ArtifactError(
+            f"{path}: {prefix[:-1]} is {shown(values)}, expected an object; undo the edit, or make it again"
+        )
     for key in sorted(expected.keys() ^ values.keys()):
         trouble = "lacks" if key in expected else "has an unknown key"
-        raise ArtifactError(f"{path} {trouble} {prefix + key!r}; undo the edit, or make it again")
+        raise ArtifactError(f"{path} {trouble} {shown(prefix + key)}; undo the edit, or make it again")
     for key, kind in expected.items():
         if not _is(values[key], kind):
             name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
             raise ArtifactError(
-                f"{path}: {prefix + key} is {values[key]!r}, expected {name}; undo the edit, or make it again"
+                f"{path}: {prefix + key} is {shown(values[key])}, expected {name}; undo the edit, or make it again"
             )
 
 

@@ -134,4 +134,4 @@ def test_a_file_that_cannot_be_read_is_named(content: bytes | None, tmp_path: Pa
         file.write_bytes(content)
     with pytest.raises(ArtifactError) as caught:
         CacheSchedule.load(file)
-    assert str(caught.value).startswith(f"cannot read the schedule {file}: ")
+    assert str(caught.value).startswith(f"cannot read {file}: ")

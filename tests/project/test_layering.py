@@ -17,7 +17,7 @@ from project.import_graph import (
 )
 
 ORDER = [  # lowest first
-    *["errors", "storage", "config", "progress", "processes"],
+    *["errors", "digests", "storage", "tree_specs", "config", "progress", "processes"],
     "ir",
     *["analysis", "policies", "capture"],
     *["passes", "pipelines"],

@@ -14,6 +14,7 @@ import torch
 
 import lazy_compile
 from lazy_compile import CacheSchedule, GateTable, LazyModule, Learned, Scheduled
+from lazy_compile.digests import with_digest
 from lazy_compile.errors import ArtifactError
 from lazy_compile.reporting.page import SAMPLES, write_report
 from support.factories import tiny_dit
@@ -47,7 +48,7 @@ def summary() -> dict[str, Any]:
 
 
 def write(folder: Path, summary: Any) -> Path:
-    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(with_digest(summary) if isinstance(summary, dict) else summary))
     return folder / "summary.json"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lazy_compile
 from lazy_compile import AlwaysCompute, CacheSchedule, GateTable, LazyModule, Learned, Policy, Scheduled
+from lazy_compile.digests import with_digest
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.policies.policy import GateQuery
 from lazy_compile.runtime.artifact import MANIFEST, fingerprint, read
@@ -52,7 +53,7 @@ def saved(lazy: LazyModule, tmp_path: Path) -> Path:
 def edit(folder: Path, change: Edit) -> None:
     values = json.loads((folder / MANIFEST).read_text())
     change(values)
-    (folder / MANIFEST).write_text(json.dumps(values))
+    (folder / MANIFEST).write_text(json.dumps(with_digest(values)))
 
 
 def gate_file(folder: Path) -> Path:
@@ -182,7 +183,7 @@ def test_interrupted_save_leaves_the_old_artefact(
         raise KeyboardInterrupt
 
     lazy.policy = Learned(gates(lazy, seed=1))
-    monkeypatch.setattr("lazy_compile.runtime.artifact.save_json", killed)
+    monkeypatch.setattr("lazy_compile.runtime.artifact.save_sealed_json", killed)
     with pytest.raises(KeyboardInterrupt):
         lazy.save(saved)
     policy = read(saved).policy

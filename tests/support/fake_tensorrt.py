@@ -20,7 +20,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from lazy_compile.backends.tensorrt.sidecar import digest
+from lazy_compile.digests import digest_of
 
 
 class TensorIOMode(enum.Enum):
@@ -87,7 +87,7 @@ class FakeRuntime:
         if self.trt.refuses == "engine":
             self.trt.complain(self.log, "IRuntime::deserializeCudaEngine: the plan is of another platform")
             return None
-        return FakeEngine(self.trt, self.log, self.trt.onnx[digest(plan)])
+        return FakeEngine(self.trt, self.log, self.trt.onnx[digest_of(plan)])
 
 
 class FakeEngine:

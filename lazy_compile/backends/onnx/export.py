@@ -6,7 +6,6 @@ import inspect
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,7 +18,7 @@ from lazy_compile import pipelines
 from lazy_compile.analysis.timestep_input import names_the_time
 from lazy_compile.backends.onnx.convert import all_outputs, convert, name_values, own_outputs, quiet
 from lazy_compile.backends.onnx.example import all_inputs, example_call
-from lazy_compile.backends.onnx.masks import ScheduleVariants, SharedWeights
+from lazy_compile.backends.onnx.masks import MANIFEST, ScheduleVariants, SharedWeights
 from lazy_compile.backends.onnx.metadata import KEY, Gating, InputSpec, OnnxMetadata, SlotSpec, first_line
 from lazy_compile.backends.onnx.prologue import (
     PROLOGUE_KEY,
@@ -28,10 +27,11 @@ from lazy_compile.backends.onnx.prologue import (
     make_prologue,
     prologue_macs,
     prologue_path,
+    waiting_path,
     without_prologue,
 )
 from lazy_compile.backends.onnx.rules import check_rules
-from lazy_compile.backends.onnx.save import OPSETS, save_model, written_model
+from lazy_compile.backends.onnx.save import OPSETS, put_in_place, save_model, save_pair
 from lazy_compile.backends.onnx.sink import sink_branches
 from lazy_compile.backends.onnx.structure import StructureReport as StructureReport
 from lazy_compile.backends.onnx.structure import check_structure
@@ -40,7 +40,7 @@ from lazy_compile.errors import BackendError, ConfigError, import_optional
 from lazy_compile.ir.program import Program, Role
 from lazy_compile.ir.state_tensors import initial_value
 from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
-from lazy_compile.policies.schedule import StepTable
+from lazy_compile.policies.schedule import CacheSchedule, StepTable
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.module import LazyGraph, LazyModule
@@ -161,31 +161,14 @@ def export_onnx(
     start = time.perf_counter()
     export = _Export.of(lazy, example_inputs, gating, group, predictors, invariants, opset)
     target = Path(path)
-    beside: Path | None = None
     if gating == "schedule":
-        masks = ScheduleVariants.of(export.table.schedule.tied(export.leaders), target)
-        with SharedWeights(target) as weights:
-            for position, (mask, file) in enumerate(masks.files.items()):
-                model = export.make(mask)
-                weights.take(model)
-                save_model(model, file)
-                on_progress("exporting to ONNX", position + 1, len(masks.files), "one model for each set of decisions")
-            keep = [weights.name]
-            if export.prologue is not None:
-                beside = prologue_path(target / "mask.onnx", gating)
-                weights.take(export.prologue)
-                save_model(export.prologue, beside)
-                keep.append(beside.name)
-            masks.save(target, keep)
-        size, count = sum(file.stat().st_size for file in target.iterdir()), len(masks.files)
+        model, count, beside = _write_set(export, export.table.schedule, target, on_progress)
+        size = sum(file.stat().st_size for file in target.iterdir())
     else:
-        model = export.make((), on_progress)
+        model, count = export.make((), on_progress), 1
         model = (export.simplified(model) if simplify else None) or model
-        with ExitStack() as written:
-            size, count = written.enter_context(written_model(model, target)), 1
-            if export.prologue is not None:
-                beside = prologue_path(target, gating)
-                size += written.enter_context(written_model(export.prologue, beside))
+        beside = None if export.prologue is None else prologue_path(target, gating)
+        size = save_pair(model, export.prologue, target, gating)
         on_progress("exporting to ONNX", 4, 4, "written")
     structure = check_structure(model)
     return OnnxReport(
@@ -210,6 +193,32 @@ def export_onnx(
         simplified=export.is_simplified,
         seconds=time.perf_counter() - start,
     )
+
+
+def _write_set(
+    export: _Export, schedule: CacheSchedule, folder: Path, on_progress: OnProgress
+) -> tuple[Model, int, Path | None]:
+    """A folder of models for a schedule: the last of them, how many there are, and their prologue.
+
+    All lies under new names until the manifest takes the place of an older one.
+    """
+    with SharedWeights(folder) as weights:
+        masks = ScheduleVariants.of(schedule.tied(export.leaders), folder, token=weights.token)
+        for position, (mask, file) in enumerate(masks.files.items()):
+            model = export.make(mask)
+            weights.take(model)
+            save_model(model, file, weights.places)
+            on_progress("exporting to ONNX", position + 1, len(masks.files), "one model for each set of decisions")
+        if export.prologue is None:
+            masks.save(folder, [weights.name])
+            return model, len(masks.files), None
+        beside = prologue_path(folder / MANIFEST, "schedule").with_suffix(".onnx")
+        waiting = waiting_path(beside, "schedule", export.prologue.metadata_props[PROLOGUE_KEY])
+        weights.take(export.prologue)
+        save_model(export.prologue, waiting, weights.places)
+        masks.save(folder, [weights.name, waiting.name, beside.name])
+        put_in_place(waiting, beside)
+    return model, len(masks.files), beside
 
 
 @dataclass

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
-from lazy_compile.errors import ArtifactError, import_optional
+from lazy_compile.backends.onnx.seal import seal_of
+from lazy_compile.digests import RangeDigests, check_digest, digest_of, digest_of_file, verifies
+from lazy_compile.errors import ArtifactError, import_optional, one_line, shown
 from lazy_compile.policies.schedule import CacheSchedule
-from lazy_compile.storage import load_json, save_json
+from lazy_compile.storage import (
+    load_json,
+    load_sealed_json,
+    locked_folder,
+    remove_files,
+    save_sealed_json,
+    start_partial,
+    token_of,
+)
 
 if TYPE_CHECKING:
     from onnx_ir import Model
@@ -36,70 +46,115 @@ class ScheduleVariants:
     files: dict[Mask, Path]
 
     @classmethod
-    def of(cls, schedule: CacheSchedule, folder: Path, suffix: str = ".onnx") -> ScheduleVariants:
+    def of(cls, schedule: CacheSchedule, folder: Path, suffix: str = ".onnx", token: str = "") -> ScheduleVariants:
+        """Names for a new set: with another token than an older set has, both can lie in one folder."""
+        token = token or secrets.token_hex(4)
         masks = dict.fromkeys(tuple(map(bool, row)) for row in schedule.should_compute)
-        return cls(schedule, {mask: folder / f"mask-{_hexadecimal(mask)}{suffix}" for mask in masks})
+        return cls(schedule, {mask: folder / f"mask-{_hexadecimal(mask)}.{token}{suffix}" for mask in masks})
 
-    def save(self, folder: Path, keep: Collection[str] = ()) -> None:
-        """Write the manifest, then remove what an earlier set left in the folder; ``keep`` names other files of it."""
+    def save(self, folder: Path, companions: Collection[str] = ()) -> None:
+        """Write the manifest, with which this set takes the place of an older one; then remove the files of that.
+
+        Args:
+            folder: of the set.
+            companions: names of other files that belong to it.
+        """
         names = {_hexadecimal(mask): file.name for mask, file in self.files.items()}
-        save_json(folder / MANIFEST, {**self.schedule.to_json(), "files": names})
-        for file in _of_a_set(folder):
-            if file.name not in names.values() and file.name.removesuffix(".json") not in (*names.values(), *keep):
-                file.unlink(missing_ok=True)
+        values = {
+            **self.schedule.to_json(),
+            "files": names,
+            "companions": sorted(companions),
+            "digests": {file.name: _content(file) for file in self.files.values()},
+        }
+        path = folder / MANIFEST
+        with locked_folder(folder):
+            older = _listed(path)
+            save_sealed_json(path, values)
+            remove_files(folder, older - {*names.values(), *companions})
 
     @classmethod
     def load(cls, folder: str | Path) -> ScheduleVariants:
         """
         Raises:
-            ArtifactError: the folder holds no manifest, or a file of it is missing.
+            ArtifactError: the folder holds no manifest, or a file of it is missing or not the one that it names.
         """
-        root = Path(folder)
-        if not (root / MANIFEST).is_file():
-            raise ArtifactError(f"{root} holds no {MANIFEST}; export with gating='schedule' to this folder")
-        values = load_json(root / MANIFEST)
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise ArtifactError(f"{folder} holds no {MANIFEST}; export with gating='schedule' to this folder")
+        values = load_json(path)
         schedule = CacheSchedule.from_json(values)
-        found = cls.of(schedule, root)
+        found = cls.of(schedule, path.parent)
         try:
-            files = {mask: root / Path(values["files"][_hexadecimal(mask)]).name for mask in found.files}
+            names = {mask: str(values["files"][_hexadecimal(mask)]) for mask in found.files}
+            digests = {name: values["digests"][name] for name in names.values()}
         except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{root / MANIFEST} is damaged ({error!r}); export again") from error
-        for file in files.values():
-            if not file.is_file():
-                raise ArtifactError(f"{root / MANIFEST} names {file.name}, which is missing; export again")
-        return cls(schedule, files)
+            raise ArtifactError(f"{path} is damaged ({one_line(repr(error))}); export again") from error
+        for name in names.values():
+            file = path.parent / name
+            if Path(name).name != name or not file.is_file():
+                raise ArtifactError(f"{path} names {shown(name)}, which is missing; export again")
+            if verifies() and _content(file) != digests[name]:
+                raise ArtifactError(f"{file} is not the file that {MANIFEST} names; copy all of one export")
+        check_digest(values, path)
+        return replace(found, files={mask: path.parent / name for mask, name in names.items()})
+
+
+def _content(file: Path) -> str:
+    """The digest that a file carries, which its reader holds against it; of one that carries none, its own."""
+    return seal_of(file) or digest_of_file(file)
+
+
+def _listed(manifest: Path) -> set[str]:
+    """The files of a set, descriptions of engines too; none where there is no manifest that can be read."""
+    names: set[str] = set()
+    with suppress(ArtifactError, KeyError, TypeError, AttributeError):
+        values: Any = load_sealed_json(manifest)
+        for name in [*values["files"].values(), *values["companions"]]:
+            names |= {str(name), f"{name}.json"} if str(name).endswith(".engine") else {str(name)}
+    return names
 
 
 class SharedWeights:
     """Moves the weights of several models into one file, each different one once.
 
-    As a context it removes its file again if the block fails.
+    As a context it removes its file again if the block fails, and all files that were written under its token.
+
+    Attributes:
+        token: eight digits that the names of all files of one set have in common.
+        places: digests of the weights by their place.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / f"weights.{secrets.token_hex(4)}.data"
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self.folder = folder
+        self.token = ""
+        self.places = RangeDigests()
+        self._at: dict[str, tuple[int, int]] = {}
         self._file: IO[bytes] | None = None
+        self._partial: Path | None = None
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return f"weights.{self.token}.data"
 
     def __enter__(self) -> SharedWeights:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("wb")
+            self._partial = start_partial(self.folder / MANIFEST)
+            self.token = token_of(self._partial)
+            self._file = (self.folder / self.name).open("wb")
         except OSError as error:
-            raise ArtifactError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise ArtifactError(f"cannot write {self.folder / self.name}: {error.strerror or error}") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         assert self._file is not None
+        assert self._partial is not None
         self._file.close()
         if kind is not None:
-            self.path.unlink(missing_ok=True)
+            remove_files(self.folder, {file.name for file in self.folder.glob(f"*.{self.token}.*")})
+        self._partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise ArtifactError(f"cannot write {self.path}: {error.strerror or error}; nothing was left behind")
+            path = self.folder / self.name
+            raise ArtifactError(f"cannot write {path}: {error.strerror or error}; nothing was left behind")
 
     def take(self, model: Model) -> None:
         """Let a model read its weights from the shared file."""
@@ -110,15 +165,16 @@ class SharedWeights:
             if tensor is None or tensor.nbytes < SMALLEST:
                 continue
             content = tensor.tobytes()
-            digest = hashlib.sha256(content).digest()
-            if digest not in self._places:
+            digest = digest_of(content)
+            if digest not in self._at:
                 self._file.write(bytes(-self._file.tell() % ALIGNMENT))
-                self._places[digest] = self._file.tell(), len(content)
+                self._at[digest] = self._file.tell(), len(content)
                 self._file.write(content)
-            offset, length = self._places[digest]
+                self.places.note(self.folder / self.name, *self._at[digest], digest)
+            offset, length = self._at[digest]
             value.const_value = ir.ExternalTensor(
                 self.name, offset, length, tensor.dtype, shape=tensor.shape, name=str(value.name),
-                base_dir=self.path.parent,
+                base_dir=self.folder,
             )  # fmt: skip
         self._file.flush()
 
@@ -133,7 +189,3 @@ ALIGNMENT = 4096
 def _hexadecimal(mask: Iterable[bool]) -> str:
     bits = "".join("1" if computes else "0" for computes in mask)
     return f"{int(bits, 2):0{(len(bits) + 3) // 4}x}"
-
-
-def _of_a_set(folder: Path) -> list[Path]:
-    return [*folder.glob("mask-*"), *folder.glob("weights.*.data"), *folder.glob("prologue.*")]

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from lazy_compile.backends.onnx.metadata_schema import check_contract
 from lazy_compile.config import BatchRule, ReuseArm
-from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.ir.branch import BranchKind, BranchTensor, ResidualBranch
 from lazy_compile.policies.policy import Policy
 from lazy_compile.policies.serialize import from_json, to_json
+from lazy_compile.storage import parse_json
 
 logger = logging.getLogger("lazy_compile")
 
@@ -149,6 +151,9 @@ class OnnxMetadata:
             logger.warning("the exported %s carries no policy; give its runner one: %s", self.model, reason)
         return replace(self, policy=written)
 
+    def __post_init__(self) -> None:
+        check_contract(self)
+
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, default=lambda kind: kind.value)
 
@@ -161,7 +166,7 @@ class OnnxMetadata:
         if KEY not in properties:
             raise ArtifactError("this ONNX file was not written by export_onnx: it does not describe its branches")
         try:
-            values = json.loads(properties[KEY])
+            values = parse_json(properties[KEY], "the description inside this ONNX file", infinity=True)
             if values.pop("version") not in (VERSION, LAST_VERSION):
                 raise ValueError(f"its version is not {VERSION}")
             values["branches"] = tuple(_branch(item) for item in values["branches"])
@@ -171,14 +176,14 @@ class OnnxMetadata:
             return cls(**_tuples(values))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
-                f"the description inside this ONNX file is damaged ({error!r}); export the model again"
+                f"the description inside this ONNX file is damaged ({one_line(repr(error))}); export the model again"
             ) from error
 
 
 def first_line(error: BaseException) -> str:
     """An error of another library on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return one_line(lines[0], 160) if lines else type(error).__name__
 
 
 def _branch(values: dict[str, Any]) -> ResidualBranch:

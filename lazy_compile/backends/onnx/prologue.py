@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from lazy_compile import pipelines
 from lazy_compile.backends.onnx.convert import convert, name_values
 from lazy_compile.backends.onnx.metadata import Gating, OnnxMetadata
+from lazy_compile.backends.onnx.seal import PROLOGUE_KEY as PROLOGUE_KEY
+from lazy_compile.digests import new_digest
 from lazy_compile.errors import ArtifactError, ConfigError, import_optional
 from lazy_compile.ir.operators import macs
 from lazy_compile.ir.program import Program, Role
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lazy_compile")
 
-PROLOGUE_KEY = "lazy_compile.prologue"
-"""The entry of ``ModelProto.metadata_props`` of a prologue; its value is the digest of what the file computes."""
-
 
 def prologue_path(step: Path, gating: Gating) -> Path:
     """Where the prologue of an exported model lies; those of a schedule, which lie in one folder, share one.
@@ -39,6 +37,15 @@ def prologue_path(step: Path, gating: Gating) -> Path:
     return step.with_name(f"{'' if gating == 'schedule' else f'{step.stem}.'}prologue{step.suffix}")
 
 
+def waiting_path(step: Path, gating: Gating, digest: str) -> Path:
+    """Where a new prologue lies while its model takes the place of an older one.
+
+    Should the process end in between, the older model still finds its own prologue, and the new one finds this.
+    """
+    path = prologue_path(step, gating)
+    return path.with_name(f".{path.stem}.{digest[:16]}{path.suffix}")
+
+
 def find_prologue(step: Path, metadata: OnnxMetadata) -> Path | None:
     """The prologue that belongs to an exported model; None if it needs none.
 
@@ -47,7 +54,9 @@ def find_prologue(step: Path, metadata: OnnxMetadata) -> Path | None:
     """
     if not metadata.prologue:
         return None
-    path = prologue_path(step, metadata.gating)
+    waiting, path = waiting_path(step, metadata.gating, metadata.prologue), prologue_path(step, metadata.gating)
+    if waiting.is_file():
+        return waiting
     if not path.is_file():
         raise ArtifactError(
             f"{step} has no {path.name} beside it, which computes what stays the same along a trajectory; copy both, "
@@ -137,9 +146,9 @@ def drop_unread_inputs(model: Model, names: Collection[str]) -> None:
 
 
 def _digest(model: Model) -> str:
-    """SHA-256 over nodes and weights; where the weights will lie does not count."""
+    """Over nodes and weights; where the weights will lie does not count."""
     ir = import_optional("onnx_ir", "onnx")
-    content = hashlib.sha256()
+    content = new_digest()
     for name, value in sorted(model.graph.initializers.items()):
         content.update(f"{name} {value.dtype} {value.shape}".encode())
         content.update(b"" if value.const_value is None else value.const_value.tobytes())
@@ -147,4 +156,4 @@ def _digest(model: Model) -> str:
         content.update(ir.to_proto(node).SerializeToString(deterministic=True))
     for value in (*model.graph.inputs, *model.graph.outputs):
         content.update(f"{value.name} {value.dtype} {value.shape}".encode())
-    return content.hexdigest()
+    return str(content.hexdigest())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazy_compile.backends.onnx.metadata import OnnxMetadata, first_line
+from lazy_compile.backends.onnx.seal import read_proto
 from lazy_compile.errors import ArtifactError, import_optional
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def _load(model: Any) -> Model:
         return model  # type: ignore[no-any-return]
     if not isinstance(model, str | Path):
         return ir.from_proto(model)  # type: ignore[no-any-return]
+    read_proto(Path(model))
     try:
         return ir.load(model)  # type: ignore[no-any-return]
     except Exception as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import find_prologue, prologue_path
+from lazy_compile.backends.onnx.seal import check_file, seal_opaque
 from lazy_compile.backends.onnxruntime.runner import open_session
 from lazy_compile.errors import BackendError, import_optional
 from lazy_compile.storage import atomic_path
@@ -36,6 +37,7 @@ def convert_to_ort(onnx: str | Path, path: str | Path) -> int:
 def _convert(onnx: Path, path: Path) -> Mapping[str, str]:
     """Write one file; what it says about itself."""
     ort = import_optional("onnxruntime", "onnx")
+    check_file(onnx)
     with atomic_path(path) as temporary:
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -48,5 +50,6 @@ def _convert(onnx: Path, path: Path) -> Mapping[str, str]:
             raise BackendError(
                 f"ONNX Runtime cannot convert {onnx} ({first_line(error)}); export with --target onnx and run that"
             ) from error
+        seal_opaque(temporary)
     properties: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
     return properties

@@ -13,13 +13,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.metadata import OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, find_prologue
+from lazy_compile.backends.onnx.seal import check_file
 from lazy_compile.backends.runner import Runner, TensorSpec
+from lazy_compile.digests import RangeDigests, verification
 from lazy_compile.errors import ArtifactError, BackendError, import_optional
 from lazy_compile.policies.policy import Scheduled
 
 
 class OnnxRunner(Runner):
     """A model that ``export_onnx`` wrote, or a folder of them, in ONNX Runtime; with its prologue, if it has one.
+
+    Args:
+        path: the file, or the folder.
+        providers: see ``onnxruntime.InferenceSession``.
+        threads: of one operator; None leaves it to ONNX Runtime.
+        verify: False reads the files without holding them against their digests.
 
     Raises:
         ArtifactError: there is no such file, it is damaged, or export_onnx did not write it; or its prologue is missing
@@ -28,30 +36,50 @@ class OnnxRunner(Runner):
     """
 
     def __init__(
-        self, path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int | None = None
+        self,
+        path: str | Path,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+        verify: bool = True,
     ) -> None:
         masks = ScheduleVariants.load(path) if Path(path).is_dir() else None
-        files = {(): Path(path)} if masks is None else masks.files
-        sessions = {mask: OnnxSession(file, providers, threads) for mask, file in files.items()}
-        prologue: OnnxFile | None = None
-        for mask, file in files.items():
-            metadata = sessions[mask].metadata
-            beside = find_prologue(file, metadata)
-            if beside is not None:
-                prologue = prologue or OnnxFile(beside, providers, threads)
-                check_prologue(beside, prologue.properties.get(PROLOGUE_KEY, ""), file, metadata)
+        with verification(verify):
+            sessions, prologue = _load(Path(path), providers, threads)
         super().__init__(sessions, prologue)
         if masks is not None and self.metadata.policy is None:  # of the last release: its manifest holds the schedule
             self.policy = Scheduled(masks.schedule)
 
 
+def _load(
+    path: Path, providers: Sequence[str], threads: int | None
+) -> tuple[dict[tuple[bool, ...], OnnxSession], OnnxFile | None]:
+    """The models of a file or a folder by the decisions that are fixed in them, and their prologue."""
+    files = ScheduleVariants.load(path).files if path.is_dir() else {(): path}
+    places = RangeDigests()
+    sessions = {mask: OnnxSession(file, providers, threads, places) for mask, file in files.items()}
+    prologue: OnnxFile | None = None
+    for mask, file in files.items():
+        metadata = sessions[mask].metadata
+        if metadata.should_compute != mask and path.is_dir():
+            raise ArtifactError(f"{file} is not the model of its row of the schedule; export again")
+        beside = find_prologue(file, metadata)
+        if beside is not None:
+            prologue = prologue or OnnxFile(beside, providers, threads, places)
+            check_prologue(beside, prologue.properties.get(PROLOGUE_KEY, ""), file, metadata)
+    return sessions, prologue
+
+
 class OnnxFile:
     """One loaded file; see :class:`~lazy_compile.backends.runner.LoadedFile`."""
 
-    def __init__(self, path: Path, providers: Sequence[str], threads: int | None) -> None:
+    def __init__(
+        self, path: Path, providers: Sequence[str], threads: int | None, places: RangeDigests | None = None
+    ) -> None:
         ort = import_optional("onnxruntime", "onnx")
         if not path.is_file():
             raise ArtifactError(f"there is no file {path}; export_onnx writes one")
+        check_file(path, places)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
@@ -74,8 +102,10 @@ class OnnxFile:
 class OnnxSession(OnnxFile):
     """The model of a step; see :class:`~lazy_compile.backends.runner.Session`."""
 
-    def __init__(self, path: Path, providers: Sequence[str], threads: int | None) -> None:
-        super().__init__(path, providers, threads)
+    def __init__(
+        self, path: Path, providers: Sequence[str], threads: int | None, places: RangeDigests | None = None
+    ) -> None:
+        super().__init__(path, providers, threads, places)
         self.metadata = OnnxMetadata.parse(self.properties)
 
 
@@ -123,7 +153,10 @@ class OnnxContext:
 
 
 def _specs(items: Sequence[Any]) -> dict[str, TensorSpec]:
-    return {item.name: TensorSpec(tuple(item.shape), _DTYPES[item.type]) for item in items}
+    try:
+        return {item.name: TensorSpec(tuple(item.shape), _DTYPES[item.type]) for item in items}
+    except KeyError as error:
+        raise ArtifactError(f"the model takes or returns {error}, which no export has; export it again") from error
 
 
 _DTYPES = {

@@ -16,19 +16,21 @@ import torch
 from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.metadata import first_line
 from lazy_compile.backends.onnx.prologue import prologue_path
+from lazy_compile.backends.onnx.save import put_in_place
 from lazy_compile.backends.onnx.structure import heavy_nodes
 from lazy_compile.backends.tensorrt.api import Flavor, Message, flavor_of, load, record
 from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.backends.tensorrt.layers import parse_layers
 from lazy_compile.backends.tensorrt.network import configure, parse_network, serialize
-from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, digest
+from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, path_beside, waiting_path
 from lazy_compile.backends.tensorrt.source import OnnxSource
+from lazy_compile.digests import digest_of, verification
 from lazy_compile.errors import ArtifactError, BackendError, ConfigError, import_optional
 from lazy_compile.policies.policy import AlwaysCompute, Policy, Scheduled
 from lazy_compile.policies.serialize import to_json
 from lazy_compile.progress import OnProgress, no_progress
-from lazy_compile.storage import atomic_path
+from lazy_compile.storage import atomic_path, locked_folder
 
 logger = logging.getLogger("lazy_compile")
 
@@ -110,9 +112,16 @@ class _Made:
 
     def write(self) -> BuildReport:
         if self.plan is not None:
-            with atomic_path(self.target) as temporary:
-                temporary.write_bytes(self.plan)
-            self.sidecar.save(self.target)
+            waiting = waiting_path(self.target, self.sidecar.content)
+            try:
+                with locked_folder(self.target.parent), atomic_path(self.target) as temporary:
+                    self.sidecar.save(self.target, waiting)
+                    temporary.write_bytes(self.plan)
+            except BaseException:
+                waiting.unlink(missing_ok=True)
+                raise
+            with locked_folder(self.target.parent):
+                put_in_place(waiting, path_beside(self.target))
             for problem in self.structure.problems:
                 logger.warning("%s is right but not as lazy as it could be: %s", self.target, problem)
         size, skipped = self.target.stat().st_size, self.plan is None
@@ -155,7 +164,7 @@ def _make(source: OnnxSource, target: Path, config: BuildConfig, policy: Policy,
         tensors = network.tensors(profile)
         _keep_timing_cache(config, settings)
     sidecar = EngineSidecar(
-        flavor.name, version, device, key, digest(plan), config.options(), tensors, source.model, source.prologue,
+        flavor.name, version, device, key, digest_of(plan), config.options(), tensors, source.model, source.prologue,
         to_json(policy), source.nodes, structure.layers,
     )  # fmt: skip
     logger.info("%s: %s", target, policy.describe())
@@ -203,24 +212,26 @@ def build_engines(
         ArtifactError: the folder holds no such set, or see :func:`build_engine`.
     """
     masks = ScheduleVariants.load(onnx)
-    result = ScheduleVariants.of(masks.schedule, Path(engines), ".engine")
     config, keep = config or BuildConfig(), []
     first, reports = OnnxSource.read(next(iter(masks.files.values()))), []
     policy = (first.model.read_policy() if first.model is not None else None) or Scheduled(masks.schedule)
     prologue = first.read_prologue()
+    # The same set under the same name is not built again; another set lies beside this one until it is complete.
+    token = digest_of(*(OnnxSource.read(file).content.encode() for file in masks.files.values()))[:8]
+    result = ScheduleVariants.of(masks.schedule, Path(engines), ".engine", token)
     for mask, file in masks.files.items():
         reports.append(_make(OnnxSource.read(file), result.files[mask], config, policy, on_progress).write())
     if prologue is not None:
         beside = _make_prologue(prologue, first, reports[0].path, config, on_progress).write()
-        reports[0], keep = replace(reports[0], prologue=beside), [beside.path.name]
+        reports[0], keep = replace(reports[0], prologue=beside), [beside.path.name, path_beside(beside.path).name]
     result.save(Path(engines), keep)
     return reports
 
 
 def _key(source: OnnxSource, config: BuildConfig, policy: Policy, version: str, device: str) -> str:
     """All that an engine and its description depend on, in one digest."""
-    values = [source.sha256, config.flavor, config.options(), to_json(policy), version, device]
-    return digest(json.dumps(values, sort_keys=True).encode())
+    values = [source.content, config.flavor, config.options(), to_json(policy), version, device]
+    return digest_of(json.dumps(values, sort_keys=True).encode())
 
 
 def _finished(target: Path, key: str) -> EngineSidecar | None:
@@ -256,7 +267,9 @@ def _sanitized(source: OnnxSource, folder: Path) -> Path:
     except Exception as error:
         logger.warning("Polygraphy cannot fold constants here and was left out: %s", first_line(error))
         return source.path
-    if heavy_nodes(result) != source.nodes:
+    with verification(False):  # Polygraphy writes no digest
+        nodes = heavy_nodes(result)
+    if nodes != source.nodes:
         logger.warning("Polygraphy moved operators of a branch; its result was left out")
         return source.path
     return result

@@ -19,6 +19,7 @@ from lazy_compile.backends.tensorrt.api import first_error, flavor_of, load, log
 from lazy_compile.backends.tensorrt.device import ALIGNMENT, CudaDevice
 from lazy_compile.backends.tensorrt.network import dtype_name
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar
+from lazy_compile.digests import verification
 from lazy_compile.errors import ArtifactError, BackendError
 from lazy_compile.policies.policy import Policy
 
@@ -36,6 +37,7 @@ class TensorRTRunner(Runner):
         path: the engine, with its description beside it, and its prologue if it has one; or a folder that
             ``build_engines`` wrote.
         cuda_graphs: False leaves CUDA graphs alone.
+        verify: False reads the files without holding them against their digests.
 
     Raises:
         ArtifactError: there is no such engine, its description or prologue is missing or of another engine, or it is
@@ -44,7 +46,15 @@ class TensorRTRunner(Runner):
         MissingDependencyError: its flavor of TensorRT is not installed.
     """
 
-    def __init__(self, path: str | Path, *, cuda_graphs: bool = True) -> None:
+    def __init__(self, path: str | Path, *, cuda_graphs: bool = True, verify: bool = True) -> None:
+        with verification(verify):
+            sessions, prologue = self._load(path, cuda_graphs)
+        super().__init__(sessions, prologue)
+        self._sidecar = next(iter(sessions.values())).sidecar
+        self.policy = next(iter(sessions.values())).sidecar.policy
+
+    @staticmethod
+    def _load(path: str | Path, cuda_graphs: bool) -> tuple[dict[tuple[bool, ...], EngineSession], EngineFile | None]:
         files = ScheduleVariants.load(path).files if Path(path).is_dir() else {(): Path(path)}
         device: Any = None
         sessions = {}
@@ -62,8 +72,7 @@ class TensorRTRunner(Runner):
                 check_prologue(beside, sidecar.prologue, file, metadata)
                 # It runs once a trajectory: a CUDA graph would take more memory than time.
                 prologue = prologue or EngineFile(beside, sidecar, sidecar.check_file(beside), device, False)
-        super().__init__(sessions, prologue)
-        self._sidecar = next(iter(sessions.values())).sidecar
+        return sessions, prologue
 
     @cached_property
     def policy(self) -> Policy:

@@ -6,21 +6,24 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata
+from lazy_compile.backends.onnx.metadata_schema import check_types
 from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
 from lazy_compile.backends.tensorrt.layers import EngineLayer
 from lazy_compile.backends.tensorrt.network import EngineTensor
-from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.digests import DIGEST, check_digest, digest_of, digest_of_file, verifies
+from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.policies.policy import Policy
 from lazy_compile.policies.serialize import from_json
-from lazy_compile.storage import load_json, save_json
+from lazy_compile.storage import load_json, regular_file, save_sealed_json
 
 FORMAT = 3
 LAST_FORMAT = 2
-"""It wrote the size of a schedule beside it."""
+"""It wrote the size of a schedule beside it, and named the engine by SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class EngineSidecar:
         version: of that builder; TensorRT runs an engine with no other one.
         device: the GPU that it was built on; empty if none was needed.
         key: what it was made from, a digest of the ONNX file, the options, the policy, the builder and the GPU.
-        sha256: of the engine.
+        content: the digest of the engine.
         options: of the build.
         tensors: inputs and outputs.
         model: the contract of the lazy model, without a policy; None if the ONNX file was not one.
@@ -47,7 +50,7 @@ class EngineSidecar:
     version: str
     device: str
     key: str
-    sha256: str
+    content: str
     options: dict[str, Any]
     tensors: tuple[EngineTensor, ...]
     model: OnnxMetadata | None
@@ -68,8 +71,12 @@ class EngineSidecar:
         """Where its kernels stand."""
         return check_branches(self.layers, len(self.nodes) - 1, self.nodes)
 
-    def save(self, engine: Path) -> None:
+    def save(self, engine: Path, waiting: Path | None = None) -> None:
         """
+        Args:
+            engine: that it stands beside.
+            waiting: where to write it instead, see :func:`waiting_path`.
+
         Raises:
             ArtifactError: the folder cannot be written to.
         """
@@ -79,7 +86,7 @@ class EngineSidecar:
             "version": self.version,
             "device": self.device,
             "key": self.key,
-            "sha256": self.sha256,
+            "content": self.content,
             "options": self.options,
             "tensors": [asdict(tensor) for tensor in self.tensors],
             "model": None if self.model is None else json.loads(replace(self.model, policy=None).to_json()),
@@ -88,7 +95,7 @@ class EngineSidecar:
             "nodes": {place: list(names) for place, names in self.nodes.items()},
             "layers": [list(asdict(layer).values()) for layer in self.layers],
         }
-        save_json(path_beside(engine), values)
+        save_sealed_json(path_beside(engine) if waiting is None else waiting, values)
 
     @classmethod
     def load(cls, engine: str | Path) -> EngineSidecar:
@@ -96,25 +103,30 @@ class EngineSidecar:
         Raises:
             ArtifactError: it is missing, damaged, or of another release.
         """
-        path = path_beside(Path(engine))
-        if not path.is_file():
-            raise ArtifactError(f"{engine} has no {path.name} beside it; copy both, or build the engine again")
-        values = load_json(path)
+        path = _find(Path(engine))
+        written = load_json(path, infinity=True)
         try:
+            values = {name: value for name, value in written.items() if name != DIGEST}
             version, policy = values.pop("format"), values.pop("policy")
             if version not in (FORMAT, LAST_FORMAT):
                 raise ValueError(f"its format is not {FORMAT}")
             if version == LAST_FORMAT and policy["kind"] == "scheduled":
                 policy = {key: value for key, value in policy.items() if key not in ("steps", "branches")}
+            if version == LAST_FORMAT:
+                values["content"] = values.pop("sha256")
             values["written_policy"] = policy
             model = values["model"]
             values["model"] = None if model is None else OnnxMetadata.parse({KEY: json.dumps(model)})
             values["tensors"] = tuple(EngineTensor(**_tuples(item)) for item in values["tensors"])
             values["layers"] = tuple(EngineLayer(*map(_tuple, item)) for item in values["layers"])
             values["nodes"] = _tuples(values["nodes"])
-            return cls(**values)
+            sidecar = cls(**values)
+            check_types(sidecar)
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-            raise ArtifactError(f"{path} is damaged ({error!r}); build the engine again") from error
+            raise ArtifactError(f"{path} is damaged ({one_line(repr(error))}); build the engine again") from error
+        if version == FORMAT:  # the last format carried none
+            check_digest(written, path)
+        return sidecar
 
     def check_file(self, engine: str | Path) -> bytes:
         """The engine.
@@ -123,10 +135,10 @@ class EngineSidecar:
             ArtifactError: it is missing, or not the one that this describes.
         """
         try:
-            plan = Path(engine).read_bytes()
+            plan = regular_file(Path(engine)).read_bytes()
         except OSError as error:
             raise ArtifactError(f"cannot read {engine}: {error.strerror or error}; build it again") from error
-        if digest(plan) != self.sha256:
+        if verifies() and self.content not in (digest_of(plan), hashlib.sha256(plan).hexdigest()):
             raise ArtifactError(
                 f"{engine} is not the engine that {path_beside(Path(engine)).name} describes; copy both from one "
                 "build, or build it again"
@@ -138,8 +150,27 @@ def path_beside(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
-def digest(content: Any) -> str:
-    return hashlib.sha256(content).hexdigest()
+def waiting_path(engine: Path, content: str) -> Path:
+    """Where the description of a new engine lies while the engine takes the place of an older one.
+
+    Should the process end in between, either engine still finds its own description.
+    """
+    return engine.with_name(f".{engine.name}.{content[:16]}.json")
+
+
+def _find(engine: Path) -> Path:
+    """
+    Raises:
+        ArtifactError: the engine has no description.
+    """
+    if engine.is_file() and list(engine.parent.glob(f".{escape(engine.name)}.{'?' * 16}.json")):
+        waiting = waiting_path(engine, digest_of_file(engine))
+        if waiting.is_file():
+            return waiting
+    path = path_beside(engine)
+    if not path.is_file():
+        raise ArtifactError(f"{engine} has no {path.name} beside it; copy both, or build the engine again")
+    return path
 
 
 def _tuple(value: Any) -> Any:

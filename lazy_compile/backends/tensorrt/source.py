@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, find_prologue
+from lazy_compile.backends.onnx.seal import DIGEST_KEY, properties_of, read_proto
 from lazy_compile.backends.onnx.structure import heavy_nodes
 from lazy_compile.backends.tensorrt.network import EngineTensor
+from lazy_compile.digests import digest_of, digest_of_file
 from lazy_compile.errors import ArtifactError, import_optional
 
 
@@ -26,7 +27,8 @@ class OnnxSource:
         model: the contract of a lazy model; None if ``export_onnx`` did not write the file, or as a prologue.
         prologue: the digest of a prologue; empty if it is none.
         weight_bytes: of all weights, wherever they lie.
-        sha256: of all content; names of files with weights, which are drawn anew at every export, do not count.
+        content: the digest of all that it holds; names of files with weights, which are drawn anew at every export, do
+            not count.
     """
 
     path: Path
@@ -35,7 +37,7 @@ class OnnxSource:
     model: OnnxMetadata | None
     prologue: str
     weight_bytes: int
-    sha256: str
+    content: str
 
     @classmethod
     def read(cls, path: str | Path) -> OnnxSource:
@@ -44,16 +46,15 @@ class OnnxSource:
             ArtifactError: it cannot be read.
         """
         path = Path(path)
-        onnx = import_optional("onnx", "onnx")
+        proto = read_proto(path)
         try:
-            proto = onnx.load(str(path), load_external_data=False)
             nodes = heavy_nodes(proto)
             tensors = tuple(_tensors(proto.graph))
             weight_bytes = sum(map(_bytes, proto.graph.initializer))
             digest = _digest(proto, path.parent)
         except Exception as error:  # protobuf's, and the operating system's
             raise ArtifactError(f"cannot read {path} as ONNX ({first_line(error)}); export the model again") from error
-        properties = {item.key: item.value for item in proto.metadata_props}
+        properties = properties_of(proto)
         model = OnnxMetadata.parse(properties) if KEY in properties else None
         return cls(path, tensors, nodes, model, properties.get(PROLOGUE_KEY, ""), weight_bytes, digest)
 
@@ -85,16 +86,17 @@ class OnnxSource:
 
 
 def _digest(proto: Any, folder: Path) -> str:
-    """See :attr:`OnnxSource.sha256`; the names are taken out of ``proto``."""
-    content = hashlib.sha256()
+    """See :attr:`OnnxSource.content`; the names and the digest are taken out of ``proto``."""
+    parts = []
     entries = [entry for item in proto.graph.initializer for entry in item.external_data if entry.key == "location"]
     for name in sorted({str(entry.value) for entry in entries}):
-        with (folder / name).open("rb") as file:
-            content.update(hashlib.file_digest(file, "sha256").digest())
+        parts.append(digest_of_file(folder / name).encode())
     for entry in entries:
         entry.value = ""
-    content.update(proto.SerializeToString(deterministic=True))
-    return content.hexdigest()
+    kept = [item for item in proto.metadata_props if item.key != DIGEST_KEY]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    return digest_of(*parts, proto.SerializeToString(deterministic=True))
 
 
 def _bytes(weight: Any) -> int:

@@ -16,7 +16,7 @@ from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
 from lazy_compile.backends.open import open_runner
 from lazy_compile.cli.app import app
 from lazy_compile.cli.models import load_lazy, load_model
-from lazy_compile.errors import BackendError
+from lazy_compile.errors import ArtifactError
 from support.factories import euler
 
 
@@ -60,6 +60,6 @@ def test_what_is_no_single_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_text("no model")
-    with pytest.raises(BackendError, match=r"cannot convert .*m\.onnx .*; export with --target onnx and run that"):
+    with pytest.raises(ArtifactError, match=r"cannot read .*m\.onnx as ONNX"):
         convert_to_ort(tmp_path / "m.onnx", tmp_path / "m.ort")
     assert not (tmp_path / "m.ort").exists()

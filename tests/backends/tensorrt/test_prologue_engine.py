@@ -46,7 +46,7 @@ class Engines:
             assert report.prologue is not None
             assert onnx is not None
             pairs.append((onnx, report.prologue.path))
-        self.built_from = {EngineSidecar.load(engine).sha256: onnx for onnx, engine in pairs}
+        self.built_from = {EngineSidecar.load(engine).content: onnx for onnx, engine in pairs}
 
     def _masks(self) -> list[tuple[Path, BuildReport]]:
         files = ScheduleVariants.load(self.exports.path("schedule")).files.values()

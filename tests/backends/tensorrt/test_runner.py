@@ -62,7 +62,7 @@ class Engines:
             self.engine[gating], self.onnx[gating] = engine, onnx
         sidecars = {path: EngineSidecar.load(path) for path in made}
         self.version = sidecars[self.engine["input"]].version
-        self.built_from = {sidecars[path].sha256: onnx for path, onnx in made.items()}
+        self.built_from = {sidecars[path].content: onnx for path, onnx in made.items()}
 
 
 @pytest.fixture(scope="module")
