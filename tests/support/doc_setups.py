@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from support.diffusers_pipelines import dit, sd3
+from support.diffusers_pipelines import dit, random_weights, sd3
 from support.layers import TOKENS, WIDTH
 from support.small_model import Small
 
@@ -23,6 +24,8 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
         import diffusers
 
         case = sd3()
+        shallow = diffusers.SD3Transformer2DModel.from_config({**case.model.config, "num_layers": 1})
+        case.pipe.transformer = random_weights(shallow)  # captured in seconds
         case.pipe.set_progress_bar_config(disable=True)
         embeds = [
             case.arguments[name]
@@ -47,9 +50,20 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
         return {"model": model, "inputs": (torch.zeros(2, TOKENS, WIDTH), torch.full((2,), 500.0)), "my_sampler": sample}
 
     def dit_pipeline() -> dict[str, Any]:
-        """A tiny pipeline of DiT, as ``pipe``, with its transformer as ``model``."""
+        """A tiny pipeline of DiT, as ``pipe``, and a copy of its transformer as ``model``."""
         case = dit()
         case.pipe.set_progress_bar_config(disable=True)
-        return {"pipe": case.pipe, "model": case.model}
+        return {"pipe": case.pipe, "model": copy.deepcopy(case.model)}
 
-    return {setup.__name__: setup for setup in (stable_diffusion_3, small_model, dit_pipeline)}
+    def dit_inputs() -> dict[str, Any]:
+        """Arguments of one call of its transformer."""
+        torch.compiler.reset()
+        return {
+            "inputs": {
+                "hidden_states": torch.zeros(2, 4, 8, 8),
+                "timestep": torch.tensor([500, 500]),
+                "class_labels": torch.tensor([207, 360]),
+            }
+        }
+
+    return {setup.__name__: setup for setup in (stable_diffusion_3, small_model, dit_pipeline, dit_inputs)}
