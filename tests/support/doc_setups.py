@@ -47,7 +47,11 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
                 x = x - 0.1 * denoiser(x, torch.full((2,), t))
             return x
 
-        return {"model": model, "inputs": (torch.zeros(2, TOKENS, WIDTH), torch.full((2,), 500.0)), "my_sampler": sample}
+        return {
+            "model": model,
+            "inputs": (torch.zeros(2, TOKENS, WIDTH), torch.full((2,), 500.0)),
+            "my_sampler": sample,
+        }
 
     def dit_pipeline() -> dict[str, Any]:
         """A tiny pipeline of DiT, as ``pipe``, and a copy of its transformer as ``model``."""
