@@ -20,6 +20,7 @@ from support.doc_snippets import REASONS, Setup, Snippet, pieces_of, run_page
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+HOME = ROOT / "docs" / "index.md"
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
 PAGES = [page for page in [*DOCS, ROOT / "passes" / "README.md"] if "```python" in page.read_text(encoding="utf-8")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -52,14 +53,22 @@ def test_every_message_that_is_explained_is_still_said() -> None:
     assert [message for message in quoted() if message not in said] == []
 
 
+def sources(page: Path) -> list[str]:
+    return [piece.source for piece in pieces_of(page.read_text(encoding="utf-8")) if isinstance(piece, Snippet)]
+
+
 # Code -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")  # of the hosts
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HOME], ids=name_of)
 def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_page(page, doc_setups(monkeypatch))
+
+
+def test_the_home_page_shows_the_code_of_the_readme() -> None:
+    assert sources(HOME) == sources(README)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
