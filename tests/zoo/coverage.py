@@ -34,7 +34,7 @@ diffusers lacks: small configurations with random weights, found by dataflow alo
 
 {summary}
 
-- **rung**: the way that captured it ([the ladder](pipeline.md)).
+- **rung**: the way that captured it ([the ladder](architecture.md#capture)).
 - **branches**: how many of each kind; the expected ones stand in `tests/zoo/golden/`.
 - **attention**: how many of the model's attentions a branch holds. Softmax attention, fused or written out, and linear
   attention are looked for without the package's own discovery.

@@ -1,0 +1,74 @@
+"""What the pages' blocks stand on: small random models in the place of published weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from support.diffusers_pipelines import dit, random_weights, sd3
+from support.layers import TOKENS, WIDTH
+from support.small_model import Small
+
+Setup = Callable[[], dict[str, Any]]
+
+
+def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
+    """Set-ups by the name that a page gives them; what they change lasts as long as ``patch``."""
+
+    def stable_diffusion_3() -> dict[str, Any]:
+        """``StableDiffusion3Pipeline.from_pretrained`` returns a tiny pipeline that takes any prompt."""
+        import diffusers
+
+        case = sd3()
+        shallow = diffusers.SD3Transformer2DModel.from_config({**case.model.config, "num_layers": 1})
+        case.pipe.transformer = random_weights(shallow)  # captured in seconds
+        case.pipe.vae.register_to_config(shift_factor=0.0)
+        case.pipe.set_progress_bar_config(disable=True)
+        embeds = [
+            case.arguments[name]
+            for name in (
+                "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
+            )
+        ]  # fmt: skip
+        patch.setattr(case.pipe, "encode_prompt", lambda *_, **__: embeds)
+        patch.setattr(diffusers.StableDiffusion3Pipeline, "from_pretrained", lambda *_, **__: case.pipe)
+        return {"pipe": case.pipe}
+
+    def small_model() -> dict[str, Any]:
+        """A model of one attention and one MLP, and a sampling loop of four steps around it."""
+        model = Small().eval()
+
+        def sample(denoiser: Any, seed: int) -> torch.Tensor:
+            x = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+            for t in (900.0, 700.0, 500.0, 300.0):
+                x = x - 0.1 * denoiser(x, torch.full((2,), t))
+            return x
+
+        return {
+            "model": model,
+            "inputs": (torch.zeros(2, TOKENS, WIDTH), torch.full((2,), 500.0)),
+            "my_sampler": sample,
+        }
+
+    def dit_pipeline() -> dict[str, Any]:
+        """A tiny pipeline of DiT, as ``pipe``, and a copy of its transformer as ``model``."""
+        case = dit()
+        case.pipe.set_progress_bar_config(disable=True)
+        return {"pipe": case.pipe, "model": copy.deepcopy(case.model)}
+
+    def dit_inputs() -> dict[str, Any]:
+        """Arguments of one call of its transformer."""
+        torch.compiler.reset()
+        return {
+            "inputs": {
+                "hidden_states": torch.zeros(2, 4, 8, 8),
+                "timestep": torch.tensor([500, 500]),
+                "class_labels": torch.tensor([207, 360]),
+            }
+        }
+
+    return {setup.__name__: setup for setup in (stable_diffusion_3, small_model, dit_pipeline, dit_inputs)}
