@@ -207,12 +207,16 @@ def margins_of(schedule: CacheSchedule, harm: Floats, cost: Floats) -> PlannedRe
     """
     worth = harm[1:] / np.maximum(cost, 1e-9)
     computed = schedule.should_compute[1:]
-    price = max(float(np.quantile(worth, 1 - computed.mean())), float(np.finfo(np.float64).tiny))
+    least = LEAST_PRICE * float(np.median(np.abs(worth)))
+    price = max(float(np.quantile(worth, 1 - computed.mean())), least, float(np.finfo(np.float64).tiny))
     margin = np.full(harm.shape, np.inf)
     relative = worth / price - 1
     margin[1:] = np.where(computed, np.maximum(relative, MIN_MARGIN), np.minimum(relative, -MIN_MARGIN))
     return PlannedReuse(schedule, margin, price)
 
+
+LEAST_PRICE = 0.1
+"""Of computing, over the typical worth of a decision: a price near 0 would make every decision look sure."""
 
 MIN_MARGIN = 0.25
 """Margin of a decision that the measurement would take the other way."""
@@ -233,7 +237,7 @@ def plan_reuse(effects: EffectTable, budget: Budget) -> PlannedReuse:
         margins = np.stack(
             [_margins(effects.final[:, branch], price * cost[branch]) for branch in range(len(cost))], axis=1
         )
-        return PlannedReuse(CacheSchedule(margins >= 0), margins, price)
+        return PlannedReuse(CacheSchedule(margins > 0), margins, price)  # as gates decide, which reuse at 0
 
     scale = float(np.nanmean(effects.final)) or 1.0
     low, high = _bracket(lambda price: budget.is_met_by(at(price).schedule, effects), scale)

@@ -97,8 +97,13 @@ class Response:
 
 
 def dense_samples(lazy: LazyModule, sample: Sampler, seed: int) -> Tensor:
+    """What others are held against: a copy, since a sampler may write its next samples to the same memory.
+
+    Raises:
+        ConfigError: they are not finite.
+    """
     with torch.no_grad(), lazy.call_handler(lambda call: call.run(DenseStep())):
-        samples = sample(lazy, seed)
+        samples = sample(lazy, seed).clone()
     require_finite(samples)
     return samples
 

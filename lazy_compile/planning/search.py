@@ -153,9 +153,17 @@ class ScheduleSearch:
         for place in processes.share(range(len(candidates))):
             errors[place] = _errors(self.lazy, self.sample, candidates[place], seed, dense)
         errors = processes.sum(torch.from_numpy(errors)).numpy()
-        typical = max(float(np.median(errors, axis=1).min()), float(np.finfo(np.float64).tiny))
-        best = int(np.log1p(errors / typical).mean(axis=1).argmin())
+        best = int(robust_losses(errors).mean(axis=1).argmin())
         return candidates[best], float(errors[best].mean() ** 0.5)
+
+
+def robust_losses(errors: Floats) -> Floats:
+    """``log(1 + error / least median)`` of ``errors: float64[candidates, samples]``.
+
+    One sample that diverged counts for little, as under :func:`~lazy_compile.planning.response.cauchy_weights`.
+    """
+    typical = max(float(np.median(errors, axis=1).min()), float(np.finfo(np.float64).tiny))
+    return np.log1p(errors / typical)
 
 
 def final_error(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed: int) -> float:
