@@ -301,7 +301,7 @@ class GateTrainer:
 
     def _identity(self) -> dict[str, str]:
         options = {key: value for key, value in asdict(self.config).items() if key != "iterations"}
-        return {"kind": "lazy_compile calibration", "options": repr(sorted(options.items()))}
+        return {"kind": "lazy_compile calibration", "format": "2", "options": repr(sorted(options.items()))}
 
     def _write_checkpoint(self) -> None:
         assert self.checkpoint is not None

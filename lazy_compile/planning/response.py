@@ -128,6 +128,7 @@ def measure_response(
 
     Raises:
         NoGradientError: the sampler detaches its samples or runs in inference mode.
+        ConfigError: samples or their gradients are not finite.
     """
     dense = dense_samples(lazy, sample, seed)
     trace = _Trace(schedule)
@@ -147,6 +148,11 @@ def measure_response(
         along = (direction * error).flatten(1).sum(1)
         errors.append(along if by_sample else along.sum(0, keepdim=True))
     trace.release()
+    if not all(torch.isfinite(each).all() for each in (error, *answers)):
+        raise ConfigError(
+            f"samples under a schedule that reuses {schedule.lazy_ratio:.0%}, or their gradients, are not finite; "
+            "ask for less reuse, or run the model in a wider dtype"
+        )
     size = error[0].numel() if by_sample else error.numel()
     squared = error.square().flatten(1).mean(1) if by_sample else error.square().mean().reshape(1)
     return Response(
