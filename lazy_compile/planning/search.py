@@ -21,7 +21,7 @@ from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress
-from lazy_compile.runtime.module import LazyModule
+from lazy_compile.runtime.module import LazyGraph, LazyModule
 from lazy_compile.runtime.sampling import Sampler
 
 Floats = npt.NDArray[np.float64]
@@ -71,6 +71,7 @@ class ScheduleSearch:
         self.leaders = lazy.graph.leaders(lazy.lazy_config.group)
         self.linear = lazy.lazy_config.reuse == "linear"
         self.finalists: list[CacheSchedule] = []
+        self._rows_are_samples: tuple[LazyGraph, bool] | None = None
 
     def starts(self, steps: int, seed: int) -> list[CacheSchedule]:
         """Whole steps, see :mod:`lazy_compile.planning.starts`: the best that the budget allows, and the best of a step
@@ -159,10 +160,17 @@ class ScheduleSearch:
             yield fit_slopes(response, response.schedule, RIDGES[-1], self.leaders)
 
     def measure(self, schedule: CacheSchedule, seed: int) -> Response:
-        def measured() -> Response:
-            return measure_response(self.lazy, self.sample, schedule, seed=seed, directions=self.options.directions)
+        graph, directions = self.lazy.graph, self.options.directions
+        known = self._rows_are_samples[1] if self._rows_are_samples and self._rows_are_samples[0] is graph else None
 
-        return self.journal.response(schedule, seed, measured)
+        def measured() -> Response:
+            return measure_response(
+                self.lazy, self.sample, schedule, seed=seed, directions=directions, rows_are_samples=known
+            )
+
+        response = self.journal.response(schedule, seed, measured)
+        self._rows_are_samples = (graph, len(response.error) > directions)
+        return response
 
     def _best(self, candidates: Sequence[CacheSchedule], seed: int) -> tuple[CacheSchedule, float]:
         """The schedule that changes the final samples least on noise of ``seed``, and their root mean square change."""
