@@ -137,7 +137,7 @@ def measure_response(
         schedule: what to run it under.
         seed: of the noise and the directions.
         directions: measured one after the other.
-        rows_are_samples: whether samples are distinguished, as an earlier response of this graph and sampler found; None
+        rows_are_samples: whether samples are distinguished, as was found for this graph and sampler before; None
             finds out, by going back through the last step once more.
 
     Raises:
