@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lazy_compile.calibration.comparison import HeldOutComparison
 from lazy_compile.calibration.trainer import CalibrationConfig as CalibrationConfig
 from lazy_compile.calibration.trainer import GateTrainer
 from lazy_compile.calibration.trainer import StepPair as StepPair
@@ -29,8 +30,8 @@ class CalibrationReport:
         trained: the gates after training, whether kept or not.
         lazy_ratio: measured on a trajectory, like ``compute_ratio``.
         planned_error: change of the final samples (root mean square) under the gates as planned, before training.
-        trained_error: the same after training; the better of the two tables is kept.
-        kept: ``"trained"`` or ``"planned"``.
+        trained_error: the same after training; NaN without any.
+        kept: ``"trained"`` where that is clearly better, else ``"planned"``.
         history: one record per iteration.
     """
 
@@ -61,8 +62,9 @@ def calibrate(
        These margins are the initial biases, and its slopes the slopes of the gates: they start as that schedule.
     2. The weights are trained on the soft mix ``y = c f(Z) + (1 - c) reuse`` with ``c = sigmoid(compute_logit)``; the
        lazy loss ``rho * sum(c)`` pays for computing. They learn how samples deviate from the plan.
-    3. All biases are shifted alike until the measured ratio is the target. The planned and the trained table are run on
-       noise that neither has seen, and the one that changes the final samples less is kept.
+    3. All biases are shifted alike until the measured ratio is the target; a plan that meets it but for one decision
+       stays as it is. The planned and the trained table are run on noise that neither has seen. The trained one is kept
+       if it changes the final samples less, sample by sample and beyond the uncertainty of that; else the plan is.
 
     Args:
         lazy: a transformed model; its policy is set to the new gates.
@@ -91,19 +93,19 @@ def calibrate(
         on_progress=on_progress,
     )
     trained = trainer.train(iter(data) if data is not None else None)
-    candidates = {"planned": trainer.initial, "trained": trained} if config.iterations else {"planned": trained}
-    results = {name: trainer.match_target(table) for name, table in candidates.items()}
-    kept = min(results, key=lambda name: results[name].error)
-    best = results[kept]
+    comparison = HeldOutComparison(lazy, sample, config.budget, config.seed, on_progress)
+    planned = comparison.match_target(trainer.initial, enough=trainer.one_decision)
+    matched = comparison.match_target(trained) if config.iterations else planned
+    best = matched if matched.clearly_beats(planned) else planned
     lazy.policy = Learned(best.table)
     return CalibrationReport(
         table=best.table,
-        trained=results["trained" if config.iterations else "planned"].table,
+        trained=matched.table,
         lazy_ratio=best.lazy_ratio,
         compute_ratio=best.compute_ratio,
-        planned_error=results["planned"].error,
-        trained_error=results["trained"].error if config.iterations else math.nan,
-        kept=kept,
+        planned_error=planned.error,
+        trained_error=matched.error if config.iterations else math.nan,
+        kept="planned" if best is planned else "trained",
         seconds=time.monotonic() - start,
         history=trainer.history,
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lazy_compile.planning.linear_model import harm_of_reuse
-from lazy_compile.planning.planner import Budget, PlannedReuse, margins_of, plan_reuse, search_schedule
+from lazy_compile.planning.planner import MIN_MARGIN, Budget, PlannedReuse, margins_of, plan_reuse, search_schedule
 from lazy_compile.planning.response import NoGradientError, measure_response
 from lazy_compile.planning.reuse_effects import measure_effects
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET
@@ -99,7 +99,9 @@ def branch_cost(lazy: LazyModule, budget: Budget) -> Floats:
 
 def initial_gates(lazy: LazyModule, start: GateStart, knots: int | None) -> GateTable:
     """Gates that repeat the planned schedule whatever they read: the bias is how sure the plan is of each decision."""
-    margin, slopes = np.clip(start.planned.margin, -MAX_MARGIN, MAX_MARGIN), start.planned.schedule.slopes
+    schedule, margin = start.planned.schedule, np.clip(start.planned.margin, -MAX_MARGIN, MAX_MARGIN)
+    margin = np.where(schedule.should_compute & (margin <= 0), MIN_MARGIN, margin)  # a gate reuses at 0
+    slopes = schedule.slopes
     steps = np.arange(len(start.timesteps))
     places = steps if knots is None else np.linspace(0, steps[-1], knots)
 

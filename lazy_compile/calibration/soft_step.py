@@ -30,6 +30,7 @@ class SoftStep:
         slopes: how far each branch follows its line; None: all the way.
         logits: of the branches that could choose, by branch index.
         pooled: what each gate read, averaged over the rows, by branch index.
+        reused: share of the rows that each branch would have reused, by branch index.
     """
 
     gates: Sequence[tuple[Tensor, Tensor]]
@@ -39,19 +40,18 @@ class SoftStep:
     slopes: Sequence[float] | None = None
     logits: dict[int, Tensor] = field(default_factory=dict)
     pooled: dict[int, Tensor] = field(default_factory=dict)
-    reused: float = 0.0
-    asked: int = 0
+    reused: dict[int, float] = field(default_factory=dict)
 
     @property
     def reused_share(self) -> float:
         """Share of the branches, rows counted singly, that would have been reused."""
-        return self.reused / self.asked if self.asked else 0.0
+        return sum(self.reused.values()) / len(self.reused) if self.reused else 0.0
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index, rows = branch.branch.index, branch.rows(inputs)
         fresh = branch.compute(inputs)
         slot = self.caches.slots.get(index)
-        self.asked += 1
+        self.reused[index] = 0.0
         self.pooled[index] = pool(branch.branch, branch.entries(inputs)).mean(0)
         if slot is None or self.step < self.config.warmup_steps:
             self._store(slot, index, fresh, np.ones(rows, dtype=bool), branch)
@@ -61,7 +61,7 @@ class SoftStep:
         computes = should_compute(logit.detach()).cpu().numpy()
         if not branch.branch.row_separable:
             computes = np.full(rows, computes.any())
-        self.reused += 1.0 - float(computes.mean())
+        self.reused[index] = 1.0 - float(computes.mean())
         mixed = tuple(
             _mix(old, new, torch.sigmoid(logit), output.batch_axis)
             for old, new, output in zip(self._reuse(slot, branch), fresh, branch.branch.outputs, strict=True)

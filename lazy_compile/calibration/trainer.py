@@ -9,17 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lazy_compile.calibration.initial_gates import MAX_MARGIN, GateStart, branch_cost, gate_start, initial_gates
+from lazy_compile.calibration.comparison import SHIFTS as SHIFTS
+from lazy_compile.calibration.initial_gates import GateStart, branch_cost, gate_start, initial_gates
 from lazy_compile.calibration.soft_step import SoftStep
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.planning.planner import Budget
-from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET
 from lazy_compile.policies.gate_table import GateTable
-from lazy_compile.policies.policy import Learned, split_row
+from lazy_compile.policies.policy import split_row
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress
@@ -45,7 +46,7 @@ class CalibrationConfig:
             processes share them, so that the gates do not depend on how many processes there are.
         learning_rate: of AdamW.
         knots: rows of the gate table, interpolated over the time input between them; None keeps one row per step.
-        rho: price of computing in the lazy loss; None takes it from the plan, where it balances the target.
+        rho: price of computing in the lazy loss; None starts from that of the plan and follows the target.
         seed: the first noise seed; every trajectory uses the next.
         checkpoint_every: iterations between two checkpoints.
     """
@@ -90,16 +91,6 @@ class StepPair:
     target: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class MatchedGates:
-    """A table whose bias was shifted to the target, and what it then does on unseen noise."""
-
-    table: GateTable
-    lazy_ratio: float
-    compute_ratio: float
-    error: float
-
-
 class GateTrainer:
     """The state of one calibration: gates, optimiser, price of computing, and how far it has come.
 
@@ -138,17 +129,41 @@ class GateTrainer:
         )
         self.start = start
         self.initial = initial_gates(lazy, start, config.knots)
-        self.rho = config.rho if config.rho is not None else start.planned.price
         self.sensitivity = dict(zip(start.timesteps.tolist(), start.sensitivity.tolist(), strict=True))
         device = next(lazy.original.parameters()).device
-        self.weight = self.initial.weight.to(device).requires_grad_()
-        self.bias = self.initial.bias.to(device)
+        # Copies: `initial` is what the trained gates are compared with.
+        self.weight = self.initial.weight.to(device, copy=True).requires_grad_()
+        self.bias = self.initial.bias.to(device, copy=True)
         self.mean_features = self._observe_features() if config.iterations else torch.zeros_like(self.weight)
         self.optimizer = torch.optim.AdamW([self.weight], lr=config.learning_rate, weight_decay=0.0)
         if saved:
             self._restore(saved)
         elif checkpoint:
             self._write_checkpoint()
+
+    @property
+    def rho(self) -> float:
+        """What computing costs now: the plan's price at first, and more while rollouts reuse too little (dual ascent).
+
+        A pair has no share of its own to reach, so for the paper's objective it stays.
+        """
+        if self.config.rho is not None or self.config.objective == "paper":
+            return self.start.planned.price if self.config.rho is None else self.config.rho
+        target, computes = self.config.target_lazy_ratio, self.config.target_compute_ratio
+        missing = sum(
+            record["compute_ratio"] - computes if computes is not None else (target or 0.0) - record["lazy_ratio"]
+            for record in self.history
+        )
+        return self.start.planned.price * math.exp(ASCENT * missing)
+
+    @property
+    def one_decision(self) -> float:
+        """What the dearest decision of the plan counts for in a ratio; 0 where gates do not repeat the plan exactly."""
+        if self.config.knots is not None:
+            return 0.0
+        together = np.bincount(self.lazy.graph.leaders(self.lazy.lazy_config.group), weights=self.cost)
+        of_all = float(self.cost.sum()) if self.config.target_lazy_ratio is not None else 1.0
+        return float(together.max()) / (of_all * len(self.start.timesteps))
 
     def table(self) -> GateTable:
         """The gates as they stand, with the subtracted mean folded into the bias."""
@@ -192,59 +207,12 @@ class GateTrainer:
             self.on_progress("training gates", self.iteration, self.config.iterations, f"error {record['error']:.2e}")
         return self.table()
 
-    def match_target(self, table: GateTable) -> MatchedGates:
-        """Shift all biases alike until the target is met, and measure on noise that no gate was trained on."""
-        seed = self.config.seed + HELD_OUT_SEED_OFFSET
-        low, high = -2 * MAX_MARGIN, 2 * MAX_MARGIN
-        shift, closest = 0.0, math.inf
-        for trial in range(SHIFTS):
-            shifted = table.shifted(shift)
-            _, lazy_ratio, compute_ratio = self._measure(shifted, seed)
-            excess = self._saved_beyond_target(lazy_ratio, compute_ratio)
-            if abs(excess) < closest:
-                closest, best = abs(excess), (shifted, lazy_ratio, compute_ratio)
-            is_close = closest < 0.002
-            self.on_progress("setting the ratio", SHIFTS if is_close else trial + 1, SHIFTS)
-            if is_close:
-                break
-            low, high = (shift, high) if excess > 0 else (low, shift)
-            shift = (low + high) / 2
-        return MatchedGates(*best, error=self._error(best[0], range(seed, seed + COMPARED)))
-
-    def _error(self, table: GateTable, seeds: range) -> float:
-        """Root mean square change of the final samples under these gates."""
-        total = torch.zeros((), dtype=torch.float64)
-        for seed in self.processes.share(seeds):
-            change = self._measure(table, seed)[0].double() - self._dense(seed).double()
-            total += change.square().mean().cpu()
-        return float((self.processes.sum(total) / len(seeds)).sqrt())
-
-    def _saved_beyond_target(self, lazy_ratio: float, compute_ratio: float) -> float:
-        if self.config.target_lazy_ratio is not None:
-            return lazy_ratio - self.config.target_lazy_ratio
-        assert self.config.target_compute_ratio is not None
-        return self.config.target_compute_ratio - compute_ratio
-
-    def _measure(self, table: GateTable, seed: int) -> tuple[Tensor, float, float]:
-        lazy = self.lazy
-        lazy.policy = Learned(table)
-        lazy.reset_stats()
-        with torch.no_grad():
-            samples = self.sample(lazy, seed)
-        stats = lazy.stats
-        lazy.reset_stats()
-        return samples, stats.lazy_ratio, stats.compute_ratio
-
-    def _dense(self, seed: int) -> Tensor:
-        with torch.no_grad(), self.lazy.call_handler(lambda call: call.run(DenseStep())):
-            return self.sample(self.lazy, seed)
-
     # One iteration ------------------------------------------------------------------------------------------------
 
     def _rollout(self) -> dict[str, float]:
         """Trajectories of the student: at each step its output is pulled to the dense model's at the same input,
         weighted by what an error at that step does to the final sample."""
-        totals: list[tuple[float, float]] = []
+        totals: list[tuple[float, ...]] = []
 
         def drive(call: ModelCall) -> Any:
             with torch.inference_mode(False), torch.enable_grad():
@@ -255,7 +223,7 @@ class GateTrainer:
                 result = call.run(step)
                 error = _squared_error(_tensors(result), dense)
                 self._learn(self.sensitivity.get(call.timestep, 1.0) * error, step)
-                totals.append((float(error.detach()), step.reused_share))
+                totals.append(self._record(error, step))
             return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
 
         first = self.config.seed + 1 + self.iteration * self.config.trajectories
@@ -273,7 +241,7 @@ class GateTrainer:
             )
         return self._update([self._pair(pair) for pair in self.processes.share(chosen)])
 
-    def _pair(self, pair: StepPair) -> tuple[float, float]:
+    def _pair(self, pair: StepPair) -> tuple[float, ...]:
         """The paper's step: a full pass at the noisier step fills the caches, the next one is lazy."""
         caches = CacheState()
 
@@ -295,13 +263,22 @@ class GateTrainer:
             step, output, dense = self.lazy(**pair.current)
         error = _squared_error(output, dense if pair.target is None else [pair.target])
         self._learn(error, step)
-        return float(error.detach()), step.reused_share
+        return self._record(error, step)
+
+    def _record(self, error: Tensor, step: SoftStep) -> tuple[float, ...]:
+        saved = sum(share * self.lazy.branches[index].macs for index, share in step.reused.items())
+        return float(error.detach()), step.reused_share, 1.0 - saved / self.lazy.graph.total_macs
 
     def _gates(self, timestep: float) -> list[tuple[Tensor, Tensor]]:
         return split_row(self._table().row(timestep), self.initial.features, self.weight.device)
 
     def _learn(self, error: Tensor, step: SoftStep) -> None:
         """Add the gradient of error and lazy loss to the gates', and to nobody else's."""
+        if not error.isfinite():
+            raise ConfigError(
+                f"the error of step {step.step} is not finite in iteration {self.iteration}; check the sampler and the "
+                "precision of the model, or lower the learning rate"
+            )
         if step.logits:
             (gradient,) = torch.autograd.grad(error + self.rho * self._compute_penalty(step), [self.weight])
             self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
@@ -311,7 +288,7 @@ class GateTrainer:
         shares = [torch.sigmoid(logit).mean() * self.cost[index] for index, logit in step.logits.items()]
         return torch.stack(shares).sum()
 
-    def _update(self, totals: Sequence[tuple[float, float]]) -> dict[str, float]:
+    def _update(self, totals: Sequence[tuple[float, ...]]) -> dict[str, float]:
         gradient = torch.zeros_like(self.weight) if self.weight.grad is None else self.weight.grad
         self.weight.grad = self.processes.sum(gradient) / self.config.trajectories
         torch.nn.utils.clip_grad_norm_([self.weight], 1.0)
@@ -324,7 +301,7 @@ class GateTrainer:
 
     def _identity(self) -> dict[str, str]:
         options = {key: value for key, value in asdict(self.config).items() if key != "iterations"}
-        return {"kind": "lazy_compile calibration", "options": repr(sorted(options.items()))}
+        return {"kind": "lazy_compile calibration", "format": "2", "options": repr(sorted(options.items()))}
 
     def _write_checkpoint(self) -> None:
         assert self.checkpoint is not None
@@ -366,14 +343,11 @@ class GateTrainer:
         self.history = [dict(zip(HISTORY, row, strict=True)) for row in saved["history"].tolist()]
 
 
-HISTORY = ("error", "lazy_ratio")
-"""Per iteration: squared error of the model's output, and the share of branches that would be reused."""
+HISTORY = ("error", "lazy_ratio", "compute_ratio")
+"""Per iteration: squared error of the model's output, share of branches that would be reused, and MACs over dense."""
 
-COMPARED = 4
-"""Unseen seeds that tables are compared on."""
-
-SHIFTS = 12
-"""Most trajectories that are run to set the ratio."""
+ASCENT = 3.0
+"""How fast the price of computing follows the share that is missing to the target, by its logarithm."""
 
 
 def _named(prefix: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:

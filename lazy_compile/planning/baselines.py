@@ -21,7 +21,7 @@ from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.policies.policy import GateQuery, Policy
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.module import LazyModule, ModelCall
-from lazy_compile.runtime.sampling import DenseStep, Sampler
+from lazy_compile.runtime.sampling import DenseStep, Sampler, require_finite
 
 Floats = npt.NDArray[np.float64]
 
@@ -80,7 +80,8 @@ def relative_change(now: Tensor, before: Any) -> float:
     """``mean |now - before| / mean |before|``; infinite where there is nothing to compare with."""
     if not isinstance(before, Tensor) or before.shape != now.shape:
         return float("inf")
-    return float((now - before).abs().mean() / before.abs().mean())
+    change, size = float((now - before).abs().mean()), float(before.abs().mean())
+    return change / size if size > 0 else (float("inf") if change > 0 else 0.0)
 
 
 def measure_changes(lazy: LazyModule, sample: Sampler, *, seed: int = 0, max_age: int = 8) -> Floats:
@@ -99,7 +100,7 @@ def measure_changes(lazy: LazyModule, sample: Sampler, *, seed: int = 0, max_age
         return result
 
     with torch.no_grad(), lazy.call_handler(drive):
-        sample(lazy, seed)
+        require_finite(sample(lazy, seed))
     return np.stack(changes)
 
 

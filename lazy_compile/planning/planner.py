@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from lazy_compile.errors import ConfigError
+from lazy_compile.planning.journal import Journal, identity_of
 from lazy_compile.planning.response import NoGradientError
 from lazy_compile.planning.reuse_effects import EffectTable, measure_effects
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, ScheduleSearch, SearchOptions, final_error
@@ -97,6 +99,7 @@ def plan(
     start: CacheSchedule | None = None,
     options: SearchOptions | None = None,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
     on_progress: OnProgress = no_progress,
 ) -> CacheSchedule:
     """The schedule, with its slopes, that changes the final samples least under the budget.
@@ -116,19 +119,23 @@ def plan(
         start: a schedule to improve.
         options: how long to search.
         seed: of the noise.
+        checkpoint: a folder to resume from and to write to, a file for each measurement. An interrupted search that
+            starts again with it ends at the same plan as one that was not. Without gradient it starts afresh.
         on_progress: see :mod:`lazy_compile.progress`.
 
     Raises:
-        ConfigError: the budget cannot be met, since the first step computes everything.
+        ConfigError: the budget cannot be met, since the first step computes everything; or samples are not finite.
+        ArtifactError: the checkpoint belongs to another model, budget or options.
     """
     if not isinstance(budget, Budget):
         raise ConfigError(f"budget is {budget!r}; pass a Budget, such as Budget(compute_ratio=0.5)")
     if budget.error is not None:
-        return _cheapest(lazy, sample, budget.error, options, seed, on_progress)
+        return _cheapest(lazy, sample, budget.error, options, seed, checkpoint, on_progress)
     try:
         return search_schedule(
-            lazy, sample, budget, timings=timings, start=start, options=options, seed=seed, on_progress=on_progress
-        )
+            lazy, sample, budget, timings=timings, start=start, options=options, seed=seed, checkpoint=checkpoint,
+            on_progress=on_progress,
+        )  # fmt: skip
     except NoGradientError as error:
         if budget.latency_ratio is not None:
             raise
@@ -137,7 +144,13 @@ def plan(
 
 
 def _cheapest(
-    lazy: LazyModule, sample: Sampler, error: float, options: SearchOptions | None, seed: int, on_progress: OnProgress
+    lazy: LazyModule,
+    sample: Sampler,
+    error: float,
+    options: SearchOptions | None,
+    seed: int,
+    checkpoint: str | Path | None,
+    on_progress: OnProgress,
 ) -> CacheSchedule:
     """The plan of least compute, by bisection, that causes no more error on noise that it was not made from."""
     steps, branches = count_steps(lazy, sample, seed), len(lazy.branches)
@@ -147,7 +160,8 @@ def _cheapest(
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
         schedule = plan(
-            lazy, sample, Budget(compute_ratio=ratio), options=options, seed=seed, on_progress=on_progress
+            lazy, sample, Budget(compute_ratio=ratio), options=options, seed=seed,
+            checkpoint=Path(checkpoint, f"compute-{ratio:.6f}") if checkpoint else None, on_progress=on_progress,
         )  # fmt: skip
         if final_error(lazy, sample, schedule, seed + 2 * HELD_OUT_SEED_OFFSET) <= error:
             best, high = schedule, ratio
@@ -169,6 +183,7 @@ def search_schedule(
     start: CacheSchedule | None = None,
     options: SearchOptions | None = None,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
     on_progress: OnProgress = no_progress,
 ) -> CacheSchedule:
     """:func:`plan` for samplers that let gradients through.
@@ -177,13 +192,19 @@ def search_schedule(
         NoGradientError: this one does not.
     """
     steps = count_steps(lazy, sample, seed)
+    options = options or SearchOptions()
+    identity = identity_of(
+        lazy, budget=budget, options=options, seed=seed, steps=steps, timings=timings, start=start and start.to_json()
+    )
+    journal = Journal(Path(checkpoint) if checkpoint else None, identity)
     if budget.latency_ratio is not None and timings is None:
-        timings = measure_timings(lazy, sample, seed=seed)
+        times = journal.array("timings", lambda: measure_timings(lazy, sample, seed=seed).as_array)
+        timings = BranchTimings(times[:-1], float(times[-1]))
     each, total = np.array([branch.macs for branch in lazy.branches], dtype=np.float64), float(lazy.graph.total_macs)
     if timings is not None:
         each, total = timings.branches, timings.total
     cost = budget.cost_of(each, total)
-    search = ScheduleSearch(lazy, sample, cost, budget.spend(steps, cost), options or SearchOptions())
+    search = ScheduleSearch(lazy, sample, cost, budget.spend(steps, cost), options, journal)
     starts = [start] if start else [*search.starts(steps, seed), *_by_single_reuses(search, budget, steps, seed)]
     return search.run(starts, seed, on_progress)
 
@@ -209,12 +230,16 @@ def margins_of(schedule: CacheSchedule, harm: Floats, cost: Floats) -> PlannedRe
     """
     worth = harm[1:] / np.maximum(cost, 1e-9)
     computed = schedule.should_compute[1:]
-    price = max(float(np.quantile(worth, 1 - computed.mean())), float(np.finfo(np.float64).tiny))
+    least = LEAST_PRICE * float(np.median(np.abs(worth)))
+    price = max(float(np.quantile(worth, 1 - computed.mean())), least, float(np.finfo(np.float64).tiny))
     margin = np.full(harm.shape, np.inf)
     relative = worth / price - 1
     margin[1:] = np.where(computed, np.maximum(relative, MIN_MARGIN), np.minimum(relative, -MIN_MARGIN))
     return PlannedReuse(schedule, margin, price)
 
+
+LEAST_PRICE = 0.1
+"""Of computing, over the typical worth of a decision: a price near 0 would make every decision look sure."""
 
 MIN_MARGIN = 0.25
 """Margin of a decision that the measurement would take the other way."""
@@ -237,7 +262,8 @@ def plan_reuse(effects: EffectTable, budget: Budget) -> PlannedReuse:
         )
         return PlannedReuse(CacheSchedule(margins >= 0), margins, price)
 
-    scale = float(np.nanmean(effects.final)) or 1.0
+    finite = effects.final[np.isfinite(effects.final)]
+    scale = float(finite.mean()) if len(finite) and finite.any() else 1.0
     low, high = _bracket(lambda price: budget.is_met_by(at(price).schedule, effects), scale)
     for _ in range(60):
         middle = (low * high) ** 0.5

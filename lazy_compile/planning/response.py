@@ -97,8 +97,13 @@ class Response:
 
 
 def dense_samples(lazy: LazyModule, sample: Sampler, seed: int) -> Tensor:
+    """What others are held against: a copy, since a sampler may write its next samples to the same memory.
+
+    Raises:
+        ConfigError: they are not finite.
+    """
     with torch.no_grad(), lazy.call_handler(lambda call: call.run(DenseStep())):
-        samples = sample(lazy, seed)
+        samples = sample(lazy, seed).clone()
     require_finite(samples)
     return samples
 
@@ -114,15 +119,30 @@ def cauchy_weights(error: Floats) -> Floats:
 
 
 def measure_response(
-    lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, *, seed: int, directions: int = 1
+    lazy: LazyModule,
+    sample: Sampler,
+    schedule: CacheSchedule,
+    *,
+    seed: int,
+    directions: int = 1,
+    rows_are_samples: bool | None = None,
 ) -> Response:
     """Run one trajectory under ``schedule`` in which every branch also computes, and go back through it.
 
     Takes the time of ``2 + 3 * directions`` dense trajectories. In memory are the outputs of all branches at all steps,
     and of the other activations those of one call: a call is repeated on the way back.
 
+    Args:
+        lazy, sample: what to run.
+        schedule: what to run it under.
+        seed: of the noise and the directions.
+        directions: measured one after the other.
+        rows_are_samples: whether samples are distinguished, as was found for this graph and sampler before; None
+            finds out, by going back through the last step once more.
+
     Raises:
         NoGradientError: the sampler detaches its samples or runs in inference mode.
+        ConfigError: samples or their gradients are not finite.
     """
     dense = dense_samples(lazy, sample, seed)
     trace = _Trace(schedule)
@@ -133,7 +153,9 @@ def measure_response(
             "the samples carry no gradient; give a sampler that returns what its last step gives, and that does not "
             "detach it or run under torch.inference_mode (torch.no_grad is fine)"
         )
-    error, by_sample = (samples - dense).detach(), trace.rows_are_samples(samples)
+    error, by_sample = (samples - dense).detach(), rows_are_samples
+    if by_sample is None:
+        by_sample = trace.rows_are_samples(samples)
     generator = torch.Generator().manual_seed(seed)
     answers, errors = [], []
     for position in range(directions):
@@ -142,6 +164,11 @@ def measure_response(
         along = (direction * error).flatten(1).sum(1)
         errors.append(along if by_sample else along.sum(0, keepdim=True))
     trace.release()
+    if not all(torch.isfinite(each).all() for each in (error, *answers)):
+        raise ConfigError(
+            f"samples under a schedule that reuses {schedule.lazy_ratio:.0%}, or their gradients, are not finite; "
+            "ask for less reuse, or run the model in a wider dtype"
+        )
     size = error[0].numel() if by_sample else error.numel()
     squared = error.square().flatten(1).mean(1) if by_sample else error.square().mean().reshape(1)
     return Response(
@@ -219,16 +246,19 @@ class _Trace:
         """Whether row r of every branch belongs to sample ``r % B``, seen from what reaches the first sample."""
         towards = torch.zeros_like(samples)
         towards[0] = 1.0
-        for stream in self.streams.values():
-            for branch, outputs in stream.latest.items():
-                on_gradient = torch.autograd.grad(samples, outputs, towards, retain_graph=True, materialize_grads=True)
-                for gradient, axis in zip(on_gradient, self.axes[branch], strict=True):
-                    if axis is None or gradient.shape[axis] % len(samples):
-                        return False
-                    rows = gradient.movedim(axis, 0).flatten(1).abs().sum(1).reshape(-1, len(samples))
-                    if rows[:, 1:].any():
-                        return False
-        return True
+        latest = [
+            (output, axis)
+            for stream in self.streams.values()
+            for branch, outputs in stream.latest.items()
+            for output, axis in zip(outputs, self.axes[branch], strict=True)
+        ]
+        if any(axis is None or output.shape[axis] % len(samples) for output, axis in latest):
+            return False
+        gradients = torch.autograd.grad(
+            samples, [output for output, _ in latest], towards, retain_graph=True, materialize_grads=True
+        )
+        rows = [gradient.movedim(axis or 0, 0) for gradient, (_, axis) in zip(gradients, latest, strict=True)]
+        return not any(each.flatten(1).abs().sum(1).reshape(-1, len(samples))[:, 1:].any() for each in rows)
 
     def answer(self, samples: Tensor, direction: Tensor, by_sample: bool, keep: bool) -> Tensor:
         """``float32[B, T, G, MAX_AGE + 1]`` along one direction for each sample, or ``[1, ...]`` for all together."""

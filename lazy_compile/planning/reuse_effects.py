@@ -93,7 +93,7 @@ def measure_effects(
 
 def _sample(lazy: LazyModule, sample: Sampler, seed: int, driver: Callable[[ModelCall], Any]) -> Tensor:
     with torch.no_grad(), lazy.call_handler(driver):
-        return sample(lazy, seed)
+        return sample(lazy, seed).clone()  # a sampler may write its next samples to the same memory
 
 
 @dataclass

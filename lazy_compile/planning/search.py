@@ -13,13 +13,15 @@ from torch import Tensor
 
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.baselines import measure_changes
+from lazy_compile.planning.journal import Journal, digest
 from lazy_compile.planning.linear_model import around_another, fit_slopes, swap, trim
 from lazy_compile.planning.response import Response, dense_samples, measure_response
+from lazy_compile.planning.starts import RULES, Rule, fitting, rules
 from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress
-from lazy_compile.runtime.module import LazyModule
+from lazy_compile.runtime.module import LazyGraph, LazyModule
 from lazy_compile.runtime.sampling import Sampler
 
 Floats = npt.NDArray[np.float64]
@@ -46,64 +48,80 @@ class SearchOptions:
     def trajectories(self) -> int:
         """How many dense trajectories a search takes the time of, at most."""
         measuring, judged = 2 + 3 * self.directions, 1 + 5
-        making_starts = 21 + 2 * measuring
-        return making_starts + 3 * (measuring + judged) + 1 + self.rounds * (measuring + 1 + judged)
+        making_starts = 1 + (1 + RULES) + (1 + FINALISTS) + 2 * measuring
+        held_out = FINAL_SEEDS * (1 + 1 + 3 + FINALISTS)
+        return making_starts + 3 * (measuring + judged) + held_out + self.rounds * (measuring + 1 + judged)
 
 
 class ScheduleSearch:
     """A search among schedules whose branches decide as the model's groups have them."""
 
-    def __init__(self, lazy: LazyModule, sample: Sampler, cost: Floats, spend: float, options: SearchOptions) -> None:
+    def __init__(
+        self,
+        lazy: LazyModule,
+        sample: Sampler,
+        cost: Floats,
+        spend: float,
+        options: SearchOptions,
+        journal: Journal | None = None,
+    ) -> None:
         """``cost: float64[G]`` of computing each branch once, ``spend`` what a trajectory may cost."""
         self.lazy, self.sample, self.cost, self.spend, self.options = lazy, sample, cost, spend + 1e-9, options
+        self.journal = journal or Journal(None, {})
         self.leaders = lazy.graph.leaders(lazy.lazy_config.group)
         self.linear = lazy.lazy_config.reuse == "linear"
+        self.finalists: list[CacheSchedule] = []
+        self._rows_are_samples: tuple[LazyGraph, bool] | None = None
 
     def starts(self, steps: int, seed: int) -> list[CacheSchedule]:
-        """Whole steps, spread evenly or by how much the model changes: the best that the budget allows, and the best of
-        a step more, less those decisions that the final samples miss least."""
-        change = measure_changes(self.lazy, self.sample, seed=seed, max_age=1)[1:, 0].mean(axis=1)
-        passed = np.append(0.0, np.cumsum(change)) / change.sum()
-        rules = []
-        for places in (np.arange(steps) / steps, passed * (steps - 1) / steps):
-            rules += [places + TINY, np.append(places[1:], 1.0) - TINY]  # each computation late, or early
-        counts = [self._affordable(places) for places in rules]
-        allowed, beyond = (
-            self._best(
-                [
-                    self._whole_steps(places, min(count + more, steps))
-                    for places, count in zip(rules, counts, strict=True)
-                ],
-                seed + HELD_OUT_SEED_OFFSET - 2,
-            )[0]
-            for more in (0, 1)
+        """Whole steps, see :mod:`lazy_compile.planning.starts`: the best that the budget allows, and the best of a step
+        more, less those decisions that the final samples miss least.
+
+        The best few that the budget allows are held against the result of the search, see :meth:`run`.
+        """
+        changes = self.journal.array(
+            f"changes-{seed}", lambda: measure_changes(self.lazy, self.sample, seed=seed, max_age=1)
         )
-        return [allowed, trim(self.measure(beyond, seed), self.cost, self.spend, **self._rules)]
+        every = rules(steps, changes[1:, 0].mean(axis=1))
+        count, judged = self._affordable(steps), seed + HELD_OUT_SEED_OFFSET - 2
+        allowed = self._chosen(every, count)
+        order, _ = self._ranked([schedule for schedule, _ in allowed], [judged])
+        best = [allowed[place] for place in order[:FINALISTS]]
+        self.finalists = [schedule for schedule, _ in best]
+        with_one_more = self._chosen([rule for _, rule in best], min(count + 1, steps))
+        beyond, _ = self._best([schedule for schedule, _ in with_one_more], judged)
+        return [self.finalists[0], trim(self.measure(beyond, seed), self.cost, self.spend, **self._rules)]
 
     @property
     def _rules(self) -> dict[str, Any]:
         return {"leaders": self.leaders, "warmup_steps": self.lazy.lazy_config.warmup_steps}
 
-    def _whole_steps(self, places: Floats, count: int) -> CacheSchedule:
-        """Computations at equal distances of ``places: float64[T]``, which rise within 0 and 1."""
-        computes = np.diff(np.floor(places * count), prepend=-1) > 0
-        computes[: self.lazy.lazy_config.warmup_steps] = True
-        table = np.repeat(computes[:, None], len(self.leaders), axis=1)
-        return CacheSchedule(table, None if self.linear else np.zeros(table.shape))
+    def _affordable(self, steps: int) -> int:
+        """How many whole steps the budget allows."""
+        whole = float(self.cost.sum())
+        count = steps if whole * steps <= self.spend else int(self.spend / whole)
+        if count < self.lazy.lazy_config.warmup_steps:
+            raise ConfigError(
+                "this budget cannot be met, since the first step computes everything; ask for less reuse, or more steps"
+            )
+        return count
 
-    def _affordable(self, places: Floats) -> int:
-        for count in range(len(places), 0, -1):
-            if self._whole_steps(places, count).should_compute[:, 0].sum() * self.cost.sum() <= self.spend:
-                return count
-        raise ConfigError(
-            "this budget cannot be met, since the first step computes everything; ask for less reuse, or more steps"
-        )
+    def _chosen(self, every: Sequence[Rule], count: int) -> list[tuple[CacheSchedule, Rule]]:
+        """What rules choose for a number of whole steps, each schedule once."""
+        found: dict[bytes, tuple[CacheSchedule, Rule]] = {}
+        for rule in every:
+            computes = fitting(rule, count, self.lazy.lazy_config.warmup_steps)
+            if computes is not None:
+                table = np.repeat(computes[:, None], len(self.leaders), axis=1)
+                slopes = None if self.linear else np.zeros(table.shape)
+                found.setdefault(computes.tobytes(), (CacheSchedule(table, slopes), rule))
+        return list(found.values())
 
     def run(self, starts: Sequence[CacheSchedule], seed: int, on_progress: OnProgress) -> CacheSchedule:
         """One round from every start, and from the best that came of it as many as the options say.
 
-        Which start is best says little of what can be made of it. The result is compared with all starts once more, so
-        that it is never worse than a simple rule on that noise.
+        Which start is best says little of what can be made of it. The result is compared with all starts and the best
+        whole steps once more, on more noise than before, so that it is never worse than a simple rule on that noise.
         """
         total, swaps = len(starts) + self.options.rounds, self.options.swaps
         first: list[tuple[CacheSchedule, Response]] = []
@@ -122,7 +140,9 @@ class ScheduleSearch:
                 swaps = max(1, swaps // 2)
             best = chosen
         on_progress("searching schedules", total, total, f"error {error:.2e}")
-        best = self._best((best, *starts), seed + HELD_OUT_SEED_OFFSET + total)[0]
+        held_out = [seed + 2 * HELD_OUT_SEED_OFFSET + place for place in range(FINAL_SEEDS)]
+        finalists = [best, *starts, *(each for each in self.finalists if each not in starts)]
+        best = finalists[self._ranked(finalists, held_out)[0][0]]
         return best if self.linear else CacheSchedule(best.should_compute)
 
     def _proposals(self, response: Response, swaps: int) -> Iterator[CacheSchedule]:
@@ -140,22 +160,69 @@ class ScheduleSearch:
             yield fit_slopes(response, response.schedule, RIDGES[-1], self.leaders)
 
     def measure(self, schedule: CacheSchedule, seed: int) -> Response:
-        return measure_response(self.lazy, self.sample, schedule, seed=seed, directions=self.options.directions)
+        graph, directions = self.lazy.graph, self.options.directions
+        known = self._rows_are_samples[1] if self._rows_are_samples and self._rows_are_samples[0] is graph else None
+
+        def measured() -> Response:
+            return measure_response(
+                self.lazy, self.sample, schedule, seed=seed, directions=directions, rows_are_samples=known
+            )
+
+        response = self.journal.response(schedule, seed, measured)
+        self._rows_are_samples = (graph, len(response.error) > directions)
+        return response
 
     def _best(self, candidates: Sequence[CacheSchedule], seed: int) -> tuple[CacheSchedule, float]:
-        """The schedule that changes the final samples least on noise of ``seed``, and their root mean square change.
+        """The schedule that changes the final samples least on noise of ``seed``, and their root mean square change."""
+        order, errors = self._ranked(candidates, [seed])
+        return candidates[order[0]], errors[order[0]]
 
-        By the mean of ``log(1 + error / least median)`` over samples, the loss to which their :func:`cauchy_weights`
-        belong. Several processes share the candidates.
+    def _ranked(self, candidates: Sequence[CacheSchedule], seeds: Sequence[int]) -> tuple[list[int], list[float]]:
+        """Places of the schedules, the one that changes the final samples least first, and the root mean square change
+        of each, by its place.
+
+        By the mean over samples of :func:`robust_losses`; of those that are equal, the first.
+
+        Raises:
+            ConfigError: no schedule leaves the samples finite.
         """
-        dense = dense_samples(self.lazy, self.sample, seed)
-        processes, errors = Processes.here(), np.zeros((len(candidates), len(dense)))
-        for place in processes.share(range(len(candidates))):
-            errors[place] = _errors(self.lazy, self.sample, candidates[place], seed, dense)
-        errors = processes.sum(torch.from_numpy(errors)).numpy()
-        typical = max(float(np.median(errors, axis=1).min()), float(np.finfo(np.float64).tiny))
-        best = int(np.log1p(errors / typical).mean(axis=1).argmin())
-        return candidates[best], float(errors[best].mean() ** 0.5)
+        errors = np.concatenate([self._judge(candidates, seed) for seed in seeds], axis=1)
+        losses = robust_losses(errors).mean(axis=1)
+        if not np.isfinite(losses).any():
+            raise ConfigError(
+                f"samples are not finite under any of {len(candidates)} schedules, and those of the original are; "
+                "ask for less reuse, or run the model in a wider dtype"
+            )
+        root_mean_square = np.sqrt(errors.mean(axis=1))
+        return np.argsort(losses, kind="stable").tolist(), root_mean_square.tolist()
+
+    def _judge(self, candidates: Sequence[CacheSchedule], seed: int) -> Floats:
+        """``float64[candidates, B]``: mean squared change of each sample; several processes share the candidates."""
+        names = [f"judged-{seed}-{digest(candidate)}" for candidate in candidates]
+        known = {name: recalled["values"] for name in names if (recalled := self.journal.recall(name)) is not None}
+        missing = [place for place, name in enumerate(names) if name not in known]
+        if missing:
+            dense, processes = dense_samples(self.lazy, self.sample, seed), Processes.here()
+            errors = np.zeros((len(missing), len(dense)))
+            for row in processes.share(range(len(missing))):
+                errors[row] = _errors(self.lazy, self.sample, candidates[missing[row]], seed, dense)
+                if processes.count == 1:
+                    self.journal.write(names[missing[row]], {"values": errors[row]})
+            errors = processes.sum(torch.from_numpy(errors)).numpy()
+            for row, place in enumerate(missing):
+                known[names[place]] = errors[row]
+                if processes.count > 1:
+                    self.journal.write(names[place], {"values": errors[row]})
+        return np.stack([known[name] for name in names])
+
+
+def robust_losses(errors: Floats) -> Floats:
+    """``log(1 + error / least median)`` of ``errors: float64[candidates, samples]``.
+
+    One sample that diverged counts for little, as under :func:`~lazy_compile.planning.response.cauchy_weights`.
+    """
+    typical = np.median(errors, axis=1).min()
+    return np.log1p(errors / max(float(typical), TINIEST)) if np.isfinite(typical) else np.full(errors.shape, np.inf)
 
 
 def final_error(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed: int) -> float:
@@ -165,7 +232,7 @@ def final_error(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed
 
 
 def _errors(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed: int, dense: Tensor) -> Floats:
-    """``float64[B]``: mean squared change of each final sample under a schedule."""
+    """``float64[B]``: mean squared change of each final sample under a schedule; infinite where one is not finite."""
     policy, lazy.policy = lazy.policy, Scheduled(schedule)
     try:
         with torch.no_grad():
@@ -173,14 +240,20 @@ def _errors(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed: in
     finally:
         lazy.policy = policy
     errors: Floats = (samples - dense).double().square().flatten(1).mean(1).cpu().numpy()
-    return errors
+    return np.nan_to_num(errors, nan=np.inf, posinf=np.inf)
 
+
+FINALISTS = 4
+"""Whole steps that are held against the result of a search."""
+
+FINAL_SEEDS = 2
+"""Sets of noise on which that is decided."""
 
 RIDGES = (0.3, 2.0)
 """Proposals for the slopes: a small ridge is right near the schedule that was measured, a large one far from it."""
 
-TINY = 1e-9
-"""Decides what falls on a border."""
+TINIEST = float(np.finfo(np.float64).tiny)
+"""An error that is none."""
 
 HELD_OUT_SEED_OFFSET = 1_000_003
 """Distance from the seeds that tables are made from to those that they are judged on."""

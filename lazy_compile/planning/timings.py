@@ -50,6 +50,11 @@ class BranchTimings:
                 "that each branch takes, none below 0, and those of the whole step"
             )
 
+    @property
+    def as_array(self) -> Floats:
+        """``float64[G + 1]``: the branches, and the step."""
+        return np.append(self.branches, self.total)
+
     @classmethod
     def load(cls, path: str | Path) -> BranchTimings:
         """Read ``{"branches": [seconds, ...], "total": seconds}``, measured on whatever runtime.

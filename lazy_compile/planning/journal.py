@@ -1,0 +1,116 @@
+"""What a search has measured so far, one file a measurement, so that an interrupted one goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lazy_compile.errors import ArtifactError
+from lazy_compile.planning.response import Response
+from lazy_compile.policies.schedule import CacheSchedule
+from lazy_compile.processes import Processes
+from lazy_compile.runtime.artifact import fingerprint
+from lazy_compile.runtime.module import LazyModule
+from lazy_compile.storage import load_json, load_tensors, save_json, save_tensors
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+IDENTITY = "search.json"
+
+
+class Journal:
+    """A folder of measurements that belong to one search; without a folder nothing is remembered.
+
+    Several processes read it at the beginning and never again, so that they agree on what is left to do; the first
+    one writes. A search decides by its measurements alone: with those that are there, it takes the same way again.
+
+    Raises:
+        ArtifactError: the folder belongs to another search, or cannot be read or written.
+    """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.known: frozenset[str] = frozenset()
+        if folder is None:
+            return
+        processes = Processes.here()
+        if (folder / IDENTITY).exists():
+            seen = load_json(folder / IDENTITY)
+            if seen != identity:
+                different = sorted(
+                    key for key in identity if not isinstance(seen, dict) or seen.get(key) != identity[key]
+                )
+                raise ArtifactError(
+                    f"the checkpoint {folder} belongs to another search: {', '.join(different)} differ; "
+                    "use the same model and options, or another folder to start afresh"
+                )
+            self.known = frozenset(file.stem for file in folder.glob("*.safetensors"))
+        processes.wait()  # the first one may write soon
+        if processes.is_first and not (folder / IDENTITY).exists():
+            save_json(folder / IDENTITY, dict(identity))
+        processes.wait()
+
+    def recall(self, name: str) -> Arrays | None:
+        """A measurement of an earlier run."""
+        if self.folder is None or name not in self.known:
+            return None
+        tensors, _ = load_tensors(self.folder / f"{name}.safetensors")
+        return {key: tensor.numpy() for key, tensor in tensors.items()}
+
+    def write(self, name: str, arrays: Arrays) -> None:
+        if self.folder is not None and Processes.here().is_first:
+            tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}
+            save_tensors(self.folder / f"{name}.safetensors", tensors)
+
+    def array(self, name: str, measure: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """One array, measured unless it is known."""
+        known = self.recall(name)
+        if known is not None:
+            return known["values"]
+        values = measure()
+        self.write(name, {"values": values})
+        return values
+
+    def response(self, schedule: CacheSchedule, seed: int, measure: Callable[[], Response]) -> Response:
+        """A response around a schedule, measured unless it is known."""
+        name = f"response-{seed}-{digest(schedule)}"
+        known = self.recall(name)
+        if known is not None:
+            return Response(
+                schedule, size=known["size"].item(), **{key: known[key] for key in RESPONSE if key in known}
+            )
+        response = measure()
+        arrays = {key: getattr(response, key) for key in RESPONSE if getattr(response, key) is not None}
+        self.write(name, {"size": np.array([response.size]), **arrays})
+        return response
+
+
+RESPONSE = ("directional_derivatives", "error", "weight", "timesteps", "sensitivity")
+"""Arrays of a response beside its schedule."""
+
+
+def digest(schedule: CacheSchedule) -> str:
+    content = hashlib.sha256(schedule.should_compute.tobytes())
+    if schedule.slopes is not None:
+        content.update(schedule.slopes.tobytes())
+    return content.hexdigest()[:16]
+
+
+def identity_of(lazy: LazyModule, **options: Any) -> dict[str, Any]:
+    """What a search depends on: the model with its weights, its branches, and the options."""
+    sums = [f"{float(weight.detach().double().abs().sum()):.6e}" for weight in lazy.original.parameters()]
+    return {
+        "kind": "lazy_compile schedule search",
+        "model": fingerprint(lazy.original),
+        "weights": hashlib.sha256(" ".join(sums).encode()).hexdigest(),
+        "branches": [branch.name for branch in lazy.branches],
+        "lazy_config": repr(sorted(asdict(lazy.lazy_config).items())),
+        **{name: repr(value) for name, value in options.items()},
+    }
