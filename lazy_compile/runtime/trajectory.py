@@ -317,9 +317,10 @@ class Trajectories:
         else:
 
             @cache
-            def agrees(trajectory: Trajectory) -> bool:
+            def agrees(trajectory: Trajectory, at: Position | None = None) -> bool:
                 return any(
                     stream.context == identity.context
+                    and (at is None or stream.position is at)
                     and all(trajectory.moves(name) for name in _differing(stream.conditions, conditions))
                     for stream in trajectory.streams
                 )
@@ -352,7 +353,7 @@ class Trajectories:
         latents: Floats | None,
         time: float | None,
         placed: Sequence[_Row],
-        agrees: Callable[[Trajectory], bool],
+        agrees: Callable[..., bool],
     ) -> Position | None:
         """Where a row stands: at the position of an earlier call, or one step behind it.
 
@@ -369,18 +370,22 @@ class Trajectories:
             if trajectory.key is None
             for stream in trajectory.streams
         }
+        repeated = None
         for position in leaves.values():
             if _is_at(position, latents, time):
-                return position
+                if not agrees(position.trajectory, position):
+                    return position  # the same step of another stream
+                repeated = repeated or position
         if latents is None:
             latest = next(iter(leaves.values()), None)
             return None if latest is None else _next(latest, latents, time)
         if not np.isfinite(latents).all():
-            return None
+            return repeated
         best: tuple[tuple[bool, bool, float], Position] | None = None
         leaves_by_agreement = sorted(leaves.values(), key=lambda item: not agrees(item.trajectory))
         for position in leaves_by_agreement:
-            if position.latents is None or _starts_over(position, time):
+            known_here = position.latents is None or _is_at(position, latents, time)
+            if known_here or _starts_over(position, time):
                 continue
             rest, regressors = _distance(latents, position)
             slack = 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1)
@@ -391,7 +396,7 @@ class Trajectories:
                 best = rank, position
             if rank < (False, False, CERTAIN):
                 break
-        return None if best is None else _next(best[1], latents, time)
+        return repeated if best is None else _next(best[1], latents, time)
 
     def _told_position(
         self, known: Known, number: int, placed: Sequence[_Row], latents: Floats | None, time: float | None

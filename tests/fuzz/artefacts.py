@@ -17,11 +17,12 @@ from lazy_compile.backends.onnx.export import export_onnx
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.backends.tensorrt.layers import EngineLayer
 from lazy_compile.backends.tensorrt.network import EngineTensor
-from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, policy_to_json
+from lazy_compile.backends.tensorrt.sidecar import EngineSidecar
 from lazy_compile.capture.exported_file import load_exported
 from lazy_compile.digests import digest_of
 from lazy_compile.planning.import_schedule import import_schedule
 from lazy_compile.planning.timings import BranchTimings
+from lazy_compile.policies.serialize import to_json
 from lazy_compile.runtime.artifact import read
 from lazy_compile.storage import load_tensors, save_json, save_tensors
 from support.hoisting import CONDITIONED
@@ -90,12 +91,12 @@ def _write_engine(lazy: LazyModule, folder: Path) -> None:
 def _read_engine(lazy: LazyModule, folder: Path) -> Any:
     sidecar = EngineSidecar.load(folder / "m.engine")
     plan = sidecar.check_file(folder / "m.engine")
-    return plan, policy_to_json(sidecar.policy), replace(sidecar, policy=None)  # type: ignore[arg-type]
+    return plan, sidecar
 
 
 def _read_gates(lazy: LazyModule, folder: Path) -> Any:
     artifact = read(folder)
-    return policy_to_json(artifact.policy), replace(artifact, policy=None, directory=None)  # type: ignore[arg-type]
+    return to_json(artifact.policy), replace(artifact, policy=None, directory=None)  # type: ignore[arg-type]
 
 
 def _read_tensors(lazy: LazyModule, folder: Path) -> Any:

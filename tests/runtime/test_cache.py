@@ -18,6 +18,7 @@ from lazy_compile.passes.insert_gates import InsertGates
 from lazy_compile.passes.outline_branches import OutlineBranches
 from lazy_compile.policies.policy import GateQuery
 from lazy_compile.runtime.cache import CacheState, extrapolate
+from lazy_compile.runtime.model_call import RowGroup
 from lazy_compile.runtime.policy_step import PolicyStep
 from lazy_compile.runtime.stats import LazyStats
 from support.graph_text import program
@@ -51,12 +52,17 @@ def branch() -> LazyBranch:
     return module
 
 
+def at(step: int, timestep: float = 0.0) -> tuple[RowGroup, ...]:
+    """All rows of a call at one step."""
+    return (RowGroup(None, step, timestep, None),)
+
+
 def evaluate(answers: Sequence[Any], values: Sequence[Sequence[float]], **options: Any) -> tuple[list[Any], CacheState]:
     """One branch that hands on its input, ``values[step][row]``, over a trajectory; its outputs ``[step][row]``."""
-    state, stats, outputs, lazy = CacheState(), LazyStats(np.ones(1), 10), [], branch()
+    state, outputs, lazy = CacheState(), [], branch()
     for step, rows in enumerate(values):
         x = torch.tensor(rows)[:, None, None].expand(-1, 4, 8).contiguous()
-        now = PolicyStep(Answers(answers), LazyConfig(**options), state, stats, step, float(step))
+        now = PolicyStep(Answers(answers), LazyConfig(**options), state, at(step, float(step)))
         (output,) = now.evaluate(lazy, [x, torch.eye(8)])
         outputs.append(output[:, 0, 0].tolist())
     return outputs, state
@@ -96,18 +102,18 @@ def test_rows_that_compute_are_given_to_the_body_and_no_others() -> None:
     lazy, sizes = branch(), []
     body = lazy.body.forward
     lazy.body.forward = lambda *inputs: sizes.append(len(inputs[0])) or body(*inputs)
-    state, stats = CacheState(), LazyStats(np.ones(1), 10)
+    state = CacheState()
     x = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
     for step, answer in enumerate([True, [False, True, False, True], False]):
-        step_now = PolicyStep(Answers([answer] * 3), LazyConfig(), state, stats, step, 0.0)
+        step_now = PolicyStep(Answers([answer] * 3), LazyConfig(), state, at(step))
         step_now.evaluate(lazy, [x, torch.eye(8)])
     assert sizes == [4, 2]
 
 
 def test_a_policy_is_not_asked_where_there_is_no_choice() -> None:
-    policy, state, stats, lazy = Answers([False] * 4), CacheState(), LazyStats(np.ones(1), 10), branch()
+    policy, state, lazy = Answers([False] * 4), CacheState(), branch()
     for step, rows in enumerate([2, 2, 3, 3]):
-        PolicyStep(policy, LazyConfig(), state, stats, step, 7.0).evaluate(lazy, [torch.ones(rows, 4, 8), torch.eye(8)])
+        PolicyStep(policy, LazyConfig(), state, at(step, 7.0)).evaluate(lazy, [torch.ones(rows, 4, 8), torch.eye(8)])
     assert [query.step for query in policy.queries] == [1, 3]
     assert {query.timestep for query in policy.queries} == {7.0}
     assert policy.queries[0].memory is policy.queries[1].memory
@@ -116,7 +122,7 @@ def test_a_policy_is_not_asked_where_there_is_no_choice() -> None:
 
 def test_a_cache_holds_no_part_of_a_gradient() -> None:
     state, weight = CacheState(), torch.eye(8, requires_grad=True)
-    step = PolicyStep(Answers([True]), LazyConfig(), state, LazyStats(np.ones(1), 10), 0, 0.0)
+    step = PolicyStep(Answers([True]), LazyConfig(), state, at(0))
     (output,) = step.evaluate(branch(), [torch.ones(2, 4, 8), weight])
     assert output.requires_grad
     assert not any(value.requires_grad for value in state.slots[0].values)
@@ -133,8 +139,9 @@ def test_what_another_graph_cached_is_reused_only_if_it_agrees() -> None:
     for other, computes in zip(others, [True, True, False], strict=True):
         state, stats = CacheState(), LazyStats(np.ones(1), 10)
         for step, description in enumerate([lazy.branch, other]):
-            now = PolicyStep(Answers([False] * 2), LazyConfig(), state, stats, step, 0.0)
+            now = PolicyStep(Answers([False] * 2), LazyConfig(), state, at(step))
             now.evaluate(LazyBranch(lazy.body, description, lazy.row_axes), inputs)
+            now.record(stats)
         assert stats.reuse_table[1, 0] == (0.0 if computes else 1.0)
 
 
