@@ -467,11 +467,12 @@ class Trajectories:
         with self._mutex:
             for number, row in enumerate(placed.rows):
                 answer = None if returned is None else Returned(returned, number if len(returned) > number else 0)
+                trajectory, stream = row.position.trajectory, row.stream
                 if answer is not None:
-                    row.position.returned.append(answer)
+                    repeated = None if stream is None or stream.position is not row.position else stream.returned
+                    others = [item for item in row.position.returned if item is not repeated]
+                    row.position.returned = [*others, answer]
                     self._unread.append(answer)
-                trajectory = row.position.trajectory
-                stream = row.stream
                 if stream is None:
                     stream = Stream(row.conditions, placed.context, placed.state, number, row.position, placed.call)
                     trajectory.streams.append(stream)

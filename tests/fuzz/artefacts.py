@@ -84,7 +84,7 @@ def _write_engine(lazy: LazyModule, folder: Path) -> None:
     (folder / "m.engine").write_bytes(content)
     EngineSidecar(
         "rtx", "1", "", "key", digest_of(content), {"tf32": True}, (EngineTensor("x", True, "float32", (1, 2)),), None,
-        "", lazy.policy, {"": ("MatMul",)}, (EngineLayer("a", "gemm"),),
+        "", to_json(lazy.policy), {"": ("MatMul",)}, (EngineLayer("a", "gemm"),),
     ).save(folder / "m.engine")  # fmt: skip
 
 
