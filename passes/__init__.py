@@ -1,1 +1,1 @@
-"""Passes from graph to graph, one a file. ``lazy_compile.compiler`` states the order in which they run."""
+"""Passes from graph to graph, one a file. ``lazy_compile.pipelines`` states the order in which they run."""

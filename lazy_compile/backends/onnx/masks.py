@@ -86,14 +86,14 @@ class ScheduleVariants:
         found = cls.of(schedule, path.parent)
         try:
             names = {mask: str(values["files"][_hexadecimal(mask)]) for mask in found.files}
-            digests = {name: values["digests"][name] for name in names.values()}
-        except (KeyError, TypeError) as error:
+            digests = dict(values["digests"])
+        except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is damaged ({one_line(repr(error))}); export again") from error
         for name in names.values():
             file = path.parent / name
             if Path(name).name != name or not file.is_file():
                 raise ArtifactError(f"{path} names {shown(name)}, which is missing; export again")
-            if verifies() and _content(file) != digests[name]:
+            if verifies() and _content(file) != digests.get(name):
                 raise ArtifactError(f"{file} is not the file that {MANIFEST} names; copy all of one export")
         check_digest(values, path)
         return replace(found, files={mask: path.parent / name for mask, name in names.items()})

@@ -208,7 +208,7 @@ def test_a_capture_that_fails_is_told_once_and_done_without(
 def test_an_engine_that_cannot_be_asked_is_captured_if_it_has_no_jump(
     engines: Engines, fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("fake_tensorrt.FakeContext.is_stream_capturable")
+    monkeypatch.delattr("support.fake_tensorrt.FakeContext.is_stream_capturable")
     samples(TensorRTRunner(engines.engine["input"]), None)
     assert sum(context.replayed for context in fake.contexts) == 0
     samples(TensorRTRunner(engines.engine["schedule"]), None)
