@@ -390,7 +390,7 @@ def _step_table(lazy: LazyModule, branches: int) -> StepTable:
         ConfigError: the policy fixes no reuse by the index of the step.
     """
     table = lazy.policy.step_table(branches)
-    if table is None or table.schedule.should_compute.all():
+    if table is None or (lazy.policy.steps is None and table.schedule.should_compute.all()):
         raise ConfigError(
             f"gating='schedule' fixes a schedule, the model's policy is {type(lazy.policy).__name__}; "
             "set lazy.policy = Scheduled(...), or take another gating"

@@ -27,6 +27,7 @@ from lazy_compile import (
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnx import metadata
 from lazy_compile.backends.onnx.metadata import KEY, Gating
+from lazy_compile.backends.onnx.seal import DIGEST_KEY
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar
 from lazy_compile.policies.presets import PRESETS, EveryNth
@@ -126,6 +127,8 @@ def test_a_file_of_the_last_release_runs_dense_and_says_so(
     (entry,) = [item for item in model.metadata_props if item.key == KEY]
     values = {name: value for name, value in json.loads(entry.value).items() if name != "policy"}
     entry.value = json.dumps({**values, "version": 4})
+    (digest,) = [item for item in model.metadata_props if item.key == DIGEST_KEY]
+    model.metadata_props.remove(digest)
     onnx.save(model, tmp_path / "old.onnx")
     assert EngineDenoiser(OnnxRunner(tmp_path / "old.onnx", threads=1)).policy == AlwaysCompute()
     assert caplog.messages == [
