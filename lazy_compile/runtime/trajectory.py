@@ -38,6 +38,9 @@ CERTAIN = 1e-9
 RELATED = 0.75
 """The same where the sampler adds noise or clips. Latents of two requests leave about 1."""
 
+MARGIN = 0.1
+"""How much more another trajectory must leave unexplained where a sampler adds noise or clips."""
+
 IDLE_CALLS = 128
 """A trajectory that was not continued for as many calls, and 8 for each that is alive, is forgotten."""
 
@@ -381,7 +384,7 @@ class Trajectories:
             return None if latest is None else _next(latest, latents, time)
         if not np.isfinite(latents).all():
             return repeated
-        best: tuple[tuple[bool, bool, float], Position] | None = None
+        ranked: list[tuple[tuple[bool, bool, float], Position, bool]] = []
         leaves_by_agreement = sorted(leaves.values(), key=lambda item: not agrees(item.trajectory))
         for position in leaves_by_agreement:
             known_here = position.latents is None or _is_at(position, latents, time)
@@ -389,14 +392,14 @@ class Trajectories:
                 continue
             rest, regressors = _distance(latents, position)
             slack = 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1)
-            if rest > max(EXACT, RELATED - slack):
-                continue
             rank = (not agrees(position.trajectory), _turns_back(position, time), rest)
-            if best is None or rank < best[0]:
-                best = rank, position
+            ranked.append((rank, position, rest <= max(EXACT, RELATED - slack)))
             if rank < (False, False, CERTAIN):
                 break
-        return repeated if best is None else _next(best[1], latents, time)
+        best = min((item for item in ranked if item[2]), key=lambda item: item[0], default=None)
+        if best is None or _is_ambiguous(best[0], best[1], [item[:2] for item in ranked]):
+            return repeated
+        return _next(best[1], latents, time)
 
     def _told_position(
         self, known: Known, number: int, placed: Sequence[_Row], latents: Floats | None, time: float | None
@@ -565,6 +568,16 @@ def _differing(before: Mapping[str, Floats], now: Mapping[str, Floats]) -> set[s
         for name in before.keys() | now.keys()
         if name not in before or name not in now or not same(before[name], now[name])
     }
+
+
+def _is_ambiguous(
+    rank: tuple[bool, bool, float], position: Position, others: Sequence[tuple[tuple[bool, bool, float], Position]]
+) -> bool:
+    """Whether latents that are only related to a position are related to one of another trajectory about as much."""
+    return rank[2] > EXACT and any(
+        other[:2] == rank[:2] and elsewhere.trajectory is not position.trajectory and other[2] - rank[2] < MARGIN
+        for other, elsewhere in others
+    )
 
 
 def _turns_back(position: Position, time: float | None) -> bool:
