@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lazy_compile.cli import options as given
-from lazy_compile.cli.options import ModelOptions
+from lazy_compile.cli.options import CaptureOptions
 from lazy_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _SHAPES = "Of inputs with free sizes, as trtexec takes them: x:1x4x32x32,t:1."
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions(ModelOptions):
+class BuildOptions(CaptureOptions):
     """What ``lazy-compile build`` takes."""
 
     source: Annotated[

@@ -81,13 +81,19 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(OutputOptions):
-    """What every verb takes that is given a model."""
+class CaptureOptions(OutputOptions):
+    """How a model is captured, and with which options it is made lazy."""
 
-    model: Model
     shape: Shapes = None
     settings: Settings = None
     device: Device = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(CaptureOptions):
+    """What every verb takes that is given a model."""
+
+    model: Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ class Latents:
     def moving(self, value: Tensor, row_axis: int) -> Tensor:
         """The part that input and output have in common, with the rows on axis 0."""
         value = value.movedim(row_axis, 0)
-        return value if self.axis is None else value.narrow(self.axis, 0, self.size)
+        return value if self.axis is None else value.narrow(self.axis, 0, min(self.size, value.shape[self.axis]))
 
     def staying(self, value: Tensor) -> Tensor | None:
         """What else the input carries, such as a mask and a masked image beside the latents."""

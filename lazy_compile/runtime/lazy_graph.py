@@ -113,7 +113,7 @@ class LazyGraph:
         axis = next((item for item, pair in sizes if len(set(pair)) > 1), None)
         if axis is None:
             return Latents(position, row, index, out_row)
-        size = min(int(fake.shape[axis]), int(output.shape[axis]))
+        size = min(_hint(fake.shape[axis]), _hint(output.shape[axis]))
         return Latents(position, row, index, out_row, axis if axis > row else axis + 1, size)
 
     def _largest_input(self) -> Latents | None:
@@ -205,14 +205,13 @@ def _hint(size: int | torch.SymInt) -> int:
 
 
 def _likeness(fake: Tensor, output: Tensor) -> int:
-    """2 for an output of the same shape as an input, 1 if one size differs that both fix, else 0."""
+    """2 for an output of the same shape as an input, 1 if one size differs, else 0."""
     if fake.dim() != output.dim() or not output.is_floating_point():
         return 0
     differing = [axis for axis, pair in enumerate(zip(*_sizes(fake, output), strict=True)) if len(set(pair)) > 1]
     if not differing:
         return 2 if fake.dim() > 1 else 0
-    fixed = all(isinstance(value.shape[differing[0]], int) for value in (fake, output))
-    return 1 if len(differing) == 1 and fixed and fake.dim() > 2 else 0
+    return 1 if len(differing) == 1 and fake.dim() > 2 else 0
 
 
 def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -183,7 +183,7 @@ def test_verify_passes_a_sound_model_and_its_export(gates: Path, onnx: Path) -> 
 
 
 def test_verify_fails_with_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazy_compile.runtime.cache.extrapolate", lambda value, previous, factors, axis: value)
+    monkeypatch.setattr("lazy_compile.runtime.policy_step.extrapolate", lambda value, previous, factors, axis: value)
     result = call("verify", "support.factories:tiny_dit", "--sampler", "support.factories:euler", "--steps", 8)
     assert result.exit_code == errors.VerificationError.exit_code
     assert "FAILED" in result.stdout
@@ -223,7 +223,7 @@ def test_bench_and_demo_hand_over_to_their_libraries(tmp_path: Path, monkeypatch
     [
         (2, ["inspect", "nowhere.at_all:f"], "there is no module 'nowhere'"),
         (2, ["inspect", "support.factories:nothing"], "factories has no 'nothing'"),
-        (2, ["inspect", "factories:WIDTH"], "factories:WIDTH is int, not a function"),
+        (2, ["inspect", "support.factories:WIDTH"], "factories:WIDTH is int, not a function"),
         (2, ["inspect", "support.factories:not_a_model"], "returned str; expected a torch.nn.Module"),
         (2, ["inspect", "factories"], "'factories' is neither a folder nor a .pt2 file nor package.module:factory"),
         (2, ["inspect", "support.factories:bare_dit"], "its forward takes (hidden_states, timestep): give --shape"),

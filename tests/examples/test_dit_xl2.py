@@ -65,7 +65,7 @@ def test_one_command_from_a_pipeline_to_the_table(
 ) -> None:
     words = [folders / "pipeline", "--reference", folders / "reference", "--output", tmp_path, "--device", "cpu"]
     words += ["--steps", 4, "--ratios", 0, 0.5, "--samples", 12, "--batch", 4, "--iterations", 0]
-    words += ["--extractors", "test_dit_xl2_example:extractors"]
+    words += ["--extractors", "test_dit_xl2:extractors"]
     assert example.main([str(word) for word in words]) == 0
     dense, lazy = json.loads((tmp_path / "table.json").read_text())
     assert (dense["lazy_ratio"], dense["compute_ratio"]) == (0.0, 1.0)
@@ -97,5 +97,5 @@ def test_an_empty_reference_is_refused(
     example: ModuleType, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(folders / "pipeline"), "--reference", str(tmp_path), "--device", "cpu"]
-    assert example.main([*words, "--extractors", "test_dit_xl2_example:extractors"]) == 2
+    assert example.main([*words, "--extractors", "test_dit_xl2:extractors"]) == 2
     assert "holds 0 images; give the folder of the ImageNet images" in capsys.readouterr().err

@@ -123,7 +123,7 @@ def test_what_cannot_be_is_refused() -> None:
     case = dit()
     with pytest.raises(ConfigError, match="has no model 'prior'; its models are "):
         lazy_compile.transform(case.pipe, components=["prior"])
-    with pytest.raises(ConfigError, match="a pipeline needs no example_inputs"):
+    with pytest.raises(ConfigError, match="a pipeline takes no example_inputs"):
         lazy_compile.transform(case.pipe, {"hidden_states": torch.zeros(1)})
     with pytest.raises(ConfigError, match="components names models of a pipeline; seen DiTTransformer2DModel"):
         lazy_compile.transform(case.model, components=["transformer"])

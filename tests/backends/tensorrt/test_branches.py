@@ -18,6 +18,7 @@ from lazy_compile import LazyModule
 from lazy_compile.backends.onnx.export import OnnxReport, export_onnx
 from lazy_compile.backends.tensorrt.build import build_engine
 from lazy_compile.backends.tensorrt.config import BuildConfig
+from lazy_compile.digests import verification
 from lazy_compile.ir.branch import BranchKind
 from support.diffusers_families import FAMILIES, family
 
@@ -73,5 +74,6 @@ def test_a_product_that_slipped_out_of_its_arm_is_seen(dtype: torch.dtype, expor
     body.remove(product)
     model.graph.insert_before(conditional, product)
     onnx.save(ir.to_proto(model), tmp_path / "hoisted.onnx")
-    structure = build_engine(tmp_path / "hoisted.onnx", tmp_path / "m.engine", RTX).structure
+    with verification(False):
+        structure = build_engine(tmp_path / "hoisted.onnx", tmp_path / "m.engine", RTX).structure
     assert structure.problems == (f"1 heavy kernels of a branch run at every step: {product.name}",)
