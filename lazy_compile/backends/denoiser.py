@@ -25,7 +25,7 @@ from lazy_compile.policies.policy import GATES, AlwaysCompute, Policy, spread
 from lazy_compile.policies.presets import PolicyLike, as_policy
 from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.cache import CacheState
-from lazy_compile.runtime.fingerprint import Latents, samples_of
+from lazy_compile.runtime.fingerprint import Latents, moving_pair, samples_of
 from lazy_compile.runtime.model_call import groups_of
 from lazy_compile.runtime.stats import LazyStats
 from lazy_compile.runtime.trajectory import Placed, Trajectories, current_stream
@@ -141,7 +141,9 @@ class EngineDenoiser:
             raise
         latents = self._latents
         returned = None if latents is None or latents.output is None else outputs[latents.output]
-        self._trajectories.commit(placed, None if returned is None else samples_of(returned))
+        self._trajectories.commit(
+            placed, None if latents is None or returned is None else samples_of(latents.moving(returned, 0))
+        )
         return self._result(outputs)
 
     def _place(self, inputs: Mapping[str, Tensor]) -> Placed:
@@ -159,15 +161,22 @@ class EngineDenoiser:
 
     @cached_property
     def _latents(self) -> Latents | None:
-        """The input that an output has the shape of."""
+        """The input that an output has the shape of, or all but one size of it."""
         metadata = self.runner.metadata
         names = [name for name in metadata.outputs if name is not None]
-        for position, spec in enumerate(metadata.inputs):
-            is_time = spec.name == metadata.timestep_input
-            for index, name in enumerate(names):
-                if not is_time and len(spec.shape) > 1 and self.runner.output_shape(name) == spec.shape:
-                    return Latents(position, 0, index)
-        return None
+        inputs = [
+            None if spec.name == metadata.timestep_input or "float" not in spec.dtype else spec.shape
+            for spec in metadata.inputs
+        ]
+        outputs = [self.runner.output_shape(name) for name in names]
+        found = moving_pair(inputs, outputs)
+        if found is None:
+            return None
+        position, index, axis = found
+        if not axis:
+            return Latents(position, 0, index)
+        size = min(metadata.inputs[position].shape[axis], outputs[index][axis])
+        return Latents(position, 0, index, 0, axis, size)
 
     def _run(self, inputs: Mapping[str, Tensor], placed: Placed) -> tuple[Tensor, ...]:
         state, groups = placed.state, groups_of(placed)

@@ -136,7 +136,7 @@ def _difference(seen: Tensor, expected: Tensor) -> float:
 
 
 def _largest(values: Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0
+    return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
 def _kind(tensor: Tensor) -> str:

@@ -48,6 +48,28 @@ class Latents:
         return value.narrow(self.axis, self.size, value.shape[self.axis] - self.size)
 
 
+Shape = tuple[int, ...]
+
+
+def moving_pair(inputs: Sequence[Shape | None], outputs: Sequence[Shape | None]) -> tuple[int, int, int | None] | None:
+    """The input and the output of one shape, and None; else of shapes that differ along one axis, and that axis.
+
+    Args:
+        inputs, outputs: shapes; None for what cannot be latents.
+    """
+    best: tuple[int, int, int | None] | None = None
+    for position, shape in enumerate(inputs):
+        for index, other in enumerate(outputs):
+            if shape is None or other is None or len(shape) != len(other) or len(shape) < 2:
+                continue
+            differing = [axis for axis, pair in enumerate(zip(shape, other, strict=True)) if len(set(pair)) > 1]
+            if not differing:
+                return position, index, None
+            if len(differing) == 1 and len(shape) > 2 and best is None:
+                best = position, index, differing[0]
+    return best
+
+
 def samples_of(rows: Tensor) -> Tensor:
     """``float[B, <= SAMPLES + 1]``: elements of each row at equal distances, and the norm of the row."""
     if rows.is_complex():

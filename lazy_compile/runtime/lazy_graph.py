@@ -21,7 +21,7 @@ from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls
 from lazy_compile.ir.operators import value_of
 from lazy_compile.ir.program import Program, Role, parts_of
 from lazy_compile.policies.gate_layout import leaders_of
-from lazy_compile.runtime.fingerprint import Latents, samples_of
+from lazy_compile.runtime.fingerprint import Latents, moving_pair, samples_of
 
 Source = tuple[Mapping[str, Any], str]
 
@@ -75,19 +75,22 @@ class LazyGraph:
     @cached_property
     def latents(self) -> Latents | None:
         """The input that a sampler moves along: the one that an output has the shape of, or all but one size of it."""
-        fakes = self.captured.fake_tensors
         outputs = [value_of(node) if isinstance(node, fx.Node) else None for node in self._output_leaves]
-        pairs = [
-            (score, -position, -index, fake, output)
-            for position, fake in enumerate(fakes)
-            if fake.is_floating_point() and position != self.timestep_position and fake.dim() > 0
-            for index, output in enumerate(outputs)
-            if isinstance(output, Tensor) and (score := _likeness(fake, output))
+        shapes = [
+            None if position == self.timestep_position else _shape(fake)
+            for position, fake in enumerate(self.captured.fake_tensors)
         ]
-        if not pairs:
+        found = moving_pair(shapes, list(map(_shape, outputs)))
+        if found is None:
             return self._largest_input()
-        _, position, index, fake, output = max(pairs, key=lambda pair: pair[:3])
-        return self._latents_between(-position, -index, fake, output)
+        position, index, axis = found
+        fake, output = self.captured.fake_tensors[position], outputs[index]
+        assert isinstance(output, Tensor)
+        row, output_row = self._row_axis(fake), self._row_axis(output)
+        if axis is None:
+            return Latents(position, row, index, output_row)
+        size = min(_hint(fake.shape[axis]), _hint(output.shape[axis]))
+        return Latents(position, row, index, output_row, axis if axis > row else axis + 1, size)
 
     def sampled_return(self, result: Any) -> Tensor | None:
         """Some numbers of each row of what the model returned; None where no output has the shape of the latents."""
@@ -106,15 +109,6 @@ class LazyGraph:
 
     def _row_axis(self, fake: Tensor) -> int:
         return batch_axis(fake, batch_symbol(self.captured.program)) or 0
-
-    def _latents_between(self, position: int, index: int, fake: Tensor, output: Tensor) -> Latents:
-        row, out_row = self._row_axis(fake), self._row_axis(output)
-        sizes = enumerate(zip(*_sizes(fake, output), strict=True))
-        axis = next((item for item, pair in sizes if len(set(pair)) > 1), None)
-        if axis is None:
-            return Latents(position, row, index, out_row)
-        size = min(_hint(fake.shape[axis]), _hint(output.shape[axis]))
-        return Latents(position, row, index, out_row, axis if axis > row else axis + 1, size)
 
     def _largest_input(self) -> Latents | None:
         """Where no output has the shape of an input: the largest one with rows that is no whole number."""
@@ -195,23 +189,15 @@ class _Parts(Mapping[str, Any]):
         return len(parts_of(self.parameters[self.leaf]))
 
 
-def _sizes(first: Tensor, second: Tensor) -> tuple[list[int], list[int]]:
+def _shape(value: object) -> tuple[int, ...] | None:
     """Of the call that was captured: what is computed of a size (twice its half, say) reads like another one."""
-    return [_hint(size) for size in first.shape], [_hint(size) for size in second.shape]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return None
+    return tuple(map(_hint, value.shape))
 
 
 def _hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
-
-
-def _likeness(fake: Tensor, output: Tensor) -> int:
-    """2 for an output of the same shape as an input, 1 if one size differs, else 0."""
-    if fake.dim() != output.dim() or not output.is_floating_point():
-        return 0
-    differing = [axis for axis, pair in enumerate(zip(*_sizes(fake, output), strict=True)) if len(set(pair)) > 1]
-    if not differing:
-        return 2 if fake.dim() > 1 else 0
-    return 1 if len(differing) == 1 and fake.dim() > 2 else 0
 
 
 def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -399,6 +399,8 @@ class Trajectories:
         best = min((item for item in ranked if item[2]), key=lambda item: item[0], default=None)
         if best is None or _is_ambiguous(best[0], best[1], [item[:2] for item in ranked]):
             return repeated
+        if repeated is not None and repeated.trajectory.last_call >= best[1].trajectory.last_call:
+            return repeated  # called again just now, and not a request that is sampled again
         return _next(best[1], latents, time)
 
     def _told_position(

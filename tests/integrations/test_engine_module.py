@@ -136,6 +136,6 @@ def test_conditions_that_are_called_apart_do_not_mix(exported: Exported) -> None
 def test_a_model_of_other_sizes_is_refused(exported: Exported) -> None:
     _, _, path = exported("wan")
     with pytest.raises(
-        ArtifactError, match="was exported from another WanTransformer3DModel than the DiTTransformer2D"
+        ArtifactError, match="was exported from another WanTransformer3DModel than this DiTTransformer2D"
     ):
         EngineModule(path, like=dit().model)

@@ -22,7 +22,7 @@ from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.backends.tensorrt.build import build_engine
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.errors import CaptureError
-from lazy_compile.ir import fake_quantize
+from lazy_compile.ir.fake_quantize import fake_quantize
 from support.diffusers_families import FAMILIES
 from support.toy_models import randomize
 

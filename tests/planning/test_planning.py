@@ -203,7 +203,7 @@ def test_timings_come_from_a_file(tmp_path: Path) -> None:
     path.write_text('{"branches": [0.1, 0.2], "total": 0.5}')
     assert BranchTimings.load(path).branches.tolist() == [0.1, 0.2]
     path.write_text('{"branches": [0.1, 0.6], "total": 0.5}')
-    with pytest.raises(ConfigError, match=r"branches of 0.7 s do not fit in a step of 0.5 s"):
+    with pytest.raises(ArtifactError, match=r"branches of 0.7 s do not fit in a step of 0.5 s"):
         BranchTimings.load(path)
     path.write_text('{"total": 0.5}')
     with pytest.raises(ArtifactError, match="holds no timings"):

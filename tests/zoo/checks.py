@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,8 @@ def gradients(subject: Subject) -> str:
     with plainly():
         for step, call in enumerate(subject.calls(2)):
             result = lazy.evaluate(SoftStep(gates, lazy.lazy_config, caches, step), **call)
-            for slot in caches.slots.values():  # conditions stay, and so does what depends on nothing else
-                slot.values = tuple(1.5 * value for value in slot.values)
+            for index, slot in caches.slots.items():  # conditions stay, and so does what depends on nothing else
+                caches.slots[index] = replace(slot, values=tuple(1.5 * value for value in slot.values))
     generator = torch.Generator().manual_seed(2)
     loss = sum((item.float() * torch.randn(item.shape, generator=generator)).sum() for item in tensors_of(result))
     loss.backward()
