@@ -11,7 +11,6 @@ from types import ModuleType
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from lazy_compile.runtime.artifact import MANIFEST
 from support.diffusers_pipelines import dit
@@ -32,23 +31,6 @@ def example() -> ModuleType:
     return module
 
 
-class Features(nn.Module):
-    """Few enough for few images; torchmetrics asks for their number."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.num_features = count
-        self.register_buffer("weight", torch.randn(3 * 16, count, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        pooled = nn.functional.adaptive_avg_pool2d(images.float() / 255, 4)
-        return pooled.flatten(1) @ self.weight
-
-
-def extractors() -> tuple[nn.Module, nn.Module]:
-    return Features(3), Features(5)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dit_xl2")
@@ -65,7 +47,7 @@ def test_one_command_from_a_pipeline_to_the_table(
 ) -> None:
     words = [folders / "pipeline", "--reference", folders / "reference", "--output", tmp_path, "--device", "cpu"]
     words += ["--steps", 4, "--ratios", 0, 0.5, "--samples", 12, "--batch", 4, "--iterations", 0]
-    words += ["--extractors", "test_dit_xl2:extractors"]
+    words += ["--extractors", "support.features:extractors"]
     assert example.main([str(word) for word in words]) == 0
     dense, lazy = json.loads((tmp_path / "table.json").read_text())
     assert (dense["lazy_ratio"], dense["compute_ratio"]) == (0.0, 1.0)
@@ -97,5 +79,5 @@ def test_an_empty_reference_is_refused(
     example: ModuleType, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(folders / "pipeline"), "--reference", str(tmp_path), "--device", "cpu"]
-    assert example.main([*words, "--extractors", "test_dit_xl2:extractors"]) == 2
+    assert example.main([*words, "--extractors", "support.features:extractors"]) == 2
     assert "holds 0 images; give the folder of the ImageNet images" in capsys.readouterr().err

@@ -28,7 +28,7 @@ def test_a_verb_runs_with_its_options() -> None:
 def test_an_error_is_one_line_and_its_exit_code() -> None:
     done = optimum_cli("lazy-compile", "inspect", "support.factories:nothing")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: factories has no 'nothing'")
+    assert done.stderr.splitlines()[-1].startswith("error: support.factories has no 'nothing'")
 
 
 def test_the_package_itself_brings_no_folder_that_looks_like_optimum() -> None:
