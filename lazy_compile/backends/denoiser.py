@@ -26,9 +26,10 @@ from lazy_compile.policies.presets import PolicyLike, as_policy
 from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.cache import CacheState
 from lazy_compile.runtime.fingerprint import Latents, moving_pair, samples_of
+from lazy_compile.runtime.host_hints import current_stream
 from lazy_compile.runtime.model_call import groups_of
 from lazy_compile.runtime.stats import LazyStats
-from lazy_compile.runtime.trajectory import Placed, Trajectories, current_stream
+from lazy_compile.runtime.trajectory import Placed, Trajectories
 from lazy_compile.tree_specs import load_tree_spec
 
 logger = logging.getLogger("lazy_compile")

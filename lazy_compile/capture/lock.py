@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ class CaptureLock:
     """
 
     def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Nobody runs and nobody captures, as in a child of fork, which has one thread."""
         self._changed = threading.Condition()
         self._local = threading.local()
         self._running = 0
@@ -72,3 +77,6 @@ class CaptureLock:
 
 CAPTURE_LOCK = CaptureLock()
 """Shared by all lazy models of the process."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=CAPTURE_LOCK.renew)

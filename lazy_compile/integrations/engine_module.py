@@ -25,9 +25,9 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.errors import BackendError
 from lazy_compile.policies.policy import Policy
 from lazy_compile.policies.presets import PolicyLike
+from lazy_compile.runtime.host_hints import use_stream
 from lazy_compile.runtime.module import LazyModule
 from lazy_compile.runtime.stats import LazyStats
-from lazy_compile.runtime.trajectory import use_stream
 
 
 class EngineModule(nn.Module):

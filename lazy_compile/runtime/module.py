@@ -21,20 +21,14 @@ from lazy_compile.policies.policy import AlwaysCompute, Policy
 from lazy_compile.policies.presets import PolicyLike, as_policy
 from lazy_compile.runtime.artifact import Artifact, describe, fingerprint, write
 from lazy_compile.runtime.graph_cache import GraphCache
+from lazy_compile.runtime.host_hints import Known, current_stream, use_stream, use_trajectory
 from lazy_compile.runtime.lazy_graph import LazyGraph as LazyGraph
 from lazy_compile.runtime.model_call import ModelCall as ModelCall
 from lazy_compile.runtime.model_call import groups_of
 from lazy_compile.runtime.policy_step import PolicyStep
 from lazy_compile.runtime.stats import LazyStats
 from lazy_compile.runtime.step_invariants import follow
-from lazy_compile.runtime.trajectory import (
-    Known,
-    Placed,
-    Trajectories,
-    current_stream,
-    use_stream,
-    use_trajectory,
-)
+from lazy_compile.runtime.trajectory import Placed, Trajectories
 
 logger = logging.getLogger("lazy_compile")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,6 +20,15 @@ Rows = npt.NDArray[np.bool_]
 
 _RECORDING = threading.Lock()
 """Threads that run one model share its statistics."""
+
+
+def _renew_lock() -> None:
+    global _RECORDING
+    _RECORDING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass

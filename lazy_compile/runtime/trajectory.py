@@ -10,13 +10,13 @@ that is known starts a trajectory, and has nothing cached.
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -24,108 +24,33 @@ from torch import Tensor
 
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.runtime.cache import CacheState, gathered
-from lazy_compile.runtime.fingerprint import Floats, Latents, read, same, samples_of, unexplained
+from lazy_compile.runtime.fingerprint import Floats, Latents, read, samples_of
+from lazy_compile.runtime.host_hints import Known, known_trajectory
+from lazy_compile.runtime.positions import (
+    CERTAIN,
+    EXACT,
+    RELATED,
+    Position,
+    Returned,
+    Stream,
+    Trajectory,
+    differing,
+    ends,
+    forget_latents,
+    is_ambiguous,
+    is_at,
+    next_position,
+    starts_over,
+    turns_back,
+    unexplained_share,
+)
 from lazy_compile.runtime.step_invariants import StepInvariants
 
 logger = logging.getLogger("lazy_compile")
 
-EXACT = 2.5e-3
-"""Share of the latents (of their squares) that may stay unexplained where a step is a sum of what was there before."""
-
-CERTAIN = 1e-9
-"""What numbers of single precision leave unexplained; no other trajectory needs to be looked at."""
-
-RELATED = 0.75
-"""The same where the sampler adds noise or clips. Latents of two requests leave about 1."""
-
-MARGIN = 0.1
-"""How much more another trajectory must leave unexplained where a sampler adds noise or clips."""
 
 IDLE_CALLS = 128
 """A trajectory that was not continued for as many calls, and 8 for each that is alive, is forgotten."""
-
-
-@dataclass(eq=False)
-class Position:
-    """One step of a trajectory: the latents that the model was called with, and what it returned.
-
-    Attributes:
-        latents: the sampled row; None once two steps have followed.
-        returned: what each stream returned; tensors until they are read.
-    """
-
-    trajectory: Trajectory
-    step: int
-    time: float | None
-    latents: Floats | None
-    parent: Position | None = None
-    returned: list[Returned] = field(default_factory=list)
-
-    def descends_from(self, other: Position) -> bool:
-        position: Position | None = self
-        while position is not None:
-            if position is other:
-                return True
-            position = position.parent
-        return False
-
-
-@dataclass(eq=False)
-class Returned:
-    """What one row of a call returned, in samples; on the device until somebody asks."""
-
-    tensor: Tensor | None
-    row: int
-    values: Floats | None = None
-
-    @property
-    def is_finite(self) -> bool:
-        return self.values is None or bool(np.isfinite(self.values).all())
-
-
-@dataclass(eq=False)
-class Stream:
-    """Calls of one trajectory under one set of conditions, for one row.
-
-    Attributes:
-        conditions: all inputs that stay, sampled.
-        context: what else must agree: the name of the stream, arguments that are no tensors, the state of the model.
-        state: where its caches are, and ``row`` which row it is there.
-        position: where it was called last.
-        call: number of that call.
-    """
-
-    conditions: Mapping[str, Floats]
-    context: object
-    state: CacheState
-    row: int
-    position: Position
-    call: int
-    busy: bool = False
-    returned: Returned | None = None
-
-
-@dataclass(eq=False)
-class Trajectory:
-    """One request, from its noise on; requests that start from the same noise share one until they part.
-
-    Attributes:
-        key: what the host calls it, and which of its rows it is; None if it says nothing.
-        first_time: the time input at its first call.
-        kept, changed: for each input how often a row had it unchanged, and the steps at which none had.
-    """
-
-    key: Hashable = None
-    first_time: float | None = None
-    streams: list[Stream] = field(default_factory=list)
-    last_call: int = 0
-    kept: dict[str, int] = field(default_factory=dict)
-    changed: dict[str, set[int]] = field(default_factory=dict)
-    ends: bool = False
-
-    def moves(self, name: str) -> bool:
-        """Whether an input is no condition: it changed at two steps for every stream, and never stayed."""
-        return self.kept.get(name, 0) == 0 and len(self.changed.get(name, ())) >= 2
 
 
 @dataclass(frozen=True)
@@ -182,40 +107,6 @@ class Placed:
         return int(self.steps.max())
 
 
-@dataclass(frozen=True)
-class Known:
-    """What a host says about the calls that follow, see :meth:`LazyModule.trajectory`."""
-
-    keys: tuple[Hashable, ...]
-    steps: tuple[int | None, ...]
-
-
-_stream_name: ContextVar[str] = ContextVar("lazy_compile_stream", default="")
-_known: ContextVar[Known | None] = ContextVar("lazy_compile_trajectory", default=None)
-
-
-@contextmanager
-def use_stream(name: str) -> Iterator[None]:
-    token = _stream_name.set(name)
-    try:
-        yield
-    finally:
-        _stream_name.reset(token)
-
-
-@contextmanager
-def use_trajectory(known: Known) -> Iterator[None]:
-    token = _known.set(known)
-    try:
-        yield
-    finally:
-        _known.reset(token)
-
-
-def current_stream() -> str:
-    return _stream_name.get()
-
-
 class Trajectories:
     """What is known of the calls of one model, whatever threads they come from."""
 
@@ -225,6 +116,7 @@ class Trajectories:
         self._call = 0
         self._unread: list[Returned] = []
         self._invariants: dict[int, tuple[CacheState, StepInvariants]] = {}
+        _ALL.add(self)
 
     # Placing a call -----------------------------------------------------------------------------------------------
 
@@ -277,7 +169,7 @@ class Trajectories:
 
     def place(self, identity: Identity, branches: Sequence[ResidualBranch]) -> Placed:
         """Find for every row the trajectory, the step and the caches that it continues, and claim these."""
-        known = _known.get()
+        known = known_trajectory.get()
         with self._mutex:
             self._call += 1
             rows: list[_Row] = []
@@ -324,7 +216,7 @@ class Trajectories:
                 return any(
                     stream.context == identity.context
                     and (at is None or stream.position is at)
-                    and all(trajectory.moves(name) for name in _differing(stream.conditions, conditions))
+                    and all(trajectory.moves(name) for name in differing(stream.conditions, conditions))
                     for stream in trajectory.streams
                 )
 
@@ -365,7 +257,7 @@ class Trajectories:
         """
         here = {id(row.position): row.position for row in placed}
         for position in here.values():
-            if _is_at(position, latents, time):
+            if is_at(position, latents, time):
                 return position
         leaves = {
             id(stream.position): stream.position
@@ -375,33 +267,33 @@ class Trajectories:
         }
         repeated = None
         for position in leaves.values():
-            if _is_at(position, latents, time):
+            if is_at(position, latents, time):
                 if not agrees(position.trajectory, position):
                     return position  # the same step of another stream
                 repeated = repeated or position
         if latents is None:
             latest = next(iter(leaves.values()), None)
-            return None if latest is None else _next(latest, latents, time)
+            return None if latest is None else next_position(latest, latents, time)
         if not np.isfinite(latents).all():
             return repeated
         ranked: list[tuple[tuple[bool, bool, float], Position, bool]] = []
         leaves_by_agreement = sorted(leaves.values(), key=lambda item: not agrees(item.trajectory))
         for position in leaves_by_agreement:
-            known_here = position.latents is None or _is_at(position, latents, time)
-            if known_here or _starts_over(position, time):
+            known_here = position.latents is None or is_at(position, latents, time)
+            if known_here or starts_over(position, time):
                 continue
-            rest, regressors = _distance(latents, position)
+            rest, regressors = unexplained_share(latents, position)
             slack = 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1)
-            rank = (not agrees(position.trajectory), _turns_back(position, time), rest)
+            rank = (not agrees(position.trajectory), turns_back(position, time), rest)
             ranked.append((rank, position, rest <= max(EXACT, RELATED - slack)))
             if rank < (False, False, CERTAIN):
                 break
         best = min((item for item in ranked if item[2]), key=lambda item: item[0], default=None)
-        if best is None or _is_ambiguous(best[0], best[1], [item[:2] for item in ranked]):
+        if best is None or is_ambiguous(best[0], best[1], [item[:2] for item in ranked]):
             return repeated
         if repeated is not None and repeated.trajectory.last_call >= best[1].trajectory.last_call:
             return repeated  # called again just now, and not a request that is sampled again
-        return _next(best[1], latents, time)
+        return next_position(best[1], latents, time)
 
     def _told_position(
         self, known: Known, number: int, placed: Sequence[_Row], latents: Floats | None, time: float | None
@@ -421,7 +313,7 @@ class Trajectories:
         if current is None:
             return Position(trajectory, step or 0, time, latents)
         if step is None:
-            step = current.step + (0 if _is_at(current, latents, time) else 1)
+            step = current.step + (0 if is_at(current, latents, time) else 1)
         if step == current.step:
             return current
         if step < current.step:  # the host starts this trajectory again
@@ -446,10 +338,10 @@ class Trajectories:
         candidates.sort(key=lambda stream: (stream.position is position, -stream.call, stream.row))
         found = None
         for stream in candidates:
-            differing = _differing(stream.conditions, conditions)
+            others = differing(stream.conditions, conditions)
             if stream.position is not position:
-                self._learn(trajectory, position.step, conditions, differing)
-            if found is None and all(trajectory.moves(name) for name in differing):
+                self._learn(trajectory, position.step, conditions, others)
+            if found is None and all(trajectory.moves(name) for name in others):
                 found = stream
         return found
 
@@ -484,8 +376,8 @@ class Trajectories:
                 stream.conditions, stream.state, stream.row = row.conditions, placed.state, number
                 stream.position, stream.call, stream.returned, stream.busy = row.position, placed.call, answer, False
                 trajectory.last_call = self._call
-                _forget_latents(row.position)
-                trajectory.ends = _ends(row.position)
+                forget_latents(row.position)
+                trajectory.ends = ends(row.position)
                 if trajectory not in self._alive:
                     self._alive.append(trajectory)
 
@@ -548,98 +440,22 @@ def _times(values: Floats) -> Floats:
     return result
 
 
+_ALL: WeakSet[Trajectories] = WeakSet()
+
+
+def _renew_locks() -> None:
+    """A child of fork has one thread: nobody there will release what another one held."""
+    for trajectories in _ALL:
+        trajectories._mutex = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
 _LATENTS = "the latents"
 _RETURNED = "returned "
 
 
 def _is_named(stream: Stream, name: str) -> bool:
     return isinstance(stream.context, tuple) and stream.context[0] == name
-
-
-def _is_at(position: Position, latents: Floats | None, time: float | None) -> bool:
-    """Whether a row is called at this very position: with the same latents at the same time."""
-    if position.time != time or (position.latents is None) != (latents is None):
-        return False
-    return latents is not None and position.latents is not None and same(latents, position.latents)
-
-
-def _differing(before: Mapping[str, Floats], now: Mapping[str, Floats]) -> set[str]:
-    """The conditions that are not those of before."""
-    return {
-        name
-        for name in before.keys() | now.keys()
-        if name not in before or name not in now or not same(before[name], now[name])
-    }
-
-
-def _is_ambiguous(
-    rank: tuple[bool, bool, float], position: Position, others: Sequence[tuple[tuple[bool, bool, float], Position]]
-) -> bool:
-    """Whether latents that are only related to a position are related to one of another trajectory about as much."""
-    return rank[2] > EXACT and any(
-        other[:2] == rank[:2] and elsewhere.trajectory is not position.trajectory and other[2] - rank[2] < MARGIN
-        for other, elsewhere in others
-    )
-
-
-def _turns_back(position: Position, time: float | None) -> bool:
-    """Whether time moves against the direction in which the trajectory has come."""
-    first = position.trajectory.first_time
-    if first is None or time is None or position.time is None or position.time == first:
-        return False
-    return (time > position.time) == (position.time < first)
-
-
-def _next(position: Position, latents: Floats | None, time: float | None) -> Position:
-    return Position(position.trajectory, position.step + 1, time, latents, position)
-
-
-def _distance(latents: Floats, position: Position) -> tuple[float, int]:
-    """What of the latents does not follow from a position, and the number of things that it may follow from."""
-    assert position.latents is not None
-    target = latents[:-1]
-    if position.latents.shape != latents.shape:
-        return 1.0, 1
-    now = [
-        item.values[:-1] for item in position.returned if item.values is not None and item.values.shape == latents.shape
-    ]
-    near = [position.latents[:-1], *now[:4]]
-    rest = unexplained(target, near)
-    parent = position.parent
-    if rest <= EXACT or parent is None or parent.latents is None or parent.latents.shape != latents.shape:
-        return rest, len(near)
-    older = [
-        item.values[:-1] for item in parent.returned if item.values is not None and item.values.shape == latents.shape
-    ]
-    far = [*near, parent.latents[:-1], *older[:4], np.ones_like(target)]
-    if len(target) < 4 * len(far):
-        return rest, len(near)
-    exact = unexplained(target, far)
-    return (exact, len(far)) if exact <= EXACT else (rest, len(near))
-
-
-def _starts_over(position: Position, time: float | None) -> bool:
-    """Whether a call is as noisy as the first of the trajectory, or noisier: such latents begin another one."""
-    first = position.trajectory.first_time
-    if first is None or time is None or position.time is None or position.time == first:
-        return False
-    return (time >= first) if position.time < first else (time <= first)
-
-
-def _ends(position: Position) -> bool:
-    """Whether another step of the same length would leave the range of times."""
-    if position.parent is None or position.time is None or position.parent.time is None:
-        return False
-    move = position.time - position.parent.time
-    if move < 0:
-        return position.time + move <= 1e-6 * abs(move) and position.time >= 0
-    top = 1.0 if position.time <= 1.0 else 1000.0
-    return move > 0 and position.time + move >= top
-
-
-def _forget_latents(position: Position) -> None:
-    """Keep what the next two steps may follow from."""
-    parent = position.parent
-    older = None if parent is None else parent.parent
-    if older is not None:
-        older.latents, older.returned = None, []
