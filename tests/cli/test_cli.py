@@ -187,7 +187,7 @@ def test_verify_fails_with_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) ->
     result = call("verify", "support.factories:tiny_dit", "--sampler", "support.factories:euler", "--steps", 8)
     assert result.exit_code == errors.VerificationError.exit_code
     assert "FAILED" in result.stdout
-    assert result.stderr.startswith("error: 1 of 3 checks failed; schedule: outputs: seen relative difference")
+    assert "\nerror: 1 of 3 checks failed; schedule: outputs: seen relative difference" in result.stderr
 
 
 def test_report_shows_gates(gates: Path, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_damaged_set_is_refused(exported: Exported, tmp_path: Path) -> None:
     good = load_json(manifest)
     for change, message in (
         ({"files": {}}, r"schedule.json is damaged \(KeyError"),
-        ({"files": {**good["files"], "0": "gone.onnx"}}, "names gone.onnx, which is missing; export again"),
+        ({"files": {**good["files"], "0": "gone.onnx"}}, "names 'gone.onnx', which is missing; export again"),
         ({"should_compute": [[2]]}, "this is not a schedule"),
     ):
         manifest.write_text(json.dumps({**good, **change}))
