@@ -44,19 +44,19 @@ def test_a_call_that_fails_leaves_no_trace(error: type[BaseException]) -> None:
     lazy.policy = Scheduled(CacheSchedule.every(2, STEPS, 2))
     expected = run(lazy, calls)
     branch = lazy.graph.program.graph_module.get_submodule("lazy_branch_1")
-    compute = branch.compute
+    forward = branch.forward
 
-    def fail(inputs: Any) -> Any:
+    def fail(*inputs: Any) -> Any:
         raise error
 
-    for failing in (2, 4):  # steps that compute: the first branch has written when the second fails
+    for failing in (1, 2, 3, 4):  # steps that reuse, and that compute; the first branch is done when the second fails
         lazy.reset()
         lazy.reset_stats()
         outputs = run(lazy, calls[:failing])
-        branch.compute = fail
+        branch.forward = fail
         with pytest.raises(error):
             run(lazy, calls[failing : failing + 1])
-        branch.compute = compute
+        branch.forward = forward
         outputs += run(lazy, calls[failing:])
         assert same(outputs, expected)
         assert lazy.stats.calls == STEPS
