@@ -144,6 +144,11 @@ def turns_back(position: Position, time: float | None) -> bool:
     return (time > position.time) == (position.time < first)
 
 
+def away(position: Position, time: float | None) -> float:
+    """How far a call is from a position in time."""
+    return 0.0 if time is None or position.time is None else abs(time - position.time)
+
+
 def next_position(position: Position, latents: Floats | None, time: float | None) -> Position:
     return Position(position.trajectory, position.step + 1, time, latents, position)
 

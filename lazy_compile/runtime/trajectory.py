@@ -34,6 +34,7 @@ from lazy_compile.runtime.positions import (
     Returned,
     Stream,
     Trajectory,
+    away,
     differing,
     ends,
     forget_latents,
@@ -277,8 +278,10 @@ class Trajectories:
         if not np.isfinite(latents).all():
             return repeated
         ranked: list[tuple[tuple[bool, bool, float], Position, bool]] = []
-        leaves_by_agreement = sorted(leaves.values(), key=lambda item: not agrees(item.trajectory))
-        for position in leaves_by_agreement:
+        likely = sorted(
+            leaves.values(), key=lambda item: (not agrees(item.trajectory), turns_back(item, time), away(item, time))
+        )
+        for position in likely:
             known_here = position.latents is None or is_at(position, latents, time)
             if known_here or starts_over(position, time):
                 continue
