@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.comfy_stand_in import BaseModel, ModelPatcher, Sampler, diffusion_model
 from support.diffusers_pipelines import dit, random_weights, sd3
 from support.layers import TOKENS, WIDTH
 from support.small_model import Small
@@ -71,4 +72,10 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
             }
         }
 
-    return {setup.__name__: setup for setup in (stable_diffusion_3, small_model, dit_pipeline, dit_inputs)}
+    def comfy_model() -> dict[str, Any]:
+        """A MODEL of the stand-in of ComfyUI, and a sampler of seven steps."""
+        sampler = Sampler()
+        return {"model": ModelPatcher(BaseModel(diffusion_model())), "sample": sampler.sample}
+
+    setups = (stable_diffusion_3, small_model, dit_pipeline, dit_inputs, comfy_model)
+    return {setup.__name__: setup for setup in setups}
