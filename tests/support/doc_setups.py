@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.comfy_stand_in import BaseModel, ModelPatcher, Sampler, diffusion_model
-from support.diffusers_pipelines import dit, random_weights, sd3
+from support.diffusers_pipelines import dit, flux, random_weights, sd3
 from support.layers import TOKENS, WIDTH
 from support.small_model import Small
 
@@ -61,6 +61,11 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
         case.pipe.set_progress_bar_config(disable=True)
         return {"pipe": case.pipe, "model": copy.deepcopy(case.model)}
 
+    def flux_pipeline() -> dict[str, Any]:
+        """A tiny pipeline of Flux, as ``pipe``, and ``draw``, a call of it."""
+        case = flux()
+        return {"pipe": case.pipe, "draw": lambda pipe: case.sample()}
+
     def dit_inputs() -> dict[str, Any]:
         """Arguments of one call of its transformer."""
         torch.compiler.reset()
@@ -77,5 +82,5 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
         sampler = Sampler()
         return {"model": ModelPatcher(BaseModel(diffusion_model())), "sample": sampler.sample}
 
-    setups = (stable_diffusion_3, small_model, dit_pipeline, dit_inputs, comfy_model)
+    setups = (stable_diffusion_3, small_model, dit_pipeline, flux_pipeline, dit_inputs, comfy_model)
     return {setup.__name__: setup for setup in setups}
