@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from support.comfy_stand_in import BaseModel, ModelPatcher, Sampler, diffusion_m
 from support.diffusers_pipelines import dit, flux, random_weights, sd3
 from support.layers import TOKENS, WIDTH
 from support.small_model import Small
+from support.toy_server import Request
 
 Setup = Callable[[], dict[str, Any]]
 
@@ -77,10 +79,15 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
             }
         }
 
+    def server() -> dict[str, Any]:
+        """The small model, also as ``pipeline.transformer``, and a class ``Request`` of noise and steps."""
+        model = Small().eval()
+        return {"model": model, "pipeline": SimpleNamespace(transformer=model), "Request": Request}
+
     def comfy_model() -> dict[str, Any]:
         """A MODEL of the stand-in of ComfyUI, and a sampler of seven steps."""
         sampler = Sampler()
         return {"model": ModelPatcher(BaseModel(diffusion_model())), "sample": sampler.sample}
 
-    setups = (stable_diffusion_3, small_model, dit_pipeline, flux_pipeline, dit_inputs, comfy_model)
+    setups = (stable_diffusion_3, small_model, dit_pipeline, flux_pipeline, dit_inputs, server, comfy_model)
     return {setup.__name__: setup for setup in setups}
