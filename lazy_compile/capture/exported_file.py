@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -36,10 +37,15 @@ def load_exported(path: Path) -> torch.export.ExportedProgram:
         ArtifactError: it is not a file of ``torch.export.save``, or holds more than a graph and tensors.
     """
     check_exported(path)
+    log = logging.getLogger("torch.export")
+    before = log.disabled
     try:
+        log.disabled = True  # it writes a traceback of its own
         return torch.export.load(path)
     except Exception as error:  # torch raises whatever its reader trips over
         raise _unreadable(path, error) from error
+    finally:
+        log.disabled = before
 
 
 def check_exported(path: Path) -> None:
