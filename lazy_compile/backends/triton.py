@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lazy_compile.backends.onnx.embed import NEXT_STEP, START, STEP, add_start, embed_policy
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.save import save_model
-from lazy_compile.backends.onnx.seal import DIGEST_KEY, data_files, read_proto
+from lazy_compile.backends.onnx.seal import DIGEST_KEY, data_files, read_proto, seal_of
 from lazy_compile.backends.tensorrt.build import build_engine, builder_for
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.backends.tensorrt.sidecar import path_beside
+from lazy_compile.digests import digest_of, digest_of_file, verification
 from lazy_compile.errors import ArtifactError, ConfigError, import_optional, shown
 from lazy_compile.policies.policy import AlwaysCompute, Policy
+from lazy_compile.policies.serialize import to_json
 from lazy_compile.storage import atomic_path, locked_folder, regular_file, superseding
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ def export_triton(
     build: BuildConfig | None = None,
     sequences: int = 16,
     idle_seconds: float = 60.0,
+    verify: bool = True,
 ) -> TritonReport:
     """Write ``repository/name`` for Triton: ``config.pbtxt`` and the model that it names, as version 1.
 
@@ -93,6 +96,7 @@ def export_triton(
         build: options of that build.
         sequences: how many trajectories one instance of the model keeps at once.
         idle_seconds: after which an unfinished trajectory is given up.
+        verify: False reads ``onnx`` without holding it against its digest.
 
     Raises:
         ConfigError: the policy and the gating do not go together, an option is out of range, or the model needs what a
@@ -110,13 +114,19 @@ def export_triton(
         )
     if backend == "tensorrt":
         builder_for(build or BuildConfig())
-    model, metadata = _read(Path(onnx))
+    with verification(verify):
+        model, metadata = _read(Path(onnx))
     add_start(model)
+    content = seal_of(Path(onnx)) or digest_of_file(Path(onnx))
+    made_from = [content, backend, (build or BuildConfig()).options()]
     if embed_gates:
-        embed_policy(model, metadata, policy or _policy_of(metadata))
+        embedded = policy or _policy_of(metadata)
+        embed_policy(model, metadata, embedded)
+        made_from.append(to_json(embedded))
     states = _states(model, metadata)
     folder = Path(repository) / name
-    served = folder / VERSION / f"model.{secrets.token_hex(4)}{'.plan' if backend == 'tensorrt' else '.onnx'}"
+    token = digest_of(json.dumps(made_from, sort_keys=True).encode())[:8]
+    served = folder / VERSION / f"model.{token}{'.plan' if backend == 'tensorrt' else '.onnx'}"
     lines = _config(name, backend, served.name, model, metadata, states, sequences, idle_seconds)
     text = "\n".join(lines) + "\n"
     with locked_folder(folder), superseding(served.with_name(CONFIG), _files_of(folder), _belonging(served)):

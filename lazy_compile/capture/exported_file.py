@@ -56,6 +56,9 @@ def check_exported(path: Path) -> None:
             members = [member for member in archive.infolist() if not member.is_dir()]
             if len(members) > MAX_MEMBERS:
                 raise ArtifactError(f"{path} has {len(members)} members, more than {MAX_MEMBERS}; it was refused")
+            for member in members:
+                if member.compress_type != zipfile.ZIP_STORED:  # so that nothing is larger than it looks
+                    raise _refused(path, member.filename, "is compressed, as torch writes none")
             pickled = set(_pickled(archive, members, path))
             for member in members:
                 _check_member(archive, member, path, member.filename in pickled)

@@ -46,12 +46,13 @@ from support.toy_models import Toy, call
 class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(8, 4)
+        self.embed, self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 32), nn.Linear(32, 4)
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         h = x + timestep[:, None, None]
         h = h + self.down(torch.tanh(self.up(h)))
-        return h + self.down(torch.relu(self.up(h + self.embed(text))))
+        result: Tensor = h + self.down(torch.relu(self.up(h + self.embed(text))))
+        return result
 
 
 SMALL = Toy(Small, {"x": (6, 4), "timestep": (), "text": (6, 4)}, ())
@@ -81,7 +82,7 @@ def workshop() -> Iterator[Workshop]:
         key = str(program.graph)
         if key not in shop.converted:
             shop.converted[key] = converting.convert(original, program, *rest)
-        model = shop.converted[key].clone()
+        model: onnx_ir.Model = shop.converted[key].clone()
         for value in model.graph.initializers.values():
             if value.const_value.dtype == onnx_ir.DataType.FLOAT:
                 value.const_value = onnx_ir.tensor(value.const_value.numpy() * 1.5**shop.seed, name=value.name)
@@ -108,7 +109,7 @@ def _make(source: Any, target: Path, config: Any, policy: Any, on_progress: Any)
 class Kind:
     """``sealed``: whether a file that is used carries a digest, so that nothing may change silently.
 
-    ``files``: how many it has, at least. ``slow``: whether it is left to ``make fuzz``.
+    ``files``: how many it has, at least. ``complete``: whether it is no more without one of them.
     """
 
     name: str
@@ -116,7 +117,7 @@ class Kind:
     use: Callable[[Workshop, Path], Any]
     sealed: bool = True
     files: int = 1
-    slow: bool = False
+    complete: bool = True
 
 
 def _export(**options: Any) -> Callable[[Workshop, Path], Any]:
@@ -199,7 +200,7 @@ def _journal(shop: Workshop, folder: Path) -> None:
 
 def _read_journal(shop: Workshop, folder: Path) -> Any:
     journal = Journal(folder / "search", {"model": "a"})
-    return {name: np.asarray((journal.recall(name) or {})["values"]).tolist() for name in journal.known}
+    return {name: np.asarray((journal.recall(name, "values") or {})["values"]).tolist() for name in journal.known}
 
 
 def _triton(shop: Workshop, folder: Path) -> None:
@@ -212,8 +213,9 @@ def _triton(shop: Workshop, folder: Path) -> None:
 def _read_triton(shop: Workshop, folder: Path) -> Any:
     config, model = model_file(folder / "m")
     read_proto(model)
-    weights = [value.const_value.tobytes() for value in onnx_ir.load(model).graph.initializers.values()]
-    return config.replace(model.name, ""), weights
+    weights = [value.const_value for value in onnx_ir.load(model).graph.initializers.values()]
+    contents = [None if value is None else value.tobytes() for value in weights]
+    return config.replace(model.name, ""), contents
 
 
 def _ort(shop: Workshop, folder: Path) -> None:
@@ -262,7 +264,7 @@ KINDS = (
         lambda shop, folder: save_tensors(folder / "c.safetensors", shop.table.tensors, {"kind": "test"}),
         _read_tensors,
     ),
-    Kind("journal", _journal, _read_journal),
+    Kind("journal", _journal, _read_journal, complete=False),
     Kind(
         "timings",
         lambda shop, folder: save_json(folder / "t.json", {"branches": [0.1, 0.2 + shop.seed], "total": 5.0}),

@@ -52,7 +52,7 @@ def mutate(folder: Path, other: Path, rng: random.Random) -> tuple[str, bool]:
 
 def flip_bits(file: Path, _: Path, rng: random.Random) -> None:
     content = bytearray(file.read_bytes())
-    for _ in range(rng.choice((1, 1, 8))):
+    for _number in range(rng.choice((1, 1, 8))):
         if content:
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
@@ -163,7 +163,9 @@ def header(file: Path, _: Path, rng: random.Random) -> None:
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     if rng.random() < 0.3:
-        file.write_bytes(rng.choice((0, 1, length - 1, length + 1, 2**40, 2**64 - 1)).to_bytes(8, "little") + content[8:])
+        file.write_bytes(
+            rng.choice((0, 1, length - 1, length + 1, 2**40, 2**64 - 1)).to_bytes(8, "little") + content[8:]
+        )
         return
     edited = json.dumps(_edited(json.loads(content[8 : 8 + length]), rng)).encode()
     file.write_bytes(len(edited).to_bytes(8, "little") + edited + content[8 + length :])
@@ -236,7 +238,7 @@ def bomb(file: Path, _: Path, rng: random.Random) -> None:
         chosen = rng.choice(names)
         for name in names:
             content = old.read(name)
-            new.writestr(name, content + bytes(2**28) if name == chosen else content)
+            new.writestr(name, content + bytes(2**27) if name == chosen else content)
     shutil.move(larger, file)
 
 

@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,8 @@ def test_nothing_or_the_new_where_nothing_was(bench: Bench, tmp_path: Path) -> N
     shutil.rmtree(bench.folder)
     bench.folder.mkdir()
     for state in states(lambda: bench.write(1), bench.folder, tmp_path / "states"):
-        try:
+        with suppress(ArtifactError, FileNotFoundError):
             assert bench.which(state) == 1
-        except (ArtifactError, FileNotFoundError):
-            pass
         bench.renew(state)
         bench.check_next_run()
 

@@ -68,7 +68,10 @@ class ScheduleVariants:
             "digests": {file.name: _content(file) for file in self.files.values()},
         }
         path = folder / MANIFEST
-        with locked_folder(folder), superseding(path, _listed(path), _with_descriptions([*names.values(), *companions])):
+        with (
+            locked_folder(folder),
+            superseding(path, _listed(path), _with_descriptions([*names.values(), *companions])),
+        ):
             save_sealed_json(path, values)
 
     @classmethod
