@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from lazy_compile.planning.planner import plan as plan
     from lazy_compile.planning.reuse_effects import measure_effects as measure_effects
     from lazy_compile.policies.gate_table import GateTable as GateTable
+    from lazy_compile.policies.learned import Learned as Learned
     from lazy_compile.policies.policy import AlwaysCompute as AlwaysCompute
-    from lazy_compile.policies.policy import Learned as Learned
     from lazy_compile.policies.policy import Policy as Policy
     from lazy_compile.policies.policy import Scheduled as Scheduled
     from lazy_compile.policies.schedule import CacheSchedule as CacheSchedule
@@ -59,7 +59,7 @@ _HOMES = {
     "LazyCompileError": "lazy_compile.errors",
     "LazyConfig": "lazy_compile.config",
     "LazyModule": "lazy_compile.runtime.module",
-    "Learned": "lazy_compile.policies.policy",
+    "Learned": "lazy_compile.policies.learned",
     "Policy": "lazy_compile.policies.policy",
     "Refusal": "lazy_compile.ir.branch",
     "ResidualBranch": "lazy_compile.ir.branch",
