@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help docs install demo test test-torchao test-openvino test-pruna test-zoo fuzz zoo-golden coverage-page bench results lint clean
+.PHONY: help docs install demo test test-torchao test-openvino test-pruna test-zoo fuzz zoo-golden coverage-page hosts-page bench results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -60,6 +60,10 @@ zoo-golden: $(INSTALLED) ## write what discovery finds in the zoo to tests/zoo/g
 
 coverage-page: $(INSTALLED) ## ask the zoo every question; answers in docs/coverage.md (MODELS="A B" renews some)
 	PYTHONPATH=tests $(BIN)/python -m zoo.coverage $(MODELS)
+
+hosts-page: export OMP_NUM_THREADS := 1
+hosts-page: $(INSTALLED) ## run the tests of every host; the table in docs/integrations.md (HOSTS="A B" renews some)
+	PYTHONPATH=tests:$(OPENVINO):$(TORCHAO) $(BIN)/python -m project.hosts $(HOSTS)
 
 bench: $(INSTALLED) ## measure speed; results in build/bench
 	$(BIN)/lazy-compile bench speed --output build/bench

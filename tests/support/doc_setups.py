@@ -57,6 +57,11 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
             "my_sampler": sample,
         }
 
+    def compiled_model() -> dict[str, Any]:
+        """The same, and a compiler that has not seen it."""
+        torch.compiler.reset()
+        return small_model()
+
     def dit_pipeline() -> dict[str, Any]:
         """A tiny pipeline of DiT, as ``pipe``, and a copy of its transformer as ``model``."""
         case = dit()
@@ -89,5 +94,14 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
         sampler = Sampler()
         return {"model": ModelPatcher(BaseModel(diffusion_model())), "sample": sampler.sample}
 
-    setups = (stable_diffusion_3, small_model, dit_pipeline, flux_pipeline, dit_inputs, server, comfy_model)
+    setups = (
+        stable_diffusion_3,
+        small_model,
+        dit_pipeline,
+        flux_pipeline,
+        dit_inputs,
+        server,
+        comfy_model,
+        compiled_model,
+    )
     return {setup.__name__: setup for setup in setups}
