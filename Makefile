@@ -43,7 +43,7 @@ test-pruna: $(INSTALLED) ## the cacher of examples/pruna, with Pruna installed b
 	PYTHONPATH=$(PRUNA) $(BIN)/pytest -m pruna tests/integrations/test_pruna.py
 
 fuzz: export OMP_NUM_THREADS := 1
-fuzz: $(INSTALLED) ## read 2,000 damaged files, and kill writers at every point
+fuzz: $(INSTALLED) ## read 2,000 damaged files and aimed ones; end every writer at every point, and 100 by kill -9
 	$(BIN)/pytest -m "fuzz or not fuzz" tests/fuzz
 
 test-zoo zoo-golden coverage-page: export OMP_NUM_THREADS := 1
