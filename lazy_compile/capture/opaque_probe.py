@@ -125,11 +125,17 @@ def _repeat(recorded: RecordedCall, module: nn.Module, path: str) -> tuple[int, 
         raise Unsuitable(f"{path} returns something else when it is called again, as what draws random numbers does")
     work = counter.get_total_flops() // 2
     if not work and any(tensor.is_floating_point() for tensor in tensors):
-        matrices = [weight for weight in module.parameters() if weight.dim() > 1]
         tokens = max(math.prod(tensor.shape[:-1]) for tensor in tensors if tensor.is_floating_point())
-        work = tokens * sum(weight.numel() for weight in matrices)
+        work = tokens * sum(map(_matrix_elements, module.modules()))
     fused = any("attention" in name for name in seen.names)
     return int(work), fused or ("_softmax" in seen.names and bool({"bmm", "baddbmm"} & seen.names))
+
+
+def _matrix_elements(module: nn.Module) -> int:
+    """How many numbers its own matrices hold; those of a packed one are not to be counted."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    return sum(weight.numel() for weight in module.parameters(recurse=False) if weight.dim() > 1)
 
 
 def _alike(seen: Sequence[Any], expected: Sequence[Tensor]) -> bool:
