@@ -80,7 +80,7 @@ def test_offloaded_weights_stay_where_they_are(offload: Callable[[Any], None]) -
     with torch.no_grad():
         (dense,) = model(**arguments)
     offload(model)
-    assert "come and go with whole parts of it (blocks.0)" in refusal(model, arguments)
+    assert "come and go with whole parts of it (" in refusal(model, arguments)
     with torch.no_grad():
         assert torch.equal(model(**arguments)[0], dense)
 
