@@ -76,7 +76,10 @@ class OpaqueModules:
                 module = self.model.get_submodule(path)
                 try:
                     self.calls[path] = [
-                        (call, probe(call, module, path, self.reasons[path], tuple(_weights_taken(module))))
+                        (
+                            call.without_values(),
+                            probe(call, module, path, self.reasons[path], tuple(_weights_taken(module))),
+                        )
                         for call in calls
                     ]
                 except Unsuitable as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -62,6 +62,11 @@ class RecordedCall:
     def tensors_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [leaf for leaf in self(tensors) if isinstance(leaf, Tensor)]
 
+    def without_values(self) -> RecordedCall:
+        """The same kind of call; what it was made with is let go."""
+        leaves = [torch.empty(0) if isinstance(leaf, Tensor) else leaf for leaf in self.result]
+        return replace(self, tensors=[], result=leaves)
+
     @property
     def outputs(self) -> list[Tensor]:
         return [leaf for leaf in self.result if isinstance(leaf, Tensor)]
@@ -93,7 +98,9 @@ def probe(recorded: RecordedCall, module: nn.Module, path: str, reason: str, wei
         for each, output in zip(sizes, recorded.outputs, strict=True)
     )
     rows: Rows = "none" if fixed else _rows(recorded)
-    return OpaqueCall(path, reason, module, recorded.tensors_of, weights, outputs, macs, attends, rows, fixed)
+    return OpaqueCall(
+        path, reason, module, recorded.without_values().tensors_of, weights, outputs, macs, attends, rows, fixed
+    )
 
 
 _CONSTANTS = bool | int | float | str | None
