@@ -21,12 +21,14 @@ class Timing:
         ratio: median of the ratios of neighbouring steps, other over baseline: a machine that slows down for a while
             slows down both.
         quartiles: first and third quartile of these ratios: the noise.
+        difference_ms: median of other less baseline at neighbouring steps.
     """
 
     baseline_ms: float
     other_ms: float
     ratio: float
     quartiles: tuple[float, float]
+    difference_ms: float = 0.0
 
 
 def time_in_turn(
@@ -50,7 +52,8 @@ def time_in_turn(
             milliseconds.append(1e3 * (time.perf_counter() - start))
     first, second = first[warm_steps:], second[warm_steps:]
     low, middle, high = statistics.quantiles((b / a for a, b in zip(first, second, strict=True)), n=4)
-    return Timing(statistics.median(first), statistics.median(second), middle, (low, high))
+    difference = statistics.median(b - a for a, b in zip(first, second, strict=True))
+    return Timing(statistics.median(first), statistics.median(second), middle, (low, high), difference)
 
 
 @contextmanager

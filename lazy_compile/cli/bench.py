@@ -78,7 +78,9 @@ class OverheadOptions(OutputOptions):
     """What ``lazy-compile overhead`` takes."""
 
     output: given.Folder = Path("build/bench")
-    model: Annotated[list[str] | None, typer.Option(help="DiT, SD3, FLUX, Wan or CogView4; by default all.")] = None
+    model: Annotated[list[str] | None, typer.Option(help="tiny, DiT, SD3, FLUX, Wan or CogView4; by default all.")] = (
+        None
+    )
     repeats: Annotated[int, typer.Option(min=2, help="Timed calls of each model.")] = 15
 
 
@@ -91,7 +93,7 @@ def overhead(options: OverheadOptions) -> None:
 
     with progress_bars(not options.json) as on_progress:
         measured = measure(
-            options.output, models=options.model or tuple(MIDSIZE), repeats=options.repeats, on_progress=on_progress
+            options.output, models=options.model or ("tiny", *MIDSIZE), repeats=options.repeats, on_progress=on_progress
         )
     rows = [plain(row) for row in measured]
     show(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, fx, nn
 
 from lazy_compile.ir.branch import ResidualBranch
@@ -31,7 +30,7 @@ class LazyBranch(nn.Module):
 
     Attributes:
         body: from the branch's inputs to the tuple of its outputs.
-        branch: its description.
+        branch: its description, and its ``index``.
         row_axes: for each input, the axis that holds the rows of the batch; None for an input that all rows share.
         entry_positions: which inputs are the entries.
     """
@@ -40,20 +39,21 @@ class LazyBranch(nn.Module):
         super().__init__()
         self.body = body
         self.branch = branch
+        self.index = branch.index
         self.row_axes = row_axes
         names = [node.name for node in body.graph.find_nodes(op="placeholder")]
         self.entry_positions = tuple(names.index(entry.name) for entry in branch.entries)
-        self._run: Callable[..., tuple[Tensor, ...]] = body
+        self._run: list[Callable[..., tuple[Tensor, ...]]] = [body]  # not a submodule again
 
     def forward(self, step: LazyStep, *inputs: Any) -> tuple[Tensor, ...]:
         return step.evaluate(self, inputs)
 
     def compute(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        return self._run(*inputs)
+        return self._run[0](*inputs)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Let ``torch.compile`` make what computes the body, with these options."""
-        self._run = torch.compile(self.body, *args, **kwargs)
+    def replace_body(self, run: Callable[..., tuple[Tensor, ...]]) -> None:
+        """Let a function that does the same compute in place of the body."""
+        self._run = [run]
 
     def compute_rows(self, inputs: Sequence[Any], rows: Tensor) -> tuple[Tensor, ...]:
         """The outputs of some rows only: ``rows`` is ``int64[R]`` on the device of the inputs."""

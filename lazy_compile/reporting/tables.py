@@ -153,14 +153,16 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def overhead_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = new_table(
-        "model", ">parameters", ">branches", ">original", ">lazy", ">lazy over original", ">quartiles", "equal"
-    )
+        "model", ">parameters", ">branches", ">original", ">lazy", ">lazy over original", ">quartiles", "equal",
+        ">us a branch: computing", ">reusing",
+    )  # fmt: skip
     for row in rows:
         low, high = row["quartiles"]
         add_row(
             table, row["model"], count(row["parameters"]), str(row["branches"]), f"{row['original_ms']:.0f} ms",
             f"{row['lazy_ms']:.0f} ms", f"{row['ratio']:.3f}", f"{low:.3f} - {high:.3f}",
             "bitwise" if row["bitwise_equal"] else "no",
+            f"{row['computing_us']:.1f}", f"{row['reusing_us']:.1f}",
         )  # fmt: skip
     return table
 

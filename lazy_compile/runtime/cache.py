@@ -149,13 +149,20 @@ NEVER = -(2**31)
 
 def extrapolate(value: Tensor, previous: Tensor, factors: npt.NDArray[np.float64], batch_axis: int | None) -> Tensor:
     """``value + factor * (value - previous)``, one factor for each row; numbers that only count are repeated."""
+    if (factors == factors[0]).all() or batch_axis is None:
+        return moved(value, previous, float(factors[0]))
     if not (value.is_floating_point() or value.is_complex()):
         return value
-    if (factors == factors[0]).all() or batch_axis is None:
-        return torch.lerp(value, previous, -float(factors[0])) if factors[0] else value
     shape = [1] * value.dim()
     shape[batch_axis] = len(factors)
     factor = torch.from_numpy(factors).to(value.device, value.dtype).reshape(shape)
+    return torch.lerp(value, previous, -factor)
+
+
+def moved(value: Tensor, previous: Tensor, factor: float) -> Tensor:
+    """``value + factor * (value - previous)``; numbers that only count are repeated."""
+    if not factor or not (value.is_floating_point() or value.is_complex()):
+        return value
     return torch.lerp(value, previous, -factor)
 
 

@@ -19,7 +19,7 @@ from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.evaluation import comparable_evaluation
 from lazy_compile.capture.ladder import Capture, capture
 from lazy_compile.capture.lock import CAPTURE_LOCK
-from lazy_compile.capture.model_snapshot import dropping_modules, hooked_modules, observe
+from lazy_compile.capture.model_snapshot import ModelWatch, dropping_modules, hooked_modules
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.restored_tensors import values_left_alone
 from lazy_compile.config import LazyConfig
@@ -63,7 +63,7 @@ class GraphCache:
         self.model = model
         self.graphs: list[LazyGraph] = []
         self._admit = admit
-        self._environment: tuple[Any, ...] = ()
+        self._watch: ModelWatch | None = None
         self.generation = 0
         self._numbers: set[str] = set()
         self._fixed_numbers: set[str] = set()
@@ -124,7 +124,7 @@ class GraphCache:
 
     def drop_if_model_changed(self) -> bool:
         """Forget all graphs if modules, attributes, hooks or parameter types are others than at the capture."""
-        if not self.graphs or self._environment == observe(self.model):
+        if not self.graphs or self._watch is None or self._watch.still_holds():
             return False
         self.graphs = []
         self.generation += 1
@@ -190,9 +190,9 @@ class GraphCache:
     ) -> LazyGraph:
         captured = capture(self.model, call.layout, call.tensors, reads_values=reads_values)
         self._check_numbers(captured, call, numbers)
-        environment = observe(self.model)
-        if environment != self._environment:
-            self.graphs, self._environment = [], environment
+        watch = ModelWatch(self.model)
+        if self._watch is None or watch.observed != self._watch.observed:
+            self.graphs, self._watch = [], watch
             self._warn_of_hooks()
         if self.graphs:
             logger.info("captured another graph, for inputs %s", [tuple(tensor.shape) for tensor in call.tensors])
