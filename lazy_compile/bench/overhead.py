@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,8 +34,8 @@ class OverheadRow:
     Attributes:
         parameters: of the model.
         branches: how many are gated.
-        original_ms: median time of a call of the original.
-        lazy_ms: median time of a call of the transformed model; the two are called in turn.
+        original_ms: median processor time of a call of the original.
+        lazy_ms: median processor time of a call of the transformed model; the two are called in turn.
         ratio: lazy over original, the median over neighbouring calls.
         quartiles: of the same ratios: the noise of the machine.
         bitwise_equal: whether the two gave the same numbers.
@@ -98,7 +99,11 @@ def measure(name: str, model: nn.Module, lazy: LazyModule, inputs: dict[str, Any
         return act
 
     timing = time_in_turn(
-        answering("original", model), answering("lazy", lazy), repeats=repeats, warm_steps=_WARM_STEPS
+        answering("original", model),
+        answering("lazy", lazy),
+        repeats=repeats,
+        warm_steps=_WARM_STEPS,
+        clock=time.process_time,
     )
     return OverheadRow(
         name,
@@ -136,7 +141,7 @@ def _added_us(lazy: LazyModule, inputs: dict[str, Any], repeats: int, reuses: bo
         for step in range(_BEFORE_REUSE):
             lazy_step(step)
     bare.reuses = reuses
-    timing = time_in_turn(bare_step, lazy_step, repeats=repeats, warm_steps=_BEFORE_REUSE)
+    timing = time_in_turn(bare_step, lazy_step, repeats=repeats, warm_steps=_BEFORE_REUSE, clock=time.process_time)
     return 1e3 * timing.difference_ms / len(lazy.branches)
 
 
