@@ -1,10 +1,10 @@
-"""Two ways to do the same, timed side by side: on a machine that others use too, only their ratio means something."""
+"""Ways to do the same, timed side by side: on a machine that others use too, only their ratio means something."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,19 +49,30 @@ def time_in_turn(
         clock: seconds; by default those on the wall. ``time.process_time`` leaves out what other processes take, where
             all work is done by one thread of the CPU.
     """
-    clock = clock or time.perf_counter
-    first: list[float] = []
-    second: list[float] = []
-    pair = ((baseline, first), (other, second))
-    for step in range(warm_steps + repeats):
-        for act, milliseconds in pair if step % 2 else reversed(pair):
-            start = clock()
-            act(step)
-            milliseconds.append(1e3 * (clock() - start))
-    first, second = first[warm_steps:], second[warm_steps:]
+    taken = all_in_turn({"baseline": baseline, "other": other}, repeats=repeats, warm_steps=warm_steps, clock=clock)
+    first, second = taken["baseline"], taken["other"]
     low, middle, high = statistics.quantiles((b / a for a, b in zip(first, second, strict=True)), n=4)
     difference = statistics.median(b - a for a, b in zip(first, second, strict=True))
     return Timing(statistics.median(first), statistics.median(second), middle, (low, high), difference)
+
+
+def all_in_turn(
+    acts: Mapping[str, Callable[[int], object]],
+    *,
+    repeats: int,
+    warm_steps: int,
+    clock: Callable[[], float] | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of every step of each, in turn; the order is turned round from step to step, see
+    :func:`time_in_turn`."""
+    clock = clock or time.perf_counter
+    taken: dict[str, list[float]] = {name: [] for name in acts}
+    for step in range(warm_steps + repeats):
+        for name in list(acts) if step % 2 else list(acts)[::-1]:
+            start = clock()
+            acts[name](step)
+            taken[name].append(1e3 * (clock() - start))
+    return {name: times[warm_steps:] for name, times in taken.items()}
 
 
 @contextmanager

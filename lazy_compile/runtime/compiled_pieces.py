@@ -82,8 +82,8 @@ class CompiledPieces:
         """The piece that does what a graph does, by positional arguments."""
         plain, metas = _nameless(graph)
         module = fx.GraphModule(root, plain)
-        attributes = tuple(id(_attribute(root, str(node.target))) for node in plain.find_nodes(op="get_attr"))
-        key = (module.code, metas, attributes)
+        held = [node for node in plain.nodes if node.op in ("get_attr", "call_module")]
+        key = (module.code, metas, tuple(id(_attribute(root, str(node.target))) for node in held))
         if key not in self._pieces:
             self._pieces[key] = _Piece(module, self._options, self.records_graphs)
         return self._pieces[key]

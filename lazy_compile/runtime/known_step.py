@@ -14,12 +14,16 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.policies.policy import Policy, spread
-from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, moved, usable
+from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, Steps, along, lagrange_weights, usable
 from lazy_compile.runtime.model_call import RowGroup
 from lazy_compile.runtime.stats import LazyStats
 
 Signatures = Mapping[int, tuple[Any, ...]]
 """For each branch what a slot must agree with, see :class:`~lazy_compile.runtime.cache.CacheSlot`."""
+
+
+Weights = tuple[float, ...]
+"""How much of each earlier value, less the last one, a branch that is reused follows; empty if it repeats the last."""
 
 
 @dataclass(eq=False)
@@ -31,66 +35,62 @@ class KnownStep:
     Attributes:
         state: written to; a draft of what must outlive a failure.
         step: which call of its trajectory this is.
-        factors: for each branch None if it computes, else how far it follows its line, in distances between the last
-            two computed steps.
-        linear: whether the outputs computed before are kept.
+        weights: for each branch; None if it computes.
+        order: how many earlier values are kept.
     """
 
     state: CacheState
     step: int
-    factors: Sequence[float | None]
+    weights: Sequence[Weights | None]
     signatures: Signatures
-    linear: bool
-    _now: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = field(default_factory=dict, init=False)
+    order: int
+    _times: dict[tuple[int, ...], Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._slots = self.state.slots
         self._inference = torch.is_inference_mode_enabled()
-        self._grad = torch.is_grad_enabled()
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        index = branch.index
-        factor = self.factors[index]
-        if factor is None:
-            outputs = branch.compute(inputs)
-            self.keep(index, outputs)
-            return outputs
-        return self.reuse(index, factor)
+        weights = self.weights[branch.index]
+        if weights is not None:
+            return branch.restored(inputs, self._extrapolated(branch.index, weights))
+        outputs = branch.compute(inputs)
+        self._keep(branch.index, branch.kept(inputs, outputs))
+        return outputs
 
-    def keep(self, index: int, outputs: Sequence[Tensor]) -> None:
-        """Cache what a branch has computed."""
-        signature = self.signatures[index]
-        slot = self._slots.get(index) if self.linear else None
+    def _keep(self, index: int, kept: tuple[Tensor, ...]) -> None:
+        signature, slot = self.signatures[index], self._slots.get(index)
         if slot is not None and slot.signature != signature:
             slot = None
-        values = tuple([output.detach() if output.requires_grad else output for output in outputs])
-        now = self._rows(signature[-1], self.step)
-        if slot is None:
-            self._slots[index] = CacheSlot(values, None, now, self._rows(signature[-1], -1), signature)
-        else:
-            self._slots[index] = CacheSlot(values, slot.values, now, slot.computed_at, signature)
+        values = tuple([value.detach() if value.requires_grad else value for value in kept])
+        earlier = (slot.values, *slot.earlier)[: self.order] if slot is not None else ()
+        now, before = self._behind(signature[-1], slot)
+        self._slots[index] = CacheSlot(values, earlier, now, before, signature)
 
-    def reuse(self, index: int, factor: float) -> tuple[Tensor, ...]:
+    def _behind(self, rows: int, slot: CacheSlot | None) -> tuple[Steps, Steps]:
+        """The times of a slot behind this step; slots share them, as nobody writes to them."""
+        key = (rows,) if slot is None else (rows, id(slot.computed_at), id(slot.computed_before))
+        if key not in self._times:
+            times = [slot.computed_at, *slot.computed_before][: self.order] if slot is not None else []
+            before = np.stack(times) if times else np.zeros((0, rows), dtype=np.int64)
+            self._times[key] = np.full(rows, self.step, dtype=np.int64), before
+        found: tuple[Steps, Steps] = self._times[key]
+        return found
+
+    def _extrapolated(self, index: int, weights: Weights) -> tuple[Tensor, ...]:
         slot = self._slots[index]
-        values, previous = slot.values, slot.previous
+        values, earlier = slot.values, slot.earlier
         if not self._inference:
             values = tuple(map(usable, values))
-            previous = previous and tuple(map(usable, previous))
-        if previous is None or not factor:
+            earlier = tuple(tuple(map(usable, each)) for each in earlier)
+        if not any(weights):
             return values
-        return tuple([moved(value, before, factor) for value, before in zip(values, previous, strict=True)])
+        return tuple([along(value, before, weights) for value, *before in zip(values, *earlier, strict=True)])
 
     def record(self, stats: LazyStats) -> None:
         """Count this call, once it has succeeded."""
-        rows = np.array([self.signatures[index][-1] for index in range(len(self.factors))], dtype=np.float64)
-        stats.record_step(self.step, np.array([factor is None for factor in self.factors]), rows)
-
-    def _rows(self, rows: int, value: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """One number for each row; slots share them, as nobody writes to them."""
-        key = rows if value >= 0 else -rows
-        if key not in self._now:
-            self._now[key] = np.full(rows, value, dtype=np.int64)
-        return self._now[key]
+        rows = np.array([self.signatures[index][-1] for index in range(len(self.weights))], dtype=np.float64)
+        stats.record_step(self.step, np.array([weights is None for weights in self.weights]), rows)
 
 
 def known_step(
@@ -115,35 +115,32 @@ def known_step(
     decided = spread(policy.decided(group.step, group.timestep, group.before, state.memory), len(columns))
     slopes = policy.slopes(group.step, group.timestep, group.before)
     warm, limit = group.step < config.warmup_steps, config.max_reuse_age
-    times: dict[tuple[int, int], tuple[int, int] | None] = {}
-    factors: list[float | None] = []
+    lines: dict[tuple[int, int], _Line | None] = {}
+    result: list[Weights | None] = []
     for index, column in enumerate(columns):
         slot, leader = state.slots.get(index), leaders[index]
         if leader > index:
             return None
-        factor: float | None = None
-        computes = column is None or slot is None or slot.signature != signatures[index]
-        if not computes and slot is not None and column is not None:
-            key = (id(slot.computed_at), id(slot.computed_before))
-            if key not in times:
-                times[key] = _uniform(slot)
-            found = times[key]
-            if found is None:
-                return None
-            at, before = found
-            if leader != index:
-                computes = factors[leader] is None
-            else:
-                answer = decided[column]
-                if answer is None:
-                    return None
-                computes = warm or answer or (limit is not None and group.step - at > limit)
-            if not computes and at != NEVER:
-                lead = columns[leader]
-                slope = 1.0 if slopes is None or lead is None else slopes[lead]
-                factor = 0.0 if before < 0 else slope * (group.step - at) / (at - before)
-        factors.append(factor)
-    return KnownStep(state, group.step, factors, signatures, config.reuse == "linear")
+        if column is None or slot is None or slot.signature != signatures[index]:
+            result.append(None)
+            continue
+        key = (id(slot.computed_at), id(slot.computed_before))
+        if key not in lines:
+            lines[key] = _line(slot, group.step)
+        line, answer = lines[key], decided[column]
+        if line is None or (answer is None and leader == index):
+            return None
+        if leader != index:
+            computes = result[leader] is None
+        else:
+            computes = warm or bool(answer) or (limit is not None and group.step - line.at > limit)
+        if computes or line.at == NEVER:
+            result.append(None)
+        else:
+            lead = columns[leader]
+            slope = 1.0 if slopes is None or lead is None else slopes[lead]
+            result.append(tuple([slope * weight for weight in line.weights]))
+    return KnownStep(state, group.step, result, signatures, config.values_kept - 1)
 
 
 def _decides_before_step(policy: Policy) -> bool:
@@ -152,12 +149,21 @@ def _decides_before_step(policy: Policy) -> bool:
     return policy.known_before_step and kind.should_compute is Policy.should_compute and kind.observe is Policy.observe
 
 
-def _uniform(slot: CacheSlot) -> tuple[int, int] | None:
-    """When all rows were computed last, and before that; None if they differ."""
+@dataclass(frozen=True)
+class _Line:
+    """When all rows of a slot were computed last, and how they go on from there, see :func:`lagrange_weights`."""
+
+    at: int
+    weights: Weights
+
+
+def _line(slot: CacheSlot, step: int) -> _Line | None:
+    """None if the rows differ."""
     at, before = slot.computed_at, slot.computed_before
-    if (at == at[0]).all() and (before == before[0]).all() and at[0] > before[0]:
-        return int(at[0]), int(before[0])
-    return None
+    if (at != at[0]).any() or (before != before[:, :1]).any():
+        return None
+    weights = lagrange_weights(np.array([step]), at[:1], before[:, :1])
+    return _Line(int(at[0]), tuple(weights[:, 0].tolist()))
 
 
 def columns_of(branches: Sequence[ResidualBranch], planned: Mapping[str, ResidualBranch] | None) -> list[int | None]:

@@ -35,13 +35,25 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     return seen
 
 
-@pytest.mark.parametrize("options", [{}, {"reuse": "last"}, {"group": 2}, {"max_reuse_age": 1}, {"warmup_steps": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reuse": "last"},
+        {"reuse": "taylor"},
+        {"granularity": "block"},
+        {"group": 2},
+        {"max_reuse_age": 1},
+        {"warmup_steps": 3},
+    ],
+)
 @pytest.mark.parametrize("slopes", [None, SLOPES])
 def test_it_does_what_branches_that_are_asked_do(
     options: dict[str, Any], slopes: Any, steps: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lazy, calls = fresh(**options), trajectory(SMALL, steps=STEPS)
-    lazy.policy = Scheduled(CacheSchedule(TABLE, slopes))
+    branches = len(lazy.branches)
+    lazy.policy = Scheduled(CacheSchedule(TABLE[:, :branches], None if slopes is None else slopes[:, :branches]))
     seen, table = run(lazy, calls), reused(lazy)
     assert [type(step) is KnownStep for step in steps] == [False] + [True] * (STEPS - 1)
     monkeypatch.setattr(runtime, "known_step", lambda *args: None)
