@@ -19,7 +19,7 @@ from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.evaluation import comparable_evaluation
 from lazy_compile.capture.ladder import Capture, capture
 from lazy_compile.capture.lock import CAPTURE_LOCK
-from lazy_compile.capture.model_snapshot import changed_between, dropping_modules, hooked_modules, observe
+from lazy_compile.capture.model_snapshot import ModelWatch, changed_between, dropping_modules, hooked_modules
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.restored_tensors import values_left_alone
 from lazy_compile.capture.torch_caches import torch_caches_freed
@@ -67,8 +67,8 @@ class GraphCache:
         self.model = model
         self.graphs: list[LazyGraph] = []
         self._admit = admit
-        self._environment: tuple[Any, ...] = ()
-        self._aside: list[tuple[tuple[Any, ...], int, list[LazyGraph]]] = []
+        self._watch: ModelWatch | None = None
+        self._aside: list[tuple[ModelWatch, int, list[LazyGraph]]] = []
         self.generation = self._generations = 0
         self._numbers: set[str] = set()
         self._fixed_numbers: set[str] = set()
@@ -132,21 +132,21 @@ class GraphCache:
 
         They come back with what they were captured for: adapters that are switched on and off capture once each.
         """
-        if not self.graphs:
+        if not self.graphs or self._watch is None or self._watch.still_holds():
             return
-        environment = observe(self.model)
-        if environment == self._environment:
-            return
+        watch = ModelWatch(self.model)
         with self._mutex:
-            aside = [(self._environment, self.generation, self.graphs), *self._aside]
-            found = next((item for item in aside if item[0] == environment), None)
+            before = self._watch
+            aside = [(before, self.generation, self.graphs), *self._aside]
+            found = next((item for item in aside if item[0].observed == watch.observed), None)
             self._aside = [item for item in aside if item is not found][:MODEL_STATES]
             self._generations += found is None
-            before = self._environment
-            self._environment, self.generation, self.graphs = found or (environment, self._generations, [])
+            self.generation, self.graphs = (self._generations, []) if found is None else found[1:]
+            self._watch = watch
         if found is None:
             self._warn_once_about(
-                "%s is captured again because it changed: %s", [changed_between(self.model, before, environment)]
+                "%s is captured again because it changed: %s",
+                [changed_between(self.model, before.observed, watch.observed)],
             )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -210,9 +210,9 @@ class GraphCache:
     ) -> LazyGraph:
         captured = capture(self.model, call.layout, call.tensors, reads_values=reads_values)
         self._check_numbers(captured, call, numbers)
-        environment = observe(self.model)
-        if environment != self._environment:
-            self.graphs, self._environment = [], environment
+        watch = ModelWatch(self.model)
+        if self._watch is None or watch.observed != self._watch.observed:
+            self.graphs, self._watch = [], watch
             self._warn_of_hooks()
         if self.graphs:
             logger.info("captured another graph, for inputs %s", [tuple(tensor.shape) for tensor in call.tensors])
