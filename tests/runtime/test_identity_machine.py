@@ -83,7 +83,7 @@ class Serving(RuleBasedStateMachine):
         if kind.sampler == "ancestral":  # noise leaves less to prove by: of two that draw the same, or of a condition
             guidance = "none" if kind.guidance == "late" else kind.guidance  # that is new, nobody knows whose it is
             kind = replace(kind, noise=100 * self.arrived, guidance=guidance)
-        if (kind.noise, kind.texts[0]) in self.seen:  # requests that are the same have tests of their own
+        if kind.start or (kind.noise, kind.texts[0]) in self.seen:  # requests that are the same have tests of their own
             kind = replace(kind, noise=100 * self.arrived)
         self.seen.add((kind.noise, kind.texts[0]))
         self.running.append(Served(kind))
