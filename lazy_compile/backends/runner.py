@@ -16,7 +16,7 @@ from torch import Tensor
 from lazy_compile.backends.onnx.metadata import InputSpec, OnnxMetadata, SlotSpec
 from lazy_compile.errors import ArtifactError, ConfigError, shown
 from lazy_compile.ir.branch import ResidualBranch
-from lazy_compile.ir.linear_reuse import SLOPE
+from lazy_compile.ir.extrapolation import SLOPE
 from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name
 from lazy_compile.policies.gate_graph import decision
 from lazy_compile.policies.gate_layout import GateLayout

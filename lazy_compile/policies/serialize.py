@@ -18,13 +18,14 @@ from safetensors.torch import save as pack
 from torch import Tensor
 
 from lazy_compile.errors import ArtifactError, ConfigError, one_line, shown
-from lazy_compile.policies.policy import Policy
+from lazy_compile.policies.learned import Learned
+from lazy_compile.policies.policy import AlwaysCompute, Policy, Scheduled
 from lazy_compile.policies.presets import EveryNth
 
 KIND = "kind"
 TENSORS = "tensors"
 
-BUILT_IN = ("always_compute", "scheduled", "learned", EveryNth.kind)
+BUILT_IN = tuple(policy.kind for policy in (AlwaysCompute, Scheduled, Learned, EveryNth))
 
 
 def to_parts(policy: Policy) -> tuple[dict[str, Any], dict[str, Tensor]]:
