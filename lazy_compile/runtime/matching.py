@@ -125,7 +125,8 @@ def _find_before(
         level = level_of(rest)
         is_new, back = flags[id(position)]
         may_turn = back or parent is None
-        fit = Fit(level, is_indirect, is_new, back, may_turn, level == 3 and position.time == time, rest)
+        distance = away(position, time) if level < 3 else 0.0
+        fit = Fit(level, is_indirect, is_new, back, may_turn, level == 3 and position.time == time, distance, rest)
         if rest > max(EXACT, RELATED - 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1)) or not fit.is_acceptable:
             continue
         fits.append((fit, position))

@@ -189,6 +189,7 @@ class Fit:
         turns_back: time turns back from there.
         may_turn_back: the same, or nobody knows, after a first step.
         rests: related, and called at the same time.
+        distance: in time, where more than related: several positions of a straight path explain a row as well.
         unexplained: the share of the latents that does not follow.
     """
 
@@ -198,6 +199,7 @@ class Fit:
     turns_back: bool
     may_turn_back: bool
     rests: bool
+    distance: float
     unexplained: float
 
     @property
