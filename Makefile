@@ -30,7 +30,7 @@ test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: lint ## lint, check types, run the tests
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 TORCHAO := build/torchao
 test-torchao: $(INSTALLED) ## integer weights of torchao, installed beside .venv (28 MB)
@@ -48,12 +48,12 @@ test-pruna: $(INSTALLED) ## the cacher of examples/pruna, with Pruna installed b
 	PYTHONPATH=$(PRUNA) $(BIN)/pytest -m pruna tests/integrations/test_pruna.py
 
 fuzz: export OMP_NUM_THREADS := 1
-fuzz: $(INSTALLED) ## read 2,000 damaged files, and kill writers at every point
+fuzz: $(INSTALLED) ## read 2,000 damaged files and aimed ones; end every writer at every point, and 100 by kill -9
 	$(BIN)/pytest -m "fuzz or not fuzz" tests/fuzz
 
 test-zoo zoo-golden coverage-page: export OMP_NUM_THREADS := 1
 test-zoo: $(INSTALLED) ## every model of the zoo: all diffusers transformers
-	$(BIN)/pytest -n 2 -m "zoo or not zoo" tests/zoo
+	$(BIN)/pytest -n 2 --dist loadfile -m "zoo or not zoo" tests/zoo
 
 zoo-golden: $(INSTALLED) ## write what discovery finds in the zoo to tests/zoo/golden (MODELS="A B" for some)
 	PYTHONPATH=tests $(BIN)/python -m zoo.golden $(MODELS)

@@ -219,17 +219,25 @@ def extrapolate(value: Tensor, earlier: Sequence[Tensor], weights: Floats, batch
     """``value + weight * (earlier - value) + ...``, ``weights[n, rows]``; numbers that only count are repeated."""
     if not (value.is_floating_point() or value.is_complex()):
         return value
-    result = value
-    for before, weight in zip(earlier, weights, strict=True):
-        if not weight.any():
-            continue
+    factors: list[float | Tensor] = []
+    for weight in weights:
         if (weight == weight[0]).all() or batch_axis is None:
-            factor: float | Tensor = float(weight[0])
+            factors.append(float(weight[0]))
         else:
             shape = [1] * value.dim()
             shape[batch_axis] = len(weight)
-            factor = torch.from_numpy(weight).to(value.device, value.dtype).reshape(shape)
-        result = torch.lerp(value, before, factor) if result is value else result + factor * (before - value)
+            factors.append(torch.from_numpy(weight).to(value.device, value.dtype).reshape(shape))
+    return along(value, earlier, factors)
+
+
+def along(value: Tensor, earlier: Sequence[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
+    """The same with one factor for all rows, or one that broadcasts."""
+    if not (value.is_floating_point() or value.is_complex()):
+        return value
+    result = value
+    for before, factor in zip(earlier, factors, strict=True):
+        if isinstance(factor, Tensor) or factor:
+            result = torch.lerp(value, before, factor) if result is value else result + factor * (before - value)
     return result
 
 

@@ -36,6 +36,7 @@ class PolicyStep:
         leaders: for each branch the one that decides for it, see :func:`lazy_compile.policies.gate_layout.leaders_of`;
             empty if each decides for itself.
         decisions: ``(step, branch, bool[rows])`` of all branches so far.
+        signatures: of the branches so far, see :class:`~lazy_compile.runtime.cache.CacheSlot`.
     """
 
     policy: Policy
@@ -45,12 +46,13 @@ class PolicyStep:
     planned: Mapping[str, ResidualBranch] | None = None
     leaders: tuple[int, ...] = ()
     decisions: list[tuple[int, int, Rows]] = field(default_factory=list, init=False)
+    signatures: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False)
     _decided: dict[int, Rows] = field(default_factory=dict, init=False)
     _slopes: dict[int, Slopes] = field(default_factory=dict, init=False)
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index = branch.branch.index
-        signature = _signature(branch, inputs)
+        signature = self.signatures[index] = _signature(branch, inputs)
         slot = self.state.slots.get(index)
         if slot is not None and slot.signature != signature:
             slot = None
@@ -75,11 +77,13 @@ class PolicyStep:
 
     def record(self, stats: LazyStats) -> None:
         """Count this call, once it has succeeded."""
-        stats.calls += 1
         stats.record_call(self.decisions)
 
     def _note(self, index: int, computes: Rows) -> None:
-        for group in self.groups if len(computes) > 1 else self.groups[:1]:
+        if len(computes) == 1:  # one for all rows, wherever they stand
+            self.decisions.append((self.groups[0].step, index, computes))
+            return
+        for group in self.groups:
             self.decisions.append((group.step, index, computes if group.rows is None else computes[list(group.rows)]))
 
     def _decide(self, branch: LazyBranch, inputs: Sequence[Any], slot: CacheSlot | None) -> Rows:

@@ -56,7 +56,7 @@ HOSTS = (
     Host(
         "[diffusers](integrations/diffusers.md), pipeline",
         '`lazy_compile.transform(pipe, policy="balanced")`',
-        "LoRA and `enable_model_cpu_offload` in either order; no sequential or group offload",
+        "LoRA and offload in either order; [what does not go](#weights-stored-otherwise)",
         _in("integrations", "diffusers_pipeline", "diffusers_hosts"),
         ("diffusers", "peft", "accelerate"),
         "a GPU",
@@ -175,7 +175,7 @@ HOSTS = (
     ),
     Host(
         "torchao",
-        "`quantize_(model, ...)`, then `transform(model)`",
+        "`quantize_(model, ...)`, before or after `transform(model)`",
         "not `quantize_(lazy, ...)`",
         _in("integrations", "torchao"),
         ("torchao",),
