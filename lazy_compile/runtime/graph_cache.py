@@ -19,7 +19,7 @@ from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.evaluation import comparable_evaluation
 from lazy_compile.capture.ladder import Capture, capture
 from lazy_compile.capture.lock import CAPTURE_LOCK
-from lazy_compile.capture.model_snapshot import ModelWatch, dropping_modules, hooked_modules
+from lazy_compile.capture.model_snapshot import ModelWatch, changed_between, dropping_modules, hooked_modules
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.restored_tensors import values_left_alone
 from lazy_compile.config import LazyConfig
@@ -32,6 +32,9 @@ logger = logging.getLogger("lazy_compile")
 
 NUMBER_TOLERANCE = 1e-5
 """How far a model may answer otherwise to a tensor than to the same Python number, relative to its largest output."""
+
+MODEL_STATES = 3
+"""States of a model, adapters on and off say, whose graphs are kept beside those of the present one."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class GraphCache:
         self.graphs: list[LazyGraph] = []
         self._admit = admit
         self._watch: ModelWatch | None = None
-        self.generation = 0
+        self._aside: list[tuple[ModelWatch, int, list[LazyGraph]]] = []
+        self.generation = self._generations = 0
         self._numbers: set[str] = set()
         self._fixed_numbers: set[str] = set()
         self._told: set[str] = set()
@@ -122,13 +126,27 @@ class GraphCache:
         self._admit(result)
         return result
 
-    def drop_if_model_changed(self) -> bool:
-        """Forget all graphs if modules, attributes, hooks or parameter types are others than at the capture."""
+    def follow_model(self) -> None:
+        """Set the graphs aside if modules, attributes, hooks or parameter types are others than at the capture.
+
+        They come back with what they were captured for: adapters that are switched on and off capture once each.
+        """
         if not self.graphs or self._watch is None or self._watch.still_holds():
-            return False
-        self.graphs = []
-        self.generation += 1
-        return True
+            return
+        watch = ModelWatch(self.model)
+        with self._mutex:
+            before = self._watch
+            aside = [(before, self.generation, self.graphs), *self._aside]
+            found = next((item for item in aside if item[0].observed == watch.observed), None)
+            self._aside = [item for item in aside if item is not found][:MODEL_STATES]
+            self._generations += found is None
+            self.generation, self.graphs = (self._generations, []) if found is None else found[1:]
+            self._watch = watch
+        if found is None:
+            self._warn_once_about(
+                "%s is captured again because it changed: %s",
+                [changed_between(self.model, before.observed, watch.observed)],
+            )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call with every argument by name, so that its spelling does not matter."""

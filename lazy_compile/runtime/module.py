@@ -84,7 +84,7 @@ class LazyModule(nn.Module):
         return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        self._store.drop_if_model_changed()
+        self._store.follow_model()
         graph, tensors = self._graph_for(args, kwargs)
         placed = self._place(graph, tensors)
         try:
@@ -100,7 +100,7 @@ class LazyModule(nn.Module):
         named = {name: (tensors[index], axes.get(index)) for index, name in enumerate(graph.layout.names)}
         rows = next((int(tensors[index].shape[axis]) for index, axis in axes.items()), 1)
         latents = graph.latents
-        identity = self._trajectories.identify(
+        contents = self._trajectories.identify(
             named,
             latents,
             "" if latents is None else graph.layout.names[latents.position],
@@ -108,7 +108,7 @@ class LazyModule(nn.Module):
             rows,
             (current_stream(), self._store.generation, graph.layout, graph.types),
         )
-        placed = self._trajectories.place(identity, graph.branches)
+        placed = self._trajectories.place(contents, graph.branches)
         self._warn_of_unrelated_calls(placed)
         return placed
 

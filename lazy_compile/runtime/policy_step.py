@@ -83,7 +83,10 @@ class PolicyStep:
         stats.record_call(self.decisions)
 
     def _note(self, index: int, computes: Rows) -> None:
-        for group in self.groups if len(computes) > 1 else self.groups[:1]:
+        if len(computes) == 1:  # one for all rows, wherever they stand
+            self.decisions.append((self.groups[0].step, index, computes))
+            return
+        for group in self.groups:
             self.decisions.append((group.step, index, computes if group.rows is None else computes[list(group.rows)]))
 
     def _decide(self, branch: LazyBranch, inputs: Sequence[Any], slot: CacheSlot | None) -> Rows:

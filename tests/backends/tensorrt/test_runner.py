@@ -148,19 +148,20 @@ def test_streams_have_contexts_of_their_own_and_do_not_mix(engines: Engines, fak
 
 def test_threads_share_an_engine(engines: Engines, fake: FakeTensorRT) -> None:
     denoiser = EngineDenoiser(TensorRTRunner(engines.engine["input"]), Scheduled(TABLE))
-    expected = samples(TensorRTRunner(engines.engine["input"]), Scheduled(TABLE))
+    alone = EngineDenoiser(TensorRTRunner(engines.engine["input"]), Scheduled(TABLE))
+    requests = [trajectory(TOY, steps=STEPS, seed=seed) for seed in range(2)]
+    expected = [[alone(**arguments) for arguments in request] for request in requests]
     seen: dict[int, list[Tensor]] = {}
 
     def work(number: int) -> None:
-        seen[number] = [denoiser(**arguments) for arguments in trajectory(TOY, steps=STEPS)]
+        seen[number] = [denoiser(**arguments) for arguments in requests[number]]
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(largest_difference(result, expected) == 0.0 for result in seen.values())
-    assert len(seen) == 2
+    assert all(largest_difference(seen[number], expected[number]) == 0.0 for number in range(2))
 
 
 def test_fixed_decisions_are_replayed_as_graphs(engines: Engines, fake: FakeTensorRT) -> None:
