@@ -69,7 +69,7 @@ def run(
         seed: of the noise; each process of a group takes the next.
         dense: also time the original model, with the same noise.
     """
-    processes = Processes.here()
+    processes = Processes.beside(lazy.graph.collective_groups)
     denoiser: Any = lazy
     if runner is not None:
         denoiser = EngineModule(

@@ -31,6 +31,12 @@ class Processes:
             return cls(distributed.get_rank(), distributed.get_world_size())
         return cls()
 
+    @classmethod
+    def beside(cls, collective_groups: Sequence[str]) -> Processes:
+        """Those that work on other items than this one: none, where the model itself exchanges tensors between
+        processes, as under context parallelism, so that all of them must make every call together."""
+        return cls() if collective_groups else cls.here()
+
     @property
     def is_first(self) -> bool:
         """Whether this one writes files and draws progress."""
@@ -79,6 +85,19 @@ def launched_processes() -> Iterator[Processes]:
 def local_device(device: str) -> str:
     """``"cuda"`` is the GPU of this process, where a launcher gave each its own."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def averaged(tensor: Tensor, groups: Sequence[str]) -> Tensor:
+    """The mean over the processes of some groups, by the names that functional collectives know them by; a collective.
+
+    Where each holds as many tokens of one sample, the mean of their means is that of all tokens.
+    """
+    for name in groups:
+        group = distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+        tensor = tensor.detach().to(_reached_by_group(tensor), copy=True)
+        distributed.all_reduce(tensor, group=group)
+        tensor = tensor / distributed.get_world_size(group)
+    return tensor
 
 
 def _reached_by_group(tensor: Tensor) -> torch.device:

@@ -34,7 +34,7 @@ class CompileRow:
     """One model at one share of scheduled reuse. Times are medians of the processor time of a step, on one thread.
 
     Attributes:
-        reuse: share of branches that are reused, whole blocks of DiT.
+        reuse: share of branches that are reused, whole blocks where the number of blocks allows it.
         compiled_ratio: lazy compiled over dense compiled, the median over neighbouring steps.
         quartiles: of the same ratios.
         ideal_ratio: MACs spent over dense MACs, always-on parts included.
@@ -171,5 +171,5 @@ class _Bench:
 def _schedule(lazy: LazyModule, reuse: float, steps: int) -> CacheSchedule:
     """The share of branches reused in every step after the first ones, another set of them each time."""
     branches = len(lazy.branches)
-    per_block = 2 if branches % 2 == 0 else 1
+    per_block = 2 if branches % 2 == 0 and (reuse * branches / 2).is_integer() else 1
     return rotating_schedule(reuse, steps, branches // per_block, per_block)

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from lazy_compile.storage import load_json, save_json
 
-logger = logging.getLogger("lazy_compile")
+logger = logging.getLogger("lazy_compile.bench")
 
 Row = TypeVar("Row")
 
@@ -26,12 +26,12 @@ class RowFile(Generic[Row]):
     """
 
     def __init__(self, path: Path | None, kind: type[Row], key: Sequence[str], settings: Mapping[str, Any]) -> None:
-        self._path, self._kind, self._key, self._settings = path, kind, tuple(key), dict(settings)
+        self._path, self._key, self.settings = path, tuple(key), dict(settings)
         self.rows: list[Row] = []
         if path is not None and path.exists():
             found = load_json(path)
             names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-            if found.get("settings") == self._settings and all(set(row) == names for row in found["rows"]):
+            if found.get("settings") == self.settings and all(set(row) == names for row in found["rows"]):
                 self.rows = [kind(**row) for row in found["rows"]]
 
     def get(self, measure: Callable[[], Row], **key: Any) -> Row:
@@ -43,7 +43,7 @@ class RowFile(Generic[Row]):
         self.rows.append(row)
         logger.info("measured %s", ", ".join(f"{name} {value}" for name, value in key.items()))
         if self._path is not None:
-            save_json(self._path, {"settings": self._settings, "rows": [asdict(row) for row in self.rows]})  # type: ignore[call-overload]
+            save_json(self._path, {"settings": self.settings, "rows": [asdict(row) for row in self.rows]})  # type: ignore[call-overload]
         return row
 
     def has(self, **key: Any) -> bool:

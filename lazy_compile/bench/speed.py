@@ -8,15 +8,16 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
 from lazy_compile.bench.midsize import build
+from lazy_compile.bench.rows import RowFile
 from lazy_compile.bench.timing import one_thread, time_in_turn
 from lazy_compile.compiler import transform
 from lazy_compile.config import ReuseArm
@@ -25,7 +26,6 @@ from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime.module import LazyModule
-from lazy_compile.storage import save_json
 
 REUSE = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -55,33 +55,39 @@ def run(
     output: str | Path | None = None,
     *,
     runtimes: Sequence[str] = ("eager", "onnxruntime"),
-    repeats: int = 21,
+    arms: Sequence[ReuseArm] = ("linear",),
+    repeats: int = 9,
     layers: int = 12,
     heads: int = 12,
     on_progress: OnProgress = no_progress,
 ) -> list[SpeedRow]:
-    """Measure every runtime at every share of reuse; writes ``bench.json`` into ``output`` if that is given.
+    """Measure every runtime at every share of reuse; ``bench.json`` in ``output`` is written row by row and resumed.
 
     On one thread: a second one makes the ratios of two ONNX Runtime sessions jump by a third.
     """
+    path = None if output is None else Path(output) / "bench.json"
+    settings = {"repeats": repeats, "layers": layers, "heads": heads, "threads": 1}
+    rows = RowFile(path, SpeedRow, ("runtime", "reuse_arm", "reuse"), settings)
     with one_thread():
-        rows = _rows(runtimes, repeats, layers, heads, on_progress)
-    if output is not None:
-        save_json(Path(output) / "bench.json", {"rows": [asdict(row) for row in rows]})
-    return rows
+        _measure_all(rows, runtimes, arms, on_progress)
+    return rows.rows
 
 
-def _rows(runtimes: Sequence[str], repeats: int, layers: int, heads: int, on_progress: OnProgress) -> list[SpeedRow]:
-    model, inputs = build("DiT", layers=layers, heads=heads)
-    rows = []
-    for runtime, arm in itertools.product(runtimes, get_args(ReuseArm)):
+def _measure_all(
+    rows: RowFile[SpeedRow], runtimes: Sequence[str], arms: Sequence[ReuseArm], on_progress: OnProgress
+) -> None:
+    layers, repeats = rows.settings["layers"], rows.settings["repeats"]
+    model, inputs = build("DiT", layers=layers, heads=rows.settings["heads"])
+    for runtime, arm in itertools.product(runtimes, arms):
+        if all(rows.has(runtime=runtime, reuse_arm=arm, reuse=reuse) for reuse in REUSE):
+            continue
         lazy = transform(model, inputs, reuse=arm)
         dense, gated = _PAIRS[runtime](model, lazy, inputs)
         for position, reuse in enumerate(REUSE):
             schedule = rotating_schedule(reuse, repeats + _WARM_STEPS, layers, len(lazy.branches) // layers)
-            rows.append(_measure(runtime, reuse, dense, gated(schedule), lazy, schedule, repeats))
+            measure = partial(_measure, runtime, reuse, dense, gated(schedule), lazy, schedule, repeats)
+            rows.get(measure, runtime=runtime, reuse_arm=arm, reuse=reuse)
             on_progress(f"timing {runtime}, {arm}", position + 1, len(REUSE))
-    return rows
 
 
 _WARM_STEPS = 3

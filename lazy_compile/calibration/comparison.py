@@ -97,7 +97,9 @@ class HeldOutComparison:
     @cached_property
     def _dense(self) -> dict[int, Tensor]:
         """What every table is held against, for the seeds of this process."""
-        seeds = Processes.here().share(range(self._first_seed, self._first_seed + COMPARED))
+        seeds = Processes.beside(self.lazy.graph.collective_groups).share(
+            range(self._first_seed, self._first_seed + COMPARED)
+        )
         return {seed: dense_samples(self.lazy, self.sample, seed) for seed in seeds}
 
     def _errors(self, table: GateTable, batch: int) -> Floats:
@@ -106,7 +108,7 @@ class HeldOutComparison:
         for seed, dense in self._dense.items():
             change = self._run(table, seed)[0].double() - dense.double()
             errors[seed - self._first_seed] = change.square().flatten(1).mean(1).cpu()
-        errors = Processes.here().sum(errors)
+        errors = Processes.beside(self.lazy.graph.collective_groups).sum(errors)
         if not errors.isfinite().all():
             raise ConfigError(
                 "samples under the gates are not finite, and those of the original are; ask for less reuse, "

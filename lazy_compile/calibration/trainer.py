@@ -114,6 +114,11 @@ class GateTrainer:
         self.history: list[dict[str, float]] = []
         self.cost = branch_cost(lazy, config.budget)
         self.iteration = 0
+        if lazy.graph.collective_groups:
+            raise ConfigError(
+                f"{type(lazy.original).__name__} exchanges tensors between processes, and gates are trained where each "
+                "holds a whole model; calibrate without parallelism, and load the gates here"
+            )
         self.processes = Processes.here()
         if config.trajectories % self.processes.count:
             raise ConfigError(

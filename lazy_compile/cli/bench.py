@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +13,21 @@ import typer
 
 from lazy_compile.cli import options as given
 from lazy_compile.cli.options import OutputOptions
+
+
+@contextmanager
+def _a_line_for_each_row(enabled: bool) -> Iterator[None]:
+    """On standard error, where rows of a measurement come minutes apart."""
+    logger, handler = logging.getLogger("lazy_compile.bench"), logging.StreamHandler()
+    level = logger.level
+    if enabled:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +43,7 @@ def speed(options: SpeedOptions) -> None:
     from lazy_compile.progress import progress_bars
     from lazy_compile.reporting.tables import plain, show, speed_table
 
-    with progress_bars(not options.json) as on_progress:
+    with progress_bars(not options.json) as on_progress, _a_line_for_each_row(not options.json):
         rows = [plain(row) for row in measure(options.output, on_progress=on_progress)]
     show({"rows": rows, "output": str(options.output)}, options.json, speed_table(rows), f"written to {options.output}")
 
@@ -124,7 +142,7 @@ def compile(options: CompileOptions) -> None:
     from lazy_compile.progress import progress_bars
     from lazy_compile.reporting.tables import compile_table, plain, show
 
-    with progress_bars(not options.json) as on_progress:
+    with progress_bars(not options.json) as on_progress, _a_line_for_each_row(not options.json):
         measured = measure(
             options.output, models=options.model or MODELS, repeats=options.repeats, layers=options.layers,
             backend=options.backend, on_progress=on_progress,

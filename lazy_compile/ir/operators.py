@@ -69,6 +69,13 @@ def operator_name(node: fx.Node) -> str:
     return str(getattr(target, "__name__", ""))
 
 
+def collective_group(node: fx.Node) -> str:
+    """The process group that a functional collective exchanges tensors in; empty for any other node."""
+    if not isinstance(node.target, torch._ops.OpOverload) or "c10d_functional" not in node.target.namespace:
+        return ""
+    return next((item for item in reversed(node.args) if isinstance(item, str)), "")
+
+
 def origins(node: fx.Node) -> Iterator[fx.Node]:
     """The node, then what it is a cast or view of, as far back as that goes."""
     yield node

@@ -71,7 +71,7 @@ def measure_effects(
     require_finite(dense)
     final = np.full((steps, branches), np.nan)
     output = np.full((steps, branches), np.nan)
-    processes = Processes.here()
+    processes = Processes.beside(lazy.graph.collective_groups)
     mine = processes.share(range(branches))
     before: dict[int, CacheState] = {}
     for step in range(steps):

@@ -212,7 +212,10 @@ class ScheduleSearch:
         known = {name: recalled["values"] for name in names if (recalled := self.journal.recall(name)) is not None}
         missing = [place for place, name in enumerate(names) if name not in known]
         if missing:
-            dense, processes = dense_samples(self.lazy, self.sample, seed), Processes.here()
+            dense, processes = (
+                dense_samples(self.lazy, self.sample, seed),
+                Processes.beside(self.lazy.graph.collective_groups),
+            )
             errors = np.zeros((len(missing), len(dense)))
             for row in processes.share(range(len(missing))):
                 errors[row] = _errors(self.lazy, self.sample, candidates[missing[row]], seed, dense)

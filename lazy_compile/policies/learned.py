@@ -65,7 +65,7 @@ class Learned(Policy, kind="learned"):
 
     def _logit(self, query: GateQuery) -> Tensor:
         weight, bias = self._gates(query.timestep, query.before, query.entries[0].device)[query.branch.index]
-        return compute_logit(query.branch, query.entries, weight, bias) + self.shift
+        return query.average(compute_logit(query.branch, query.entries, weight, bias)) + self.shift
 
     def slopes(self, step: int, timestep: float, before: float | None) -> Sequence[float] | None:
         return self.table.slopes(timestep, before)

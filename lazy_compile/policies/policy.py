@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Any, ClassVar, Self
@@ -16,6 +16,10 @@ from lazy_compile.policies.gate_table import GateRow, GateTable
 from lazy_compile.policies.schedule import CacheSchedule, StepTable
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True)
 class GateQuery:
     """The question that a branch puts to the policy.
@@ -27,6 +31,7 @@ class GateQuery:
         timestep: the model's time input, or the step index where the model has none.
         before: that of the step before; None at the first.
         memory: a dictionary of this stream, emptied at every new trajectory, for rules that accumulate.
+        average: the mean of a tensor over the processes that hold the tokens of this call; by itself where it is one.
     """
 
     branch: ResidualBranch
@@ -35,6 +40,7 @@ class GateQuery:
     timestep: float
     before: float | None
     memory: dict[str, object]
+    average: Callable[[Tensor], Tensor] = _alone
 
 
 Decisions = bool | Sequence[bool | None] | None

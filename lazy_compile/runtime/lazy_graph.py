@@ -18,7 +18,7 @@ from lazy_compile.capture.ladder import Capture
 from lazy_compile.config import Group, LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls
-from lazy_compile.ir.operators import value_of
+from lazy_compile.ir.operators import collective_group, value_of
 from lazy_compile.ir.program import Program, Role, parts_of
 from lazy_compile.policies.gate_layout import leaders_of
 from lazy_compile.runtime.compiled_pieces import CompiledPieces
@@ -69,6 +69,12 @@ class LazyGraph:
     def guarded_inputs(self) -> tuple[str, ...]:
         """Inputs whose values the model reads: a call that answers otherwise has another graph."""
         return tuple(self.layout.names[position] for position in self.captured.values.inputs)
+
+    @cached_property
+    def collective_groups(self) -> tuple[str, ...]:
+        """Process groups in which the model exchanges tensors: all processes of them take the same decisions."""
+        found = map(collective_group, self.captured.program.graph.nodes)
+        return tuple(dict.fromkeys(name for name in found if name))
 
     @cached_property
     def row_axes(self) -> dict[str, tuple[int, int]]:

@@ -147,7 +147,7 @@ class LazyModule(nn.Module):
         columns = columns_of(graph.branches, planned)
         signatures = graph.signatures(call.tensors)
         known = known_step(policy, config, draft, call.groups, columns, leaders, signatures)
-        return known or PolicyStep(policy, config, draft, call.groups, planned, leaders)
+        return known or PolicyStep(policy, config, draft, call.groups, planned, leaders, graph.collective_groups)
 
     def _warn_of_unrelated_calls(self, placed: Placed) -> None:
         """Nothing is ever reused where no call continues another: say it, once."""

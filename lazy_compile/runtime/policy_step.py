@@ -16,6 +16,7 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.policies.policy import GateQuery, Policy
+from lazy_compile.processes import averaged
 from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, usable
 from lazy_compile.runtime.model_call import RowGroup
 from lazy_compile.runtime.stats import LazyStats, Rows
@@ -35,6 +36,7 @@ class PolicyStep:
             say): one that the policy does not know computes. None if they are the call's own.
         leaders: for each branch the one that decides for it, see :func:`lazy_compile.policies.gate_layout.leaders_of`;
             empty if each decides for itself.
+        collective_groups: of processes that hold the tokens of this call together, and decide as one.
         decisions: ``(step, branch, bool[rows])`` of all branches so far.
         signatures: of the branches so far, see :class:`~lazy_compile.runtime.cache.CacheSlot`.
     """
@@ -45,6 +47,7 @@ class PolicyStep:
     groups: Sequence[RowGroup]
     planned: Mapping[str, ResidualBranch] | None = None
     leaders: tuple[int, ...] = ()
+    collective_groups: tuple[str, ...] = ()
     decisions: list[tuple[int, int, Rows]] = field(default_factory=list, init=False)
     signatures: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False)
     _decided: dict[int, Rows] = field(default_factory=dict, init=False)
@@ -120,7 +123,9 @@ class PolicyStep:
         entries = branch.entries(inputs)
         together = rows == 1 and len(self.groups) > 1  # one decision for rows at several steps: any that computes
         for group in self.groups:
-            query = GateQuery(planned, entries, group.step, group.timestep, group.before, self.state.memory)
+            query = GateQuery(
+                planned, entries, group.step, group.timestep, group.before, self.state.memory, self._average
+            )
             if slot is None or group.step < self.config.warmup_steps:
                 self.policy.observe(query)
                 if together:
@@ -143,12 +148,19 @@ class PolicyStep:
 
     def _ask(self, query: GateQuery, rows: int) -> Rows:
         answer = self.policy.should_compute(query)
+        if self.collective_groups and not self.policy.known_before_step and not self.policy.reads_gates:
+            wanted = torch.as_tensor(answer, device=query.entries[0].device)
+            answer = self._average(wanted.float()) > 0  # if one process computes, all do: they wait for each other
+            answer = answer.expand(rows)
         if not isinstance(answer, Tensor):
             return np.full(rows, answer)
         computes = answer.detach().cpu().numpy().astype(bool)
         if not query.branch.row_separable or self.config.batch_rule != "per_sample":
             return np.full(rows, self._joint_decision(computes))
         return computes
+
+    def _average(self, tensor: Tensor) -> Tensor:
+        return averaged(tensor, self.collective_groups)
 
     def _joint_decision(self, computes: Rows) -> bool:
         if self.config.batch_rule == "any_reuse":
