@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lazy_compile.errors import LazyCompileError as LazyCompileError
     from lazy_compile.execution import run as run
     from lazy_compile.integrations.diffusers_cache import apply_lazy_cache as apply_lazy_cache
+    from lazy_compile.integrations.diffusers_enable_cache import LazyCacheConfig as LazyCacheConfig
     from lazy_compile.ir.branch import BranchKind as BranchKind
     from lazy_compile.ir.branch import Refusal as Refusal
     from lazy_compile.ir.branch import ResidualBranch as ResidualBranch
@@ -56,6 +57,7 @@ _HOMES = {
     "CalibrationConfig": "lazy_compile.calibration.calibrator",
     "CalibrationReport": "lazy_compile.calibration.calibrator",
     "GateTable": "lazy_compile.policies.gate_table",
+    "LazyCacheConfig": "lazy_compile.integrations.diffusers_enable_cache",
     "LazyCompileError": "lazy_compile.errors",
     "LazyConfig": "lazy_compile.config",
     "LazyModule": "lazy_compile.runtime.module",
@@ -93,6 +95,7 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationReport",
     "GateTable",
+    "LazyCacheConfig",
     "LazyCompileError",
     "LazyConfig",
     "LazyModule",

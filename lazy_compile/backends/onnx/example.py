@@ -13,6 +13,7 @@ from lazy_compile.errors import BackendError, CaptureError
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.ir.operators import size_hint, value_of
 from lazy_compile.ir.program import Program, Role
+from lazy_compile.ir.state_tensors import output_of_slot
 from lazy_compile.runtime.module import LazyGraph, LazyModule
 
 
@@ -87,9 +88,9 @@ def all_inputs(
         elif item.role in (Role.INVARIANT, Role.SLOT, Role.GATE):
             if item.role is Role.INVARIANT:
                 fake = next(hoisted)
-            elif item.name.startswith(("cache_", "delta_")):
-                _, branch, output = item.name.split("_")
-                fake = observed.outputs[int(branch)][int(output)]
+            elif item.role is Role.SLOT and (place := output_of_slot(item.name)) is not None:
+                branch, output = place
+                fake = observed.outputs[branch][output]
             example.append((item.name, torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)))
     names = [name for name, _ in example]
     if len(set(names)) < len(names):
