@@ -100,7 +100,8 @@ def test_what_is_reused_is_not_called(experts: tuple[nn.Module, LazyModule]) -> 
         before = len(calls)
         with torch.no_grad():
             for step in range(2):
-                lazy(x * (1 - 0.01 * step), t - step)
+                with lazy.trajectory("one", step=step):
+                    lazy(x * (1 - 0.01 * step), t - step)
         assert len(calls) - before == 2
         assert lazy.stats.reuse_table.tolist() == [[0.0] * 4, [1.0] * 4]
     finally:
