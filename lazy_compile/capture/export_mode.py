@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -40,7 +41,8 @@ class ExportAid(TorchFunctionMode):
     4. With tapes, a value that is read from the model's inputs, or from its state, is worked out on the example; a
        tensor whose size depends on such values becomes a constant. A tape notes both, so that a later call can be
        checked.
-    5. ``np.sqrt`` of a size, which asks it for a method of that name, finds one.
+    5. ``max(lengths)`` and ``min(lengths)`` of one tensor, which export takes for those of two, reduce it.
+    6. ``np.sqrt`` of a size, which asks it for a method of that name, finds one.
 
     Attributes:
         inputs: what is known of the inputs; None to let every read fail.
@@ -75,12 +77,18 @@ class ExportAid(TorchFunctionMode):
             return int(original(size))  # type: ignore[no-untyped-call]
 
         torch.SymFloat.__int__ = note  # type: ignore[method-assign]
+        self._builtins = builtins.max, builtins.min
+        builtins.max, builtins.min = (
+            _of_one_tensor(builtins.max, Tensor.amax),
+            _of_one_tensor(builtins.min, Tensor.amin),
+        )
         torch.SymInt.sqrt = torch.SymFloat.sqrt = torch.sym_sqrt  # type: ignore[attr-defined]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        builtins.max, builtins.min = self._builtins
         torch.SymFloat.__int__ = self._int_of_size  # type: ignore[method-assign]
         del torch.SymInt.sqrt, torch.SymFloat.sqrt  # type: ignore[attr-defined]
 
@@ -179,6 +187,15 @@ class ExportAid(TorchFunctionMode):
     def _read_bound(self, bound: Any) -> Any:
         tape = self._tape_that_knows(bound) if isinstance(bound, Tensor) else None
         return bound if tape is None else tape.read(Tensor.item, (bound,), {})
+
+
+def _of_one_tensor(function: Callable[..., Any], reduction: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def of_one(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], Tensor) and args[0].dim() == 1 and not kwargs:
+            return reduction(args[0])
+        return function(*args, **kwargs)
+
+    return of_one
 
 
 class GradientRegions:

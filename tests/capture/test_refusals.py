@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 import lazy_compile
 from lazy_compile.errors import LazyCompileError
+from support.expert_models import Denoiser, NoisyMLP, Outermost, WritingMLP
+from support.layers import MLP
 from support.small_model import SMALL, Small
 from support.toy_models import REFUSED, Toy, call, randomize
 
@@ -156,18 +158,26 @@ class MovesItsWeights(Small):
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], Toy]] = {
     **{name: (toy.model, toy) for name, toy in REFUSED.items()},
     "moves_its_weights": (lambda: randomize(MovesItsWeights()), SMALL),
+    "decides_outermost": (lambda: randomize(Outermost(MLP)).eval(), SMALL),
+    "noisy_module": (lambda: randomize(Denoiser(NoisyMLP)).eval(), SMALL),
+    "writing_module": (lambda: randomize(Denoiser(WritingMLP)).eval(), SMALL),
 }
+READS = "it decides by a value that depends on its weights, item() in forward, expert_models.py:"
+REASONS = dict.fromkeys(("decides_outermost", "noisy_module", "writing_module"), READS)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSALS))
 @pytest.mark.parametrize("training", [False, True])
 def test_a_refused_model_runs_as_before(name: str, training: bool) -> None:
     build, toy = REFUSALS[name]
-    model, arguments = build(), call(toy)
+    model, other, arguments = build(), build(), call(toy)
     model.train(training)
     with torch.no_grad():
-        dense = pytree.tree_leaves(build()(**arguments))
-    refusal(model, arguments)
+        torch.manual_seed(0)
+        dense = pytree.tree_leaves(other(**arguments))
+    text = refusal(model, arguments)
+    assert name not in REASONS or REASONS[name] in text
     with torch.no_grad():
+        torch.manual_seed(0)
         after = pytree.tree_leaves(model.eval()(**arguments))
     assert all(torch.equal(a, b) for a, b in zip(after, dense, strict=True))

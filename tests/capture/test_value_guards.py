@@ -18,6 +18,7 @@ from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.ladder import LADDER, Capture, capture
 from lazy_compile.errors import CaptureError
 from lazy_compile.ir.program import module_state
+from support.captures import accepts, captured_call
 from support.layers import TOKENS, WIDTH
 from support.small_model import SMALL, Small, Wraps, reused, run, same
 from support.toy_models import call, randomize
@@ -368,3 +369,19 @@ def test_a_model_that_decides_by_its_time_keeps_one_trajectory() -> None:
     lazy.policy = Scheduled(CacheSchedule.every(2, steps=6, branches=2))
     run(lazy, calls)
     assert [row[0] for row in reused(lazy)] == [0.0, 1.0] * 3
+
+
+class UpToTheLongest(Small):
+    """The largest and the smallest number of a tensor, by Python's own functions."""
+
+    def forward(self, x: Tensor, t: Tensor, lengths: Tensor) -> Tensor:
+        return super().forward(x[:, : max(lengths)] * (1 + 0.1 * min(lengths)), t)
+
+
+def test_the_largest_of_one_tensor() -> None:
+    model, lengths = randomize(UpToTheLongest()).eval(), torch.tensor([12, 9])
+    x, t = torch.ones(2, 16, WIDTH), torch.ones(2)
+    found = captured_call(model, x=x, t=t, lengths=lengths)
+    assert accepts(found, x=x, t=t, lengths=lengths.flip(0))
+    assert accepts(found, x=x, t=t, lengths=torch.tensor([8, 12]))  # the smallest is computed with
+    assert not accepts(found, x=x, t=t, lengths=torch.tensor([11, 9]))

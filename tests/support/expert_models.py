@@ -169,3 +169,26 @@ class Denoiser(nn.Module):
             x = x + attn(norm(x))
             x = x + mlp(norm(x))
         return x
+
+
+class Outermost(Denoiser):
+    """Decides at the very top."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        result = super().forward(x, t)
+        return result if result.mean().item() > 0 else -result
+
+
+class NoisyMLP(MLP):
+    """Adds noise where it decides to: its result is no function of its inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        return result + torch.randn_like(result) if result.abs().max().item() > 1e-9 else result
+
+
+class WritingMLP(MLP):
+    """Writes to its input where it decides to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.add_(1) if self.up(x).abs().max().item() > 1e-9 else x)
