@@ -12,6 +12,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lazy_compile.runtime.granularity import granularity_rows
+
 if TYPE_CHECKING:
     from lazy_compile.runtime.module import LazyModule
     from lazy_compile.verification import Comparison
@@ -73,6 +75,16 @@ def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
             }
             for branch in lazy.branches
         ],
+        "granularities": [
+            {
+                "granularity": row.granularity,
+                "decisions": row.decisions,
+                "cache_bytes": kept * row.output_bytes,
+                "always_on": row.always_on,
+                "note": row.note,
+            }
+            for row in granularity_rows(graph)
+        ],
         "refusals": [
             {"node": refusal.node, "path": refusal.path, "reason": refusal.reason} for refusal in lazy.refusals
         ],
@@ -87,6 +99,15 @@ def branch_table(values: Mapping[str, Any]) -> Table:
             table, str(branch["index"]), branch["name"], branch["kind"], branch["path"], count(branch["macs"]),
             f"{branch['share']:.1%}", entries, size(branch["cache_bytes"]), branch["decides"],
         )  # fmt: skip
+    return table
+
+
+def granularity_table(values: Mapping[str, Any]) -> Table:
+    """What could be decided and cached as one, instead of every branch."""
+    table = new_table("granularity", ">decisions", ">cache", ">always on", "")
+    for row in values["granularities"]:
+        cells = (str(row["decisions"]), size(row["cache_bytes"]), f"{row['always_on']:.2%}", row["note"])
+        add_row(table, str(row["granularity"]), *cells)
     return table
 
 

@@ -182,14 +182,14 @@ class LazyModule(nn.Module):
 
     @property
     def graph(self) -> LazyGraph:
-        """The latest graph.
+        """The latest graph that is gated as ``lazy_config`` says.
 
         Raises:
             ConfigError: nothing was captured yet.
         """
         if not self._store.graphs:
             raise ConfigError("this model was not captured yet; call it once, or pass example_inputs to transform()")
-        return self._store.graphs[-1]
+        return self._store.of_structure(self.lazy_config)[-1]
 
     @property
     def policy(self) -> Policy:
@@ -203,7 +203,7 @@ class LazyModule(nn.Module):
             self._planned = {branch.name: branch for branch in self._branches_for(policy)}
         self._policy = policy
         logger.info("%s: %s", type(self.original).__name__, policy.describe())
-        self._warn_of_unknown_branches(self._store.graphs)
+        self._warn_of_unknown_branches(self._store.of_structure(self.lazy_config))
         self.reset()
         self.reset_stats()
 
@@ -357,7 +357,7 @@ class LazyModule(nn.Module):
             ConfigError: it fits none; what the latest graph has against it.
         """
         errors = []
-        for graph in reversed(self._store.graphs):
+        for graph in reversed(self._store.of_structure(self.lazy_config)):
             try:
                 policy.check(graph.branches)
             except ConfigError as error:
