@@ -166,9 +166,10 @@ def _stays_finite(lazy: LazyModule, sample: Sampler, policy: Policy, seed: int) 
 def _exported_like(
     lazy: LazyModule, sample: Sampler, path: Path, policies: Sequence[Policy], seed: int
 ) -> Iterator[Check]:
-    from lazy_compile.backends.denoiser import EngineDenoiser, check_same_model
+    from lazy_compile.backends.denoiser import check_same_model
     from lazy_compile.backends.onnx.structure import check_structure
     from lazy_compile.backends.onnxruntime.runner import OnnxRunner
+    from lazy_compile.integrations.engine_module import EngineModule
 
     structure = check_structure(path)
     expected = f"{len(lazy.branches)} If nodes and no heavy operator outside"
@@ -181,7 +182,7 @@ def _exported_like(
     for policy in policies:
         lazy.policy = policy
         lazy.reset_stats()
-        denoiser = EngineDenoiser(runner, policy, lazy.lazy_config)
+        denoiser = EngineModule(runner, like=lazy.original, policy=policy, config=lazy.lazy_config)
         with torch.no_grad():
             there, here = sample(denoiser, seed), sample(lazy, seed)  # type: ignore[arg-type]
         wrong = int(np.count_nonzero(denoiser.stats.reuse_table != lazy.stats.reuse_table))

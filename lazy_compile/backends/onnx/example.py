@@ -23,15 +23,19 @@ def example_call(
     """The graph for a call, and its tensors; zeros of the captured sizes if no call is given.
 
     Raises:
-        BackendError: a size depends on what is in a tensor, and no call says what that is, or weights decide it.
+        BackendError: a size depends on what is in a tensor, and no call says what that is, or weights decide it. Or a
+            module runs as it is, in Python.
     """
     name = type(lazy.original).__name__
     if inputs is not None:
         call = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         try:
-            return lazy._store.find_with_known_sizes(*call, lazy.lazy_config)
+            graph, tensors = lazy._store.find_with_known_sizes(*call, lazy.lazy_config)
         except CaptureError as error:
             raise BackendError(f"{name} cannot be converted to ONNX: {error}") from error
+        _require_operators(name, graph)
+        return graph, tensors
+    _require_operators(name, lazy.graph)
     if lazy.graph.captured.has_open_sizes:
         raise BackendError(
             f"{name} cannot be converted to ONNX without an example call: sizes in it depend on the values of tensors; "
@@ -46,6 +50,14 @@ def example_call(
     return lazy.graph, [
         torch.zeros([size_hint(size) for size in fake.shape], dtype=fake.dtype, device=fake.device) for fake in fakes
     ]
+
+
+def _require_operators(name: str, graph: LazyGraph) -> None:
+    for call in graph.captured.opaque:
+        raise BackendError(
+            f"{name} cannot be converted to ONNX: {call.path} runs as it is, in Python, since {call.reason}; write it "
+            "in tensor operations, or stay in PyTorch"
+        )
 
 
 class _Observe:
