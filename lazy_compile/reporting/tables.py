@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lazy_compile.runtime.granularity import granularity_rows
+from lazy_compile.runtime.granularity import cache_bytes, granularity_rows
 
 if TYPE_CHECKING:
     from lazy_compile.runtime.module import LazyModule
@@ -48,7 +48,6 @@ def _plain(value: Any) -> Any:
 
 def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
     graph = lazy.graph
-    kept = lazy.lazy_config.values_kept
     in_branches = sum(branch.macs for branch in lazy.branches)
     return {
         "model": name,
@@ -69,7 +68,7 @@ def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
                 "share": branch.macs / graph.total_macs,
                 "entries": [list(entry.shape) for entry in branch.entries],
                 "gate_features": branch.gate_features,
-                "cache_bytes": kept * branch.output_bytes,
+                "cache_bytes": cache_bytes([branch], lazy.lazy_config),
                 "decides": "per row" if branch.row_separable else "per call",
                 "why_per_call": branch.why_not_separable,
             }
@@ -79,7 +78,7 @@ def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
             {
                 "granularity": row.granularity,
                 "decisions": row.decisions,
-                "cache_bytes": kept * row.output_bytes,
+                "cache_bytes": lazy.lazy_config.values_kept * row.output_bytes,
                 "always_on": row.always_on,
                 "note": row.note,
             }

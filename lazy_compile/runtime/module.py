@@ -20,6 +20,7 @@ from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls
 from lazy_compile.policies.policy import AlwaysCompute, Policy
 from lazy_compile.policies.presets import PolicyLike, as_policy
 from lazy_compile.runtime.artifact import Artifact, describe, fingerprint, write
+from lazy_compile.runtime.granularity import cache_bytes, changes, fitting
 from lazy_compile.runtime.graph_cache import GraphCache
 from lazy_compile.runtime.host_hints import Known, current_stream, use_stream, use_trajectory
 from lazy_compile.runtime.lazy_graph import LazyGraph as LazyGraph
@@ -60,6 +61,7 @@ class LazyModule(nn.Module):
         self._handler: Callable[[ModelCall], Any] = self._follow_policy
         self._trajectories = Trajectories()
         self._unrelated = 0
+        self._fitted: LazyConfig | None = None
         self._stats: dict[tuple[str, ...], LazyStats] = {}
         self._compile: Callable[[LazyGraph], None] | None = None
         self._run = torch.compiler.disable(self._call)  # torch.compile(lazy) leaves it as it is
@@ -121,6 +123,11 @@ class LazyModule(nn.Module):
         step = PolicyStep(self._policy, self.lazy_config, draft, call.groups, planned, leaders)
         result = call.run(step)
         call.caches.adopt(draft)
+        if step.without_room:
+            self._store.warn_once(
+                f"{type(self.original).__name__}: of a call of this size {step.without_room[0]!r} and others are not "
+                "cached and compute, since max_cache_bytes are taken"
+            )
         step.record(self._stats_of(call.graph))
         return result
 
@@ -220,7 +227,7 @@ class LazyModule(nn.Module):
     @property
     def expected_cache_bytes(self) -> int:
         """Memory that what branches may reuse will take in one stream, at the captured sizes."""
-        return self.lazy_config.values_kept * sum(branch.output_bytes for branch in self.branches)
+        return cache_bytes(self.branches, self.lazy_config)
 
     # What can be changed ------------------------------------------------------------------------------------------
 
@@ -336,6 +343,13 @@ class LazyModule(nn.Module):
     # How ----------------------------------------------------------------------------------------------------------
 
     def _graph_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LazyGraph, list[Tensor]]:
+        graph, tensors = self._store.find(args, kwargs, self.lazy_config)
+        if self.lazy_config.max_cache_bytes is None or self._fitted == self.lazy_config:
+            return graph, tensors
+        self._fitted = fitting(graph, self.lazy_config, any_granularity=not self._policy.per_branch)
+        if self._fitted != self.lazy_config:
+            logger.warning("%s: %s", type(self.original).__name__, changes(self.lazy_config, self._fitted))
+            self.lazy_config = self._fitted
         return self._store.find(args, kwargs, self.lazy_config)
 
     def _state_of(self, graph: LazyGraph) -> list[Any]:
