@@ -157,8 +157,8 @@ class EngineDenoiser:
             for key, tensor in inputs.items()
         }
         context = (current_stream(), self._policy_number)
-        identity = self._trajectories.identify(named, latents, name, metadata.timestep_input, rows, context)
-        return self._trajectories.place(identity, ())
+        contents = self._trajectories.identify(named, latents, name, metadata.timestep_input, rows, context)
+        return self._trajectories.place(contents, ())
 
     @cached_property
     def _latents(self) -> Latents | None:

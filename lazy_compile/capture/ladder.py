@@ -22,7 +22,7 @@ from lazy_compile.capture.comparison import ExampleResult
 from lazy_compile.capture.evaluation import comparable_evaluation, first_line, quiet_evaluation
 from lazy_compile.capture.opaque_modules import NotOneOperator, OpaqueModules, culprit, parent_of
 from lazy_compile.capture.opaque_modules import scripted_modules as scripted
-from lazy_compile.capture.refusals import require_capturable
+from lazy_compile.capture.refusals import eager_modules, require_capturable, unreadable
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.rungs import (
     LADDER,
@@ -130,7 +130,10 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
     require_capturable(model)
     rungs = [rung for rung in LADDER if rung.reads_values or not reads_values]
     with left_as_it_was(model):
-        search = _Search(model, layout, tensors, ExampleResult.of(model, layout, tensors))
+        expected = ExampleResult.of(model, layout, tensors, fetched=eager_modules(model))
+        if expected.reason and (reason := unreadable(model)):
+            raise CaptureError(reason)
+        search = _Search(model, layout, tensors, expected)
         while (found := search.climb(rungs)) is None:
             if not search.look_away():
                 raise search.refusal()
@@ -158,9 +161,11 @@ class _Search:
     _failed_first: str = ""
 
     def __post_init__(self) -> None:
-        self.opaque = OpaqueModules(self.model)
+        self.opaque = OpaqueModules(self.model, eager_modules(self.model))
         if self.expected.reason:
             self.attempts.append(self.expected.reason)
+        elif self.opaque:
+            self._learn(self.opaque)
 
     def climb(self, rungs: Sequence[Rung]) -> Capture | None:
         """The capture of the first rung that works; None if none does."""
@@ -186,15 +191,18 @@ class _Search:
             for path, reason in paths.items():
                 opaque = opaque.with_module(path, reason)
             try:
-                opaque.learn(self.layout, self.tensors)
+                self._learn(opaque)
             except NotOneOperator as error:
                 self._note(str(error))
                 paths = {around: reason} if (around := parent_of(self.model, error.path)) else {}
                 continue
             self.opaque, self.unguardable_read = opaque, ""
-            logger.info("%s: %s, since %s", type(self.model).__name__, opaque, next(iter(paths.values())))
             return True
         return False
+
+    def _learn(self, opaque: OpaqueModules) -> None:
+        opaque.learn(self.layout, self.tensors)
+        logger.info("%s: %s, since %s", type(self.model).__name__, opaque, next(reversed(opaque.reasons.values())))
 
     def _not_understood(self) -> dict[str, str]:
         """The modules that the last climb failed in, and why; empty if it was the model itself."""

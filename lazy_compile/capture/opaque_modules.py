@@ -76,7 +76,10 @@ class OpaqueModules:
                 module = self.model.get_submodule(path)
                 try:
                     self.calls[path] = [
-                        (call, probe(call, module, path, self.reasons[path], tuple(_plain_weights(module))))
+                        (
+                            call.without_values(),
+                            probe(call, module, path, self.reasons[path], tuple(_weights_taken(module))),
+                        )
                         for call in calls
                     ]
                 except Unsuitable as error:
@@ -192,7 +195,10 @@ def _is_own(kind: type) -> bool:
     return not kind.__module__.startswith("torch.")
 
 
-def _plain_weights(module: nn.Module) -> Iterator[str]:
+def _weights_taken(module: nn.Module) -> Iterator[str]:
+    """Those that the operator is given; none where a hook casts or fetches them."""
+    if hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook"):
+        return
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if _is_plain(value):
             yield name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -62,6 +62,11 @@ class RecordedCall:
     def tensors_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [leaf for leaf in self(tensors) if isinstance(leaf, Tensor)]
 
+    def without_values(self) -> RecordedCall:
+        """The same kind of call; what it was made with is let go."""
+        leaves = [torch.empty(0) if isinstance(leaf, Tensor) else leaf for leaf in self.result]
+        return replace(self, tensors=[], result=leaves)
+
     @property
     def outputs(self) -> list[Tensor]:
         return [leaf for leaf in self.result if isinstance(leaf, Tensor)]
@@ -93,7 +98,9 @@ def probe(recorded: RecordedCall, module: nn.Module, path: str, reason: str, wei
         for each, output in zip(sizes, recorded.outputs, strict=True)
     )
     rows: Rows = "none" if fixed else _rows(recorded)
-    return OpaqueCall(path, reason, module, recorded.tensors_of, weights, outputs, macs, attends, rows, fixed)
+    return OpaqueCall(
+        path, reason, module, recorded.without_values().tensors_of, weights, outputs, macs, attends, rows, fixed
+    )
 
 
 _CONSTANTS = bool | int | float | str | None
@@ -125,11 +132,17 @@ def _repeat(recorded: RecordedCall, module: nn.Module, path: str) -> tuple[int, 
         raise Unsuitable(f"{path} returns something else when it is called again, as what draws random numbers does")
     work = counter.get_total_flops() // 2
     if not work and any(tensor.is_floating_point() for tensor in tensors):
-        matrices = [weight for weight in module.parameters() if weight.dim() > 1]
         tokens = max(math.prod(tensor.shape[:-1]) for tensor in tensors if tensor.is_floating_point())
-        work = tokens * sum(weight.numel() for weight in matrices)
+        work = tokens * sum(map(_matrix_elements, module.modules()))
     fused = any("attention" in name for name in seen.names)
     return int(work), fused or ("_softmax" in seen.names and bool({"bmm", "baddbmm"} & seen.names))
+
+
+def _matrix_elements(module: nn.Module) -> int:
+    """How many numbers its own matrices hold; those of a packed one are not to be counted."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    return sum(weight.numel() for weight in module.parameters(recurse=False) if weight.dim() > 1)
 
 
 def _alike(seen: Sequence[Any], expected: Sequence[Tensor]) -> bool:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,8 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.integrations.diffusers_pipeline import LazyDenoiser
 from lazy_compile.policies.presets import PolicyLike
 from lazy_compile.runtime.module import LazyModule
+
+logger = logging.getLogger("lazy_compile")
 
 _HANDLE = "lazy"
 _TAKEN_OVER = ("forward", "cache_context", "_reset_stateful_cache", "save_pretrained")
@@ -33,7 +36,8 @@ def apply_lazy_cache(
     Args:
         module: any denoiser, with or without diffusers' ``cache_context``.
         config: all options; or give them by name.
-        policy: as in :func:`lazy_compile.transform`; ``"balanced"``, say, acts at once. None computes everything.
+        policy: which branches compute: a policy, a schedule or the name of a preset. None computes all of them, until
+            ``module.lazy.policy`` is set; a warning says so.
 
     Returns:
         ``module.lazy``.
@@ -62,4 +66,9 @@ def apply_lazy_cache(
     own.update({name: getattr(lazy, name) for name in _TAKEN_OVER if hasattr(module, name)})
     own[_HANDLE] = lazy  # not by setattr, which would make it a submodule of what it wraps
     own["disable_lazy_cache"] = disable_lazy_cache
+    if policy is None:
+        logger.warning(
+            "%s computes every branch until it has a policy: give policy='balanced', or set module.lazy.policy",
+            type(module).__name__,
+        )
     return lazy

@@ -79,7 +79,7 @@ class Policy:
         Raises:
             ConfigError: the class defines neither this nor :meth:`decisions`.
         """
-        decided = self._decided(query)
+        decided = self.decided(query.step, query.timestep, query.before, query.memory)
         answer = decided if decided is None or isinstance(decided, bool) else decided[query.branch.index]
         if answer is None:
             raise ConfigError(f"{type(self).__name__} decides nothing; define should_compute() or decisions() in it")
@@ -88,7 +88,7 @@ class Policy:
     def observe(self, query: GateQuery) -> None:
         """What is asked where there is no choice: nothing is cached yet, or the model warms up."""
         if self.known_before_step:
-            self._decided(query)
+            self.decided(query.step, query.timestep, query.before, query.memory)
 
     def decisions(self, step: int, timestep: float, before: float | None, memory: dict[str, object]) -> Decisions:
         """What is known before a step; asked once at every step of a trajectory, those of the warm-up included.
@@ -101,13 +101,13 @@ class Policy:
         """
         return None
 
-    def _decided(self, query: GateQuery) -> Decisions:
-        """Those of the step, asked by its first branch."""
-        known = query.memory.get(_DECIDED)
-        if isinstance(known, _Decided) and known.policy is self and known.step == query.step:
+    def decided(self, step: int, timestep: float, before: float | None, memory: dict[str, object]) -> Decisions:
+        """The :meth:`decisions` of a step, however often they are asked for."""
+        known = memory.get(_DECIDED)
+        if isinstance(known, _Decided) and known.policy is self and known.step == step:
             return known.decisions
-        decisions = self.decisions(query.step, query.timestep, query.before, query.memory)
-        query.memory[_DECIDED] = _Decided(self, query.step, decisions)
+        decisions = self.decisions(step, timestep, before, memory)
+        memory[_DECIDED] = _Decided(self, step, decisions)
         return decisions
 
     def slopes(self, step: int, timestep: float, before: float | None) -> Sequence[float] | None:

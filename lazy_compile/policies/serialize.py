@@ -17,7 +17,7 @@ from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 from torch import Tensor
 
-from lazy_compile.errors import ArtifactError, ConfigError, shown
+from lazy_compile.errors import ArtifactError, ConfigError, one_line, shown
 from lazy_compile.policies.learned import Learned
 from lazy_compile.policies.policy import AlwaysCompute, Policy, Scheduled
 from lazy_compile.policies.presets import EveryNth
@@ -63,7 +63,7 @@ def from_parts(values: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
         module = kind.partition(":")[0] if isinstance(kind, str) and ":" in kind else "the module that defines it"
         raise ArtifactError(
             f"{where} names the policy {shown(kind)}; expected one of {', '.join(BUILT_IN)}, or one of your own: "
-            f"import {module} before, since a file imports nothing by itself"
+            f"import {one_line(module)} before, since a file imports nothing by itself"
         )
     try:
         return Policy.kinds[kind].from_dict({key: value for key, value in values.items() if key != KIND}, tensors)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.policies.policy import Policy
 from lazy_compile.runtime.cache_format import AS_THEY_ARE, CacheFormat, Values
 
 Steps = npt.NDArray[np.int64]
@@ -159,6 +160,15 @@ class CacheState:
         return sum(slot.bytes for slot in self.slots.values())
 
 
+def reused_behind(policy: Policy, branches: int, steps: Sequence[int]) -> Rows | None:
+    """``bool[branches]``: what a policy reuses at any step behind one of these; None if it is not known before."""
+    table = policy.step_table(branches)
+    if table is None:
+        return None
+    found: Rows = np.any([~table.behind(step).all(axis=0) for step in steps], axis=0)
+    return found
+
+
 Source = tuple[CacheState, int]
 """A row of an earlier call: where its caches are kept, and which row it is there."""
 
@@ -228,17 +238,25 @@ def extrapolate(value: Tensor, earlier: Sequence[Tensor], weights: Floats, batch
     """``value + weight * (earlier - value) + ...``, ``weights[n, rows]``; numbers that only count are repeated."""
     if not (value.is_floating_point() or value.is_complex()):
         return value
-    result = value
-    for before, weight in zip(earlier, weights, strict=True):
-        if not weight.any():
-            continue
+    factors: list[float | Tensor] = []
+    for weight in weights:
         if (weight == weight[0]).all() or batch_axis is None:
-            factor: float | Tensor = float(weight[0])
+            factors.append(float(weight[0]))
         else:
             shape = [1] * value.dim()
             shape[batch_axis] = len(weight)
-            factor = torch.from_numpy(weight).to(value.device, value.dtype).reshape(shape)
-        result = torch.lerp(value, before, factor) if result is value else result + factor * (before - value)
+            factors.append(torch.from_numpy(weight).to(value.device, value.dtype).reshape(shape))
+    return along(value, earlier, factors)
+
+
+def along(value: Tensor, earlier: Sequence[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
+    """The same with one factor for all rows, or one that broadcasts."""
+    if not (value.is_floating_point() or value.is_complex()):
+        return value
+    result = value
+    for before, factor in zip(earlier, factors, strict=True):
+        if isinstance(factor, Tensor) or factor:
+            result = torch.lerp(value, before, factor) if result is value else result + factor * (before - value)
     return result
 
 

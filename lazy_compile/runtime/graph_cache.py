@@ -19,9 +19,10 @@ from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.evaluation import comparable_evaluation
 from lazy_compile.capture.ladder import Capture, capture
 from lazy_compile.capture.lock import CAPTURE_LOCK
-from lazy_compile.capture.model_snapshot import dropping_modules, hooked_modules, observe
+from lazy_compile.capture.model_snapshot import ModelWatch, changed_between, dropping_modules, hooked_modules
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.restored_tensors import values_left_alone
+from lazy_compile.capture.torch_caches import torch_caches_freed
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import CaptureError, ConfigError, NoBranchError
 from lazy_compile.ir.branch import ResidualBranch
@@ -32,6 +33,9 @@ logger = logging.getLogger("lazy_compile")
 
 NUMBER_TOLERANCE = 1e-5
 """How far a model may answer otherwise to a tensor than to the same Python number, relative to its largest output."""
+
+MODEL_STATES = 3
+"""States of a model, adapters on and off say, whose graphs are kept beside those of the present one."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class GraphCache:
         self.model = model
         self.graphs: list[LazyGraph] = []
         self._admit = admit
-        self._environment: tuple[Any, ...] = ()
-        self.generation = 0
+        self._watch: ModelWatch | None = None
+        self._aside: list[tuple[ModelWatch, int, list[LazyGraph]]] = []
+        self.generation = self._generations = 0
         self._numbers: set[str] = set()
         self._fixed_numbers: set[str] = set()
         self._told: set[str] = set()
@@ -86,7 +91,7 @@ class GraphCache:
         call = _Call.of(args, kwargs, self._numbers)
         graph = self._lookup(call, config)
         if graph is None:
-            with CAPTURE_LOCK.capturing():
+            with CAPTURE_LOCK.capturing(), torch_caches_freed():
                 call = _Call.of(args, kwargs, self._numbers)
                 graph = self._lookup(call, config)  # another thread may have made it in the meantime
                 if graph is None and (other := self._lookup(call, None)) is not None:
@@ -102,7 +107,7 @@ class GraphCache:
         graph, tensors = self.find(args, kwargs, config)
         if graph.captured.has_open_sizes:
             args, kwargs = self._bind(args, kwargs)
-            with CAPTURE_LOCK.capturing():
+            with CAPTURE_LOCK.capturing(), torch_caches_freed():
                 graph = self._compile(_Call.of(args, kwargs, self._numbers), config, reads_values=True)
         return graph, tensors
 
@@ -124,13 +129,27 @@ class GraphCache:
         self._admit(result)
         return result
 
-    def drop_if_model_changed(self) -> bool:
-        """Forget all graphs if modules, attributes, hooks or parameter types are others than at the capture."""
-        if not self.graphs or self._environment == observe(self.model):
-            return False
-        self.graphs = []
-        self.generation += 1
-        return True
+    def follow_model(self) -> None:
+        """Set the graphs aside if modules, attributes, hooks or parameter types are others than at the capture.
+
+        They come back with what they were captured for: adapters that are switched on and off capture once each.
+        """
+        if not self.graphs or self._watch is None or self._watch.still_holds():
+            return
+        watch = ModelWatch(self.model)
+        with self._mutex:
+            before = self._watch
+            aside = [(before, self.generation, self.graphs), *self._aside]
+            found = next((item for item in aside if item[0].observed == watch.observed), None)
+            self._aside = [item for item in aside if item is not found][:MODEL_STATES]
+            self._generations += found is None
+            self.generation, self.graphs = (self._generations, []) if found is None else found[1:]
+            self._watch = watch
+        if found is None:
+            self._warn_once_about(
+                "%s is captured again because it changed: %s",
+                [changed_between(self.model, before.observed, watch.observed)],
+            )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call with every argument by name, so that its spelling does not matter."""
@@ -195,9 +214,9 @@ class GraphCache:
     ) -> LazyGraph:
         captured = capture(self.model, call.layout, call.tensors, reads_values=reads_values)
         self._check_numbers(captured, call, numbers)
-        environment = observe(self.model)
-        if environment != self._environment:
-            self.graphs, self._environment = [], environment
+        watch = ModelWatch(self.model)
+        if self._watch is None or watch.observed != self._watch.observed:
+            self.graphs, self._watch = [], watch
             self._warn_of_hooks()
         if self.graphs:
             logger.info("captured another graph, for inputs %s", [tuple(tensor.shape) for tensor in call.tensors])

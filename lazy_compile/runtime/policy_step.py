@@ -16,7 +16,7 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.policies.policy import GateQuery, Policy
-from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, usable
+from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, reused_behind, usable
 from lazy_compile.runtime.cache_format import CacheFormat
 from lazy_compile.runtime.model_call import RowGroup
 from lazy_compile.runtime.stats import LazyStats, Rows
@@ -38,6 +38,7 @@ class PolicyStep:
             empty if each decides for itself.
         decisions: ``(step, branch, bool[rows])`` of all branches so far.
         without_room: branches that are not cached, since ``config.max_cache_bytes`` are taken.
+        signatures: of the branches so far, see :class:`~lazy_compile.runtime.cache.CacheSlot`.
     """
 
     policy: Policy
@@ -48,12 +49,13 @@ class PolicyStep:
     leaders: tuple[int, ...] = ()
     decisions: list[tuple[int, int, Rows]] = field(default_factory=list, init=False)
     without_room: list[str] = field(default_factory=list, init=False)
+    signatures: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False)
     _decided: dict[int, Rows] = field(default_factory=dict, init=False)
     _slopes: dict[int, Slopes] = field(default_factory=dict, init=False)
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index = branch.branch.index
-        signature = _signature(branch, inputs)
+        signature = self.signatures[index] = _signature(branch, inputs)
         slot = self.state.slots.get(index)
         if slot is not None and slot.signature != signature:
             slot = None
@@ -83,7 +85,6 @@ class PolicyStep:
 
     def record(self, stats: LazyStats) -> None:
         """Count this call, once it has succeeded."""
-        stats.calls += 1
         stats.record_call(self.decisions)
 
     def _note(self, index: int, computes: Rows) -> None:
@@ -200,23 +201,16 @@ class PolicyStep:
 
     def _keeps(self, branch: ResidualBranch) -> bool:
         """Whether the policy may ever reuse a branch after this step, as far as its steps are known."""
-        planned = self._planned(branch)
-        if planned is None:
-            return False
-        if self._rest is None:
-            return True
-        alone = not self.leaders or set(self.leaders) == set(range(len(self.leaders)))
-        for rows in self._rest:
-            own = rows[:, planned.index] if alone and planned.index < rows.shape[1] else rows
-            if not own.all():
-                return True
-        return False
+        planned, behind = self._planned(branch), self._reused_behind
+        if planned is None or behind is None:
+            return planned is not None
+        alone = not self.leaders or self.leaders[branch.index] == branch.index == planned.index
+        return bool(behind[planned.index] if alone and planned.index < len(behind) else behind.any())
 
     @cached_property
-    def _rest(self) -> list[npt.NDArray[np.bool_]] | None:
-        """For each group of rows what is decided for the steps behind this one; None if that is not known."""
-        table = self.policy.step_table(1 if self.planned is None else len(self.planned))
-        return None if table is None else [table.behind(group.step) for group in self.groups]
+    def _reused_behind(self) -> Rows | None:
+        branches = 1 if self.planned is None else len(self.planned)
+        return reused_behind(self.policy, branches, [group.step for group in self.groups])
 
     def _store(self, branch: ResidualBranch, slot: CacheSlot) -> None:
         """Keep a slot, if there is room for it."""

@@ -200,7 +200,8 @@ def _journal(shop: Workshop, folder: Path) -> None:
 
 def _read_journal(shop: Workshop, folder: Path) -> Any:
     journal = Journal(folder / "search", {"model": "a"})
-    return {name: np.asarray((journal.recall(name, "values") or {})["values"]).tolist() for name in journal.known}
+    names = sorted(name for name in journal.known if name.startswith("effects-"))
+    return {name: np.asarray((journal.recall(name, "values") or {})["values"]).tolist() for name in names}
 
 
 def _triton(shop: Workshop, folder: Path) -> None:

@@ -18,6 +18,12 @@ from lazy_compile.errors import ArtifactError
 
 KILLS = 100
 
+STRANGERS = {
+    "mask-mine.onnx", "gates.0123456789abcdef.safetensors", "m.01234567.data", "weights.mine.data",
+    "prologue.mine.onnx", ".m.onnx.mine.partial",
+}  # fmt: skip
+"""Files of other people, some of them named as ours could be."""
+
 
 class Bench:
     """A writer, the results of the old and of the new artefact, and the folder that each of them leaves."""
@@ -29,6 +35,8 @@ class Bench:
         for seed in (0, 1):
             self.write(seed)
             self.results.append(self.read(self.folder))
+            self.invite()
+        assert self.visitors(self.folder) == self.invited
         self.count = len(self.files(self.folder))
         self.renew()
 
@@ -47,10 +55,24 @@ class Bench:
             return
         self.folder.mkdir()
         self.write(0)
+        self.invite()
+
+    def invite(self) -> None:
+        """Files of other people in every folder that ours lie in."""
+        for place in {path.parent for path in self.folder.rglob("*") if path.is_file()}:
+            for name in STRANGERS:
+                (place / name).write_text("not yours")
+        self.invited = self.visitors(self.folder)
+
+    @staticmethod
+    def visitors(folder: Path) -> dict[str, str]:
+        return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.name in STRANGERS}
 
     @staticmethod
     def files(folder: Path) -> set[str]:
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        return {
+            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name not in STRANGERS
+        }
 
     def which(self, folder: Path) -> int:
         seen = self.read(folder)
@@ -59,8 +81,10 @@ class Bench:
 
     def check_next_run(self) -> None:
         """It goes on, in another process, and whatever was left of the killed one is gone."""
+        before = self.visitors(self.folder)
         assert ended_well(in_child(lambda: self.write(1)))
         assert self.which(self.folder) == 1
+        assert self.visitors(self.folder) == before
         left = self.files(self.folder)
         assert len(left) == self.count, f"left behind: {sorted(left)}"
 
@@ -97,6 +121,16 @@ def test_nothing_or_the_new_where_nothing_was(bench: Bench, tmp_path: Path) -> N
             assert bench.which(state) == 1
         bench.renew(state)
         bench.check_next_run()
+
+
+@pytest.mark.fuzz
+def test_of_two_writers_one_wins_whole(bench: Bench) -> None:
+    for _ in range(3):
+        children = [in_child(lambda seed=seed: bench.write(seed)) for seed in (0, 1, 0, 1)]  # type: ignore[misc]
+        ended = [ended_well(child) for child in children]
+        assert all(ended)
+        bench.which(bench.folder)
+        assert len(bench.files(bench.folder)) == bench.count
 
 
 @pytest.mark.fuzz

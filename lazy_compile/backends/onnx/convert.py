@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
 from lazy_compile.backends.onnx.metadata import first_line
 from lazy_compile.backends.onnx.operators import CONSTANT, Exportable
+from lazy_compile.backends.onnx.rewrites import in_known_operators
 from lazy_compile.backends.onnx.sink import DOMAIN
 from lazy_compile.backends.onnx.structure import MARK
 from lazy_compile.errors import BackendError, import_optional
@@ -39,7 +39,7 @@ def convert(original: nn.Module, program: Program, example: Sequence[Tensor], op
     try:
         with quiet(), torch.no_grad():
             exported = torch.export.export(Exportable(original, program), tuple(example), strict=False)
-            exported = _without_einsum(exported)
+            exported = in_known_operators(exported)
             converted = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:
         raise BackendError(
@@ -96,15 +96,6 @@ def _without_bool_where(model: Model) -> None:
         result.shape = chosen.shape
         chosen.replace_all_uses_with(result, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
-
-
-def _without_einsum(exported: ExportedProgram) -> ExportedProgram:
-    """An einsum becomes the permutations and products that it stands for: ONNX has none in bfloat16, TensorRT few."""
-    einsum = torch.ops.aten.einsum.default
-    if not exported.graph.find_nodes(op="call_function", target=einsum):
-        return exported
-    decomposed: ExportedProgram = exported.run_decompositions({einsum: torch.export.default_decompositions()[einsum]})
-    return decomposed
 
 
 @contextmanager
