@@ -13,7 +13,7 @@ BatchRule = Literal["per_sample", "all_reuse", "majority", "any_reuse"]
 Group = int | Literal["block"]
 Granularity = int | Literal["branch", "block", "model"]
 Probe = Literal["first_block"]
-CacheDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
+CacheDtype = Literal["bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"]
 
 
 MAX_ORDER = 3
