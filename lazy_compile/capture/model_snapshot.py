@@ -151,7 +151,7 @@ def _attributes(module: nn.Module, seen: set[int]) -> list[tuple[str, Any]]:
     return [
         (name, value if type(value) in _PLAIN else _snapshot(value, seen))
         for name, value in vars(module).items()
-        if name not in _LOOKED_UP and (value or type(value) is not OrderedDict)
+        if name not in _LOOKED_UP and (type(value) is not OrderedDict or value)
     ]
 
 

@@ -22,7 +22,6 @@ from lazy_compile.capture.lock import CAPTURE_LOCK
 from lazy_compile.capture.model_snapshot import ModelWatch, changed_between, dropping_modules, hooked_modules
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.restored_tensors import values_left_alone
-from lazy_compile.capture.torch_caches import torch_caches_freed
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import CaptureError, ConfigError, NoBranchError
 from lazy_compile.ir.branch import ResidualBranch
@@ -91,7 +90,7 @@ class GraphCache:
         call = _Call.of(args, kwargs, self._numbers)
         graph = self._lookup(call, config)
         if graph is None:
-            with CAPTURE_LOCK.capturing(), torch_caches_freed():
+            with CAPTURE_LOCK.capturing():
                 call = _Call.of(args, kwargs, self._numbers)
                 graph = self._lookup(call, config)  # another thread may have made it in the meantime
                 if graph is None and (other := self._lookup(call, None)) is not None:
@@ -107,7 +106,7 @@ class GraphCache:
         graph, tensors = self.find(args, kwargs, config)
         if graph.captured.has_open_sizes:
             args, kwargs = self._bind(args, kwargs)
-            with CAPTURE_LOCK.capturing(), torch_caches_freed():
+            with CAPTURE_LOCK.capturing():
                 graph = self._compile(_Call.of(args, kwargs, self._numbers), config, reads_values=True)
         return graph, tensors
 

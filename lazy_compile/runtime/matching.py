@@ -109,7 +109,7 @@ def _find_before(
     if not np.isfinite(latents).all():
         return None, None
     flags = {id(item): (not _is_continued(item, own), turns_back(item, time)) for item in leaves}
-    unmoved = {id(item) for item in {leaf.trajectory for leaf in leaves} if item.begins_with(latents)}
+    unmoved = {id(leaf.trajectory) for leaf in leaves if leaf.trajectory.begins_with(latents)}
     fits: list[tuple[Fit, Position]] = []
     certain: Trajectory | None = None
     for position in sorted(leaves, key=lambda item: (*flags[id(item)], away(item, time))):
@@ -118,7 +118,8 @@ def _find_before(
             continue
         if position.latents is None or content.is_at(position) or (parent is not None and content.is_at(parent)):
             continue
-        if starts_over(position, time) or id(position.trajectory) in unmoved:
+        is_another = id(position.trajectory) in unmoved and not position.trajectory.begins_with(position.latents)
+        if is_another or starts_over(position, time):
             continue
         rest, is_indirect, regressors = unexplained_share(latents, position)
         level = level_of(rest)

@@ -119,6 +119,7 @@ def test_weights_come_from_plain_files_of_the_folder(made: dict[str, Path], tmp_
     folder = tmp_path / "inside"
     folder.mkdir()
     (tmp_path / "outside").write_bytes(bytes(4096))
+    (folder / "a").mkdir()
     (folder / "link").symlink_to(tmp_path / "outside")
     (folder / "zero").symlink_to("/dev/zero")
     os.mkfifo(folder / "pipe")

@@ -74,13 +74,15 @@ def test_the_first_trajectory_of_rising_time_follows_the_schedule_once_it_is_kno
     assert same(first, second)
 
 
-def test_a_model_without_time_counts_its_calls(compiled: Compiled) -> None:
+def test_a_model_without_time_counts_its_calls_and_is_reset_by_hand(compiled: Compiled) -> None:
     lazy = compiled("no_time")
     lazy.policy = policy = Decides(lambda step, branch: step % 3 == 0)
     calls = trajectory(TOYS["no_time"], steps=4)
     first = run(lazy, calls)
     assert policy.timesteps[::2] == [1.0, 2.0, 3.0]
-    assert same(run(lazy, calls), first)  # latents that do not follow from the last ones start anew
+    lazy.reset()
+    assert same(run(lazy, calls), first)
+    assert not same(run(lazy, calls), first)
 
 
 def test_the_time_of_a_query_is_the_models_own(compiled: Compiled) -> None:

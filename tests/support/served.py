@@ -177,10 +177,8 @@ class PlainServer:
 
     def answer(self, request: Served, row: Asked) -> Tensor:
         step = self.step_of(request, row)
-        oracle = self.streams.setdefault(
-            (request.number, row.condition, self.model.adapter.scale),
-            Oracle(self.model, MODULES, self._decide, self.reuse),
-        )
+        key = request.number, row.condition, self.model.adapter.scale
+        oracle = self.streams.setdefault(key, Oracle(self.model, MODULES, self._decide, self.reuse))
         oracle.step = step
         result: Any = oracle(**joined([row]))
         return result[0]
