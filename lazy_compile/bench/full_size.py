@@ -45,9 +45,9 @@ class FullSizeRow:
         transform_cpu_seconds: the same, of one processor: what a machine that does nothing else would take.
         pass_seconds: of one processor, each pass by itself on the captured graph.
         resident_bytes: the most that the process held, torch and diffusers included.
+        table: for each branch its name, kind, multiply-accumulates, and bytes of one kept output.
         granularities: for each granularity its name, decisions, bytes of one kept value, and the share of ``macs`` that
             is always on.
-        table: for each branch its name, kind, multiply-accumulates, and bytes of one kept output.
     """
 
     model: str
@@ -66,8 +66,8 @@ class FullSizeRow:
     transform_cpu_seconds: float
     pass_seconds: dict[str, float]
     resident_bytes: int
-    granularities: tuple[tuple[str, int, int, float], ...]
     table: tuple[tuple[str, str, int, int], ...]
+    granularities: tuple[tuple[str, int, int, float], ...] = ()
 
 
 def run(
@@ -176,6 +176,8 @@ def page(rows: Iterable[FullSizeRow]) -> str:
         kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in row.branches.items())
         times = " | ".join(f"{row.pass_seconds[name]:.2f} s" for name in passes)
         lines.append(f"| {row.model} | {row.capture} | {row.nodes} | {kinds} | {times} |")
+    if not any(row.granularities for row in rows):
+        return "\n".join([*lines, ""])
     lines += [
         "",
         "What is decided and cached as one (`granularity=`): bytes of the caches of one sample (*last*), and",
@@ -184,8 +186,8 @@ def page(rows: Iterable[FullSizeRow]) -> str:
         "| model | branch | block | 8 | 4 | 2 | model |",
         "|---" * 7 + "|",
     ]
-    for row in rows:
-        cells = {name: f"{_size(kept)} ({always:.1%})" for name, _, kept, always in row.granularities}
+    for row in (row for row in rows if row.granularities):
+        cells = {name: f"{_size(kept)} ({always:.2%})" for name, _, kept, always in row.granularities}
         shown = " | ".join(cells.get(name, "the same") for name in ("branch", "block", "8", "4", "2", "model"))
         lines.append(f"| {row.model} | {shown} |")
     return "\n".join([*lines, ""])
