@@ -13,6 +13,7 @@ BatchRule = Literal["per_sample", "all_reuse", "majority", "any_reuse"]
 Group = int | Literal["block"]
 Granularity = int | Literal["branch", "block", "model"]
 Probe = Literal["first_block"]
+CacheDtype = Literal["bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"]
 
 
 MAX_ORDER = 3
@@ -47,6 +48,13 @@ class LazyConfig:
             Where a model cannot be cut so, a warning says what is done instead.
         probe: ``"first_block"`` leaves the first block out of all spans, so that it always computes and a policy can
             decide by what comes out of it. Needs a granularity other than ``"branch"``.
+        cache_dtype: the type in which caches are kept, such as ``"bfloat16"`` or ``"float8_e4m3fn"`` (with a scale for
+            each sample); None keeps that of the outputs. Of models that run in PyTorch.
+        cache_device: where caches are kept, such as ``"cpu"``: pinned, where the model runs on a GPU. None keeps them
+            beside the model. Of models that run in PyTorch.
+        max_cache_bytes: the most that the caches of the rows of one call may take. When the model is captured, the
+            first that fits is taken of ``cache_dtype`` as given and bfloat16, coarser granularities, and lower orders
+            of reuse; a message says what. In a larger call branches that find no room are not cached, and compute.
         conv_branches: also gate residual branches made of dense convolutions (the ResNet blocks of a U-Net).
         timestep_input: the name of the forward argument that carries the timestep. None finds it in the graph.
         hoist_step_invariants: compute what depends only on inputs that stay the same (keys and values of the text, say)
@@ -62,6 +70,9 @@ class LazyConfig:
     group: Group = 1
     granularity: Granularity = "branch"
     probe: Probe | None = None
+    cache_dtype: CacheDtype | None = None
+    cache_device: str | None = None
+    max_cache_bytes: int | None = None
     conv_branches: bool = False
     timestep_input: str | None = None
     hoist_step_invariants: bool = True
@@ -78,6 +89,10 @@ class LazyConfig:
             _require_one_of("probe", self.probe, get_args(Probe))
         if self.probe is not None and self.granularity == "branch":
             raise ConfigError(f"probe={self.probe!r} needs spans; set granularity to 'block', 'model' or a number too")
+        if self.cache_dtype is not None:
+            _require_one_of("cache_dtype", self.cache_dtype, get_args(CacheDtype))
+        if self.max_cache_bytes is not None and self.max_cache_bytes < 1:
+            raise ConfigError(f"max_cache_bytes is {self.max_cache_bytes}; use 1 or more, or None for no limit")
         if self.warmup_steps < 1:
             raise ConfigError(f"warmup_steps is {self.warmup_steps}; at least 1 step must compute to fill the caches")
         if self.max_reuse_age is not None and self.max_reuse_age < 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lazy_compile.config import LazyConfig
+from lazy_compile.config import Granularity, LazyConfig, Probe
 from lazy_compile.ir.pass_manager import PassManager
 from lazy_compile.passes.apply_schedule import ApplySchedule
 from lazy_compile.passes.canonicalize import Canonicalize
@@ -36,13 +36,22 @@ def hoisting(invariants: frozenset[str] = frozenset()) -> PassManager:
     )
 
 
+def discovering(config: LazyConfig, invariants: frozenset[str] = frozenset()) -> PassManager:
+    """From a captured program to one whose branches are known."""
+    return PassManager([*hoisting(invariants).passes, DiscoverBranches(conv_branches=config.conv_branches)])
+
+
+def spanning(granularity: Granularity, probe: Probe | None) -> PassManager:
+    """From branches to spans of several, which are decided and cached as one."""
+    return PassManager([MergeSpans(granularity, probe)])
+
+
 def gating(config: LazyConfig, invariants: frozenset[str] = frozenset()) -> PassManager:
     """From a captured program to a gated one, whose branches are submodules that compute or reuse."""
     return PassManager(
         [
-            *hoisting(invariants).passes,
-            DiscoverBranches(conv_branches=config.conv_branches),
-            MergeSpans(config.granularity, config.probe),
+            *discovering(config, invariants).passes,
+            *spanning(config.granularity, config.probe).passes,
             OutlineBranches(),
             InsertGates(),
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -120,19 +119,24 @@ def _describe(program: Program, spans: Sequence[Span], parts: Sequence[Sequence[
     bases = [{output: _made(program.graph, base, order, {}) for output, base in span.bases.items()} for span in spans]
     borders = BranchBorders.of(program)
     paths = [common_path([branch.path for branch in branches]) for branches in parts]
-    seen = Counter(paths)
     program.branches = tuple(
         borders.describe(
             span.body,
             span.entries,
             index=index,
-            name=path if path and seen[path] == 1 else f"{branches[0].name}..{branches[-1].name}",
+            name=_name(path, paths, branches),
             kind=BranchKind.SPAN,
             path=path,
             bases=base,
         )
         for index, (span, path, branches, base) in enumerate(zip(spans, paths, parts, bases, strict=True))
     )
+
+
+def _name(path: str, paths: Sequence[str], branches: Sequence[ResidualBranch]) -> str:
+    """The path if it says which span it is, else those of the first and the last branch."""
+    alone = sum(other == path or other.startswith(f"{path}.") for other in paths) == 1
+    return path if path and alone else f"{branches[0].name}..{branches[-1].name}"
 
 
 def _made(

@@ -20,6 +20,7 @@ from lazy_compile.ir.lazy_branch import ADD, TAG
 from lazy_compile.ir.operators import NUMBERS, is_heavy, macs, operator_name, origins, size_hint, value_of
 
 _LARGEST_BASE = 0.2
+_NARROWING = frozenset({"slice", "_to_copy", "to", "type_as"})
 _IDENTITY_FIRST = frozenset({"addcmul", "lerp", "sub"})
 
 
@@ -41,7 +42,8 @@ class Span:
 class BranchStack:
     """The branches of a graph in the order in which they run, as positions 0 to G.
 
-    1. Before position i lies all that the residual adds of the first i branches are computed from. Position i is a
+    1. Before position i lies all that the residual adds of the first i branches are computed from, and the casts and
+       slices to which alone they go on, if these are smaller. Position i is a
        *cut* if that holds nothing of a later branch, and all that is read behind it and depends on the latents is a
        stream.
     2. A *stream* is a residual add, seen through views, casts and parts; or what is added or joined to something
@@ -72,8 +74,29 @@ class BranchStack:
             result = self.before(position - 1) if position > 1 else 0
             for add in self.adds[position - 1]:
                 result |= self.flow.ancestors(add)
-            self._before[position] = result
+            self._before[position] = self._with_smaller_readers(result)
         return self._before[position]
+
+    def _with_smaller_readers(self, before: int) -> int:
+        """A set with the casts and slices behind it, where nothing else of a stream is read and they are smaller.
+
+        So that what is kept is the stream in its own type, and without tokens that nobody reads.
+        """
+        for node in self._read_behind(before):
+            users = [user for user in node.users if not before >> self.flow.position[user] & 1]
+            smaller = all(operator_name(user) in _NARROWING and user.args[0] is node for user in users)
+            if smaller and _is_tensor(node) and sum(map(_bytes, users)) < _bytes(node):
+                for user in users:
+                    before |= self.flow.ancestors(user)
+        return before
+
+    def _read_behind(self, before: int) -> list[fx.Node]:
+        """What depends on a stream and is read behind a set."""
+        return [
+            node
+            for node in self.flow.members(before & self._of_streams)
+            if node.op != "placeholder" and any(not before >> self.flow.position[user] & 1 for user in node.users)
+        ]
 
     def why_no_cut(self, position: int) -> str:
         """Empty if the stack can be cut here; its end is one more cut."""
@@ -87,16 +110,8 @@ class BranchStack:
         return ""
 
     def live(self, position: int) -> list[fx.Node]:
-        """What lies before a position, depends on a stream, and is read behind it; of a part of it only the part."""
-        before = self.before(position)
-        found = [
-            node
-            for node in self.flow.members(before & self._of_streams)
-            if node.op != "placeholder" and any(not before >> self.flow.position[user] & 1 for user in node.users)
-        ]
-        if position < self.count:
-            return found
-        return [part for node in found for part in self._read_parts(node, before)]
+        """What lies before a position, depends on a stream, and is read behind it."""
+        return self._read_behind(self.before(position))
 
     def span(self, first: int, end: int) -> Span:
         """The branches from ``first`` up to ``end``, which are cuts."""
@@ -215,19 +230,13 @@ class BranchStack:
                     frontier.append(user)
         return False
 
-    def _read_parts(self, node: fx.Node, before: int) -> list[fx.Node]:
-        """The slices of a stream behind the last branch, if nothing else of it is read: text tokens are not kept."""
-        users = [user for user in node.users if not before >> self.flow.position[user] & 1]
-        slices = all(operator_name(user) == "slice" for user in users)
-        return users if slices and sum(map(_size, users)) < _size(node) else [node]
-
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(value_of(node), Tensor)
 
 
-def _size(node: fx.Node) -> int:
-    size = 1
+def _bytes(node: fx.Node) -> int:
+    size: int = value_of(node).element_size()
     for length in value_of(node).shape:
         size *= size_hint(length)
     return size

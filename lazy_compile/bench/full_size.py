@@ -21,6 +21,7 @@ from lazy_compile.bench.full_size_models import FULL_SIZE
 from lazy_compile.compiler import transform
 from lazy_compile.ir.operators import macs
 from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.runtime.granularity import granularity_rows
 from lazy_compile.runtime.lazy_graph import LazyGraph
 from lazy_compile.runtime.module import LazyModule
 from lazy_compile.storage import atomic_path, save_json
@@ -45,6 +46,8 @@ class FullSizeRow:
         pass_seconds: of one processor, each pass by itself on the captured graph.
         resident_bytes: the most that the process held, torch and diffusers included.
         table: for each branch its name, kind, multiply-accumulates, and bytes of one kept output.
+        granularities: for each granularity its name, decisions, bytes of one kept value, and the share of ``macs`` that
+            is always on.
     """
 
     model: str
@@ -64,6 +67,7 @@ class FullSizeRow:
     pass_seconds: dict[str, float]
     resident_bytes: int
     table: tuple[tuple[str, str, int, int], ...]
+    granularities: tuple[tuple[str, int, int, float], ...] = ()
 
 
 def run(
@@ -110,6 +114,10 @@ def measure(name: str, **changes: Any) -> FullSizeRow:
         transform_cpu_seconds=cpu_seconds,
         pass_seconds=time_passes(lazy),
         resident_bytes=_peak_memory(),
+        granularities=tuple(
+            (str(each.granularity), each.decisions, each.output_bytes, each.always_on)
+            for each in granularity_rows(lazy.graph)
+        ),
         table=tuple((branch.name, branch.kind.value, branch.macs, branch.output_bytes) for branch in lazy.branches),
     )
 
@@ -168,6 +176,20 @@ def page(rows: Iterable[FullSizeRow]) -> str:
         kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in row.branches.items())
         times = " | ".join(f"{row.pass_seconds[name]:.2f} s" for name in passes)
         lines.append(f"| {row.model} | {row.capture} | {row.nodes} | {kinds} | {times} |")
+    if not any(row.granularities for row in rows):
+        return "\n".join([*lines, ""])
+    lines += [
+        "",
+        "What is decided and cached as one (`granularity=`): bytes of the caches of one sample (*last*), and",
+        "in brackets the share of MACs that runs at every step.",
+        "",
+        "| model | branch | block | 8 | 4 | 2 | model |",
+        "|---" * 7 + "|",
+    ]
+    for row in (row for row in rows if row.granularities):
+        cells = {name: f"{_size(kept)} ({always:.2%})" for name, _, kept, always in row.granularities}
+        shown = " | ".join(cells.get(name, "the same") for name in ("branch", "block", "8", "4", "2", "model"))
+        lines.append(f"| {row.model} | {shown} |")
     return "\n".join([*lines, ""])
 
 

@@ -49,7 +49,14 @@ def inspect(options: InspectOptions) -> None:
     if options.expect is not None or options.picture is not None:
         raise ConfigError(f"--expect and --picture are about engines; {options.model} is none: leave them out")
     from lazy_compile.cli.models import load_lazy, load_model
-    from lazy_compile.reporting.tables import branch_table, inspection, inspection_summary, refusal_table, show
+    from lazy_compile.reporting.tables import (
+        branch_table,
+        granularity_table,
+        inspection,
+        inspection_summary,
+        refusal_table,
+        show,
+    )
 
     lazy = load_lazy(load_model(options.model, options.shape or (), options.device), None, options.settings or ())
     if options.after is not None:
@@ -58,7 +65,8 @@ def inspect(options: InspectOptions) -> None:
         return
     values = inspection(options.model, lazy)
     refusals = [refusal_table(values)] if options.why_not and values["refusals"] else []
-    show(values, options.json, branch_table(values), inspection_summary(values), *refusals)
+    tables = (branch_table(values), inspection_summary(values), granularity_table(values))
+    show(values, options.json, *tables, *refusals)
 
 
 def _graph_after(lazy: LazyModule, wanted: str) -> str:

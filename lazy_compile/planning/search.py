@@ -70,7 +70,7 @@ class ScheduleSearch:
         self.lazy, self.sample, self.cost, self.spend, self.options = lazy, sample, cost, spend + 1e-9, options
         self.journal = journal or Journal(None, {})
         self.leaders = lazy.graph.leaders(lazy.lazy_config.group)
-        self.linear = lazy.lazy_config.reuse == "linear"
+        self.linear = lazy.lazy_config.reuse != "last"  # a polynomial is proposed as a line, and judged as what it is
         self.finalists: list[CacheSchedule] = []
         self._rows_are_samples: tuple[LazyGraph, bool] | None = None
 

@@ -28,6 +28,12 @@ class StepTable:
     schedule: CacheSchedule
     repeats_from: int | None = None
 
+    def behind(self, step: int) -> BoolTable:
+        """``bool[N, branches]``: all rows that steps after this one can have."""
+        table = self.schedule.should_compute
+        repeated = table[len(table) if self.repeats_from is None else self.repeats_from :]
+        return np.concatenate([table[step + 1 :], repeated])
+
 
 @dataclass(frozen=True, eq=False)
 class CacheSchedule:

@@ -12,6 +12,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lazy_compile.runtime.granularity import cache_bytes, granularity_rows
+
 if TYPE_CHECKING:
     from lazy_compile.runtime.module import LazyModule
     from lazy_compile.verification import Comparison
@@ -46,7 +48,6 @@ def _plain(value: Any) -> Any:
 
 def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
     graph = lazy.graph
-    kept = lazy.lazy_config.values_kept
     in_branches = sum(branch.macs for branch in lazy.branches)
     return {
         "model": name,
@@ -67,11 +68,21 @@ def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
                 "share": branch.macs / graph.total_macs,
                 "entries": [list(entry.shape) for entry in branch.entries],
                 "gate_features": branch.gate_features,
-                "cache_bytes": kept * branch.output_bytes,
+                "cache_bytes": cache_bytes([branch], lazy.lazy_config),
                 "decides": "per row" if branch.row_separable else "per call",
                 "why_per_call": branch.why_not_separable,
             }
             for branch in lazy.branches
+        ],
+        "granularities": [
+            {
+                "granularity": row.granularity,
+                "decisions": row.decisions,
+                "cache_bytes": lazy.lazy_config.values_kept * row.output_bytes,
+                "always_on": row.always_on,
+                "note": row.note,
+            }
+            for row in granularity_rows(graph)
         ],
         "refusals": [
             {"node": refusal.node, "path": refusal.path, "reason": refusal.reason} for refusal in lazy.refusals
@@ -87,6 +98,15 @@ def branch_table(values: Mapping[str, Any]) -> Table:
             table, str(branch["index"]), branch["name"], branch["kind"], branch["path"], count(branch["macs"]),
             f"{branch['share']:.1%}", entries, size(branch["cache_bytes"]), branch["decides"],
         )  # fmt: skip
+    return table
+
+
+def granularity_table(values: Mapping[str, Any]) -> Table:
+    """What could be decided and cached as one, instead of every branch."""
+    table = new_table("granularity", ">decisions", ">cache", ">always on", "")
+    for row in values["granularities"]:
+        cells = (str(row["decisions"]), size(row["cache_bytes"]), f"{row['always_on']:.2%}", row["note"])
+        add_row(table, str(row["granularity"]), *cells)
     return table
 
 

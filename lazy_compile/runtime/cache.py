@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.policies.policy import Policy
+from lazy_compile.runtime.cache_format import AS_THEY_ARE, CacheFormat, Values
 
-Values = tuple[Tensor, ...]
 Steps = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.bool_]
@@ -30,6 +31,7 @@ class CacheSlot:
         computed_at: ``int64[rows]``, the step at which each row was last computed.
         computed_before: ``int64[len(earlier), rows]``, the steps of ``earlier``; negative where there is none.
         signature: the branch, and the types of its entries and outputs: only a call that agrees may reuse it.
+        format: how values are held.
     """
 
     values: Values
@@ -37,11 +39,14 @@ class CacheSlot:
     computed_at: Steps
     computed_before: Steps
     signature: tuple[Any, ...]
+    format: CacheFormat = AS_THEY_ARE
 
     @classmethod
-    def first(cls, values: Values, now: Steps, signature: tuple[Any, ...] = ()) -> CacheSlot:
+    def first(
+        cls, values: Values, now: Steps, signature: tuple[Any, ...] = (), form: CacheFormat = AS_THEY_ARE
+    ) -> CacheSlot:
         """That of a branch which never computed before."""
-        return cls(values, (), now, np.zeros((0, len(now)), dtype=np.int64), signature)
+        return cls(values, (), now, np.zeros((0, len(now)), dtype=np.int64), signature, form)
 
     def renewed(self, values: Values, now: Steps, order: int, computes: Rows, choose: Choose | None) -> CacheSlot:
         """The slot behind a step at which some rows computed.
@@ -61,22 +66,29 @@ class CacheSlot:
                 earlier[place] = choose(newer, self.earlier[place] if there else newer)
                 times[place] = np.where(computes, times[place], self.computed_before[place] if there else NEVER)
         before = np.stack(times) if times else np.zeros((0, len(now)), dtype=np.int64)
-        return CacheSlot(values, tuple(earlier), np.where(computes, now, self.computed_at), before, self.signature)
+        at = np.where(computes, now, self.computed_at)
+        return replace(self, values=values, earlier=tuple(earlier), computed_at=at, computed_before=before)
 
-    def extrapolated(self, steps: Steps, slopes: Floats, branch: ResidualBranch) -> Values:
+    def extrapolated(
+        self, steps: Steps, slopes: Floats, branch: ResidualBranch, device: torch.device | None = None
+    ) -> Values:
         """What a branch keeps that is reused: along the polynomial through its values, as far as ``slopes[rows]``."""
-        if not self.earlier:
-            return tuple(usable(value) for value in self.values)
+        values, *others = (
+            self.format.load(tuple(map(usable, each)), branch, device or each[0].device)
+            for each in (self.values, *self.earlier)
+        )
+        if not others:
+            return values
         weights = slopes * lagrange_weights(steps, self.computed_at, self.computed_before)
         return tuple(
-            extrapolate(usable(value), [usable(each) for each in earlier], weights, output.batch_axis)
-            for value, output, *earlier in zip(self.values, branch.outputs, *self.earlier, strict=True)
+            extrapolate(value, earlier, weights, output.batch_axis)
+            for value, output, *earlier in zip(values, branch.outputs, *others, strict=True)
         )
 
     def of_rows(self, rows: Sequence[int], branch: ResidualBranch) -> CacheSlot:
         """What it holds for some rows, in their order."""
         index = torch.tensor(rows, device=self.values[0].device)
-        axes = _row_axes(branch)
+        axes = self.format.row_axes(branch)
 
         def pick(values: Values) -> Values:
             return tuple(value.index_select(axis, index) for value, axis in zip(values, axes, strict=True))
@@ -87,6 +99,7 @@ class CacheSlot:
             self.computed_at[list(rows)],
             self.computed_before[:, list(rows)],
             (*self.signature[:-1], len(rows)),
+            self.format,
         )
 
     @staticmethod
@@ -96,7 +109,7 @@ class CacheSlot:
         def cat(several: Sequence[Values]) -> Values:
             return tuple(torch.cat(values, axis) for values, axis in zip(zip(*several, strict=True), axes, strict=True))
 
-        axes, most = _row_axes(branch), max(len(part.earlier) for part in parts)
+        axes, most = parts[0].format.row_axes(branch), max(len(part.earlier) for part in parts)
         parts = [part._padded(most) for part in parts]
         return CacheSlot(
             cat([part.values for part in parts]),
@@ -104,6 +117,7 @@ class CacheSlot:
             np.concatenate([part.computed_at for part in parts]),
             np.concatenate([part.computed_before for part in parts], axis=1),
             (*parts[0].signature[:-1], sum(part.signature[-1] for part in parts)),
+            parts[0].format,
         )
 
     def _padded(self, count: int) -> CacheSlot:
@@ -118,10 +132,6 @@ class CacheSlot:
         return sum(
             tensor.numel() * tensor.element_size() for values in (self.values, *self.earlier) for tensor in values
         )
-
-
-def _row_axes(branch: ResidualBranch) -> list[int]:
-    return [output.batch_axis or 0 for output in branch.outputs]
 
 
 @dataclass
@@ -148,6 +158,15 @@ class CacheState:
     @property
     def bytes(self) -> int:
         return sum(slot.bytes for slot in self.slots.values())
+
+
+def reused_behind(policy: Policy, branches: int, steps: Sequence[int]) -> Rows | None:
+    """``bool[branches]``: what a policy reuses at any step behind one of these; None if it is not known before."""
+    table = policy.step_table(branches)
+    if table is None:
+        return None
+    found: Rows = np.any([~table.behind(step).all(axis=0) for step in steps], axis=0)
+    return found
 
 
 Source = tuple[CacheState, int]

@@ -93,6 +93,8 @@ class GraphCache:
             with CAPTURE_LOCK.capturing():
                 call = _Call.of(args, kwargs, self._numbers)
                 graph = self._lookup(call, config)  # another thread may have made it in the meantime
+                if graph is None and (other := self._lookup(call, None)) is not None:
+                    graph = self._gated(other, config)
                 if graph is None:
                     return self._capture(call, config)
         return graph, call.tensors
@@ -164,9 +166,11 @@ class GraphCache:
                 arguments.update(sorted(arguments.pop(name).items()))
         return (), arguments
 
-    def _lookup(self, call: _Call, config: LazyConfig) -> LazyGraph | None:
+    def _lookup(self, call: _Call, config: LazyConfig | None) -> LazyGraph | None:
+        """The graph that serves a call, gated as these options say, or in any way."""
         with self._mutex:
-            graphs = [graph for graph in reversed(self.graphs) if graph.config.structure == config.structure]
+            structure = None if config is None else config.structure
+            graphs = [graph for graph in reversed(self.graphs) if structure in (None, graph.config.structure)]
             found = next((graph for graph in graphs if _serves(graph, call)), None)
             if found is not None and found is not self.graphs[-1]:
                 self.graphs = [*(graph for graph in self.graphs if graph is not found), found]
@@ -224,7 +228,17 @@ class GraphCache:
             )
         self._warn_of_kernels(captured)
         total = sum(macs(node) for node in captured.program.graph.nodes)
-        program = pipelines.gating(config).run(captured.program)
+        graph = LazyGraph(call.layout, captured, captured.program, timestep, call.types, total, (), config)
+        return self._gated(graph, config)
+
+    def of_structure(self, config: LazyConfig) -> list[LazyGraph]:
+        """The graphs that are gated as these options say; if there are none, the latest one gated anew."""
+        found = [graph for graph in self.graphs if graph.config.structure == config.structure]
+        return found or [self._gated(graph, config) for graph in self.graphs[-1:]]
+
+    def _gated(self, graph: LazyGraph, config: LazyConfig) -> LazyGraph:
+        """A graph of the same capture for these options."""
+        program = pipelines.gating(config).run(graph.captured.program)
         if not program.branches:
             reasons = "; ".join(f"{refusal.path or refusal.node}: {refusal.reason}" for refusal in program.refusals[:3])
             raise NoBranchError(
@@ -234,8 +248,7 @@ class GraphCache:
         for refusal in program.refusals:
             if not refusal.node:  # of the model as a whole
                 self.warn_once(f"{self._name}, granularity={config.granularity!r}: {refusal.reason}")
-        sources = tuple(sources_of(self.model, program))
-        graph = LazyGraph(call.layout, captured, program, timestep, call.types, total, sources, config)
+        graph = replace(graph, program=program, config=config, sources=tuple(sources_of(self.model, program)))
         self._admit(graph)
         with self._mutex:
             self.graphs = [*self.graphs, graph][-config.max_captures :]

@@ -14,7 +14,16 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.policies.policy import Policy, spread
-from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, Steps, along, lagrange_weights, usable
+from lazy_compile.runtime.cache import (
+    NEVER,
+    CacheSlot,
+    CacheState,
+    Steps,
+    along,
+    lagrange_weights,
+    reused_behind,
+    usable,
+)
 from lazy_compile.runtime.model_call import RowGroup
 from lazy_compile.runtime.stats import LazyStats
 
@@ -37,6 +46,7 @@ class KnownStep:
         step: which call of its trajectory this is.
         weights: for each branch; None if it computes.
         order: how many earlier values are kept.
+        keeps: for each branch whether it may be reused at a later step; if not, nothing is kept of it.
     """
 
     state: CacheState
@@ -44,6 +54,7 @@ class KnownStep:
     weights: Sequence[Weights | None]
     signatures: Signatures
     order: int
+    keeps: Sequence[bool]
     _times: dict[tuple[int, ...], Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -53,9 +64,13 @@ class KnownStep:
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         weights = self.weights[branch.index]
         if weights is not None:
-            return branch.restored(inputs, self._extrapolated(branch.index, weights))
-        outputs = branch.compute(inputs)
-        self._keep(branch.index, branch.kept(inputs, outputs))
+            outputs = branch.restored(inputs, self._extrapolated(branch.index, weights))
+        else:
+            outputs = branch.compute(inputs)
+            if self.keeps[branch.index]:
+                self._keep(branch.index, branch.kept(inputs, outputs))
+        if not self.keeps[branch.index]:
+            self._slots.pop(branch.index, None)
         return outputs
 
     def _keep(self, index: int, kept: tuple[Tensor, ...]) -> None:
@@ -109,7 +124,8 @@ def known_step(
         leaders: for each branch the one that decides for it.
         signatures: of the branches, from an earlier call of these sizes; None if there was none.
     """
-    if signatures is None or len(groups) != 1 or not _decides_before_step(policy):
+    special = config.cache_dtype or config.cache_device or config.max_cache_bytes
+    if special or signatures is None or len(groups) != 1 or not _decides_before_step(policy):
         return None
     (group,) = groups
     decided = spread(policy.decided(group.step, group.timestep, group.before, state.memory), len(columns))
@@ -140,7 +156,14 @@ def known_step(
             lead = columns[leader]
             slope = 1.0 if slopes is None or lead is None else slopes[lead]
             result.append(tuple([slope * weight for weight in line.weights]))
-    return KnownStep(state, group.step, result, signatures, config.values_kept - 1)
+    behind = reused_behind(policy, len(columns), [group.step])
+    alone = all(leader == index == column for index, (leader, column) in enumerate(zip(leaders, columns, strict=True)))
+    alone = alone and behind is not None and len(behind) == len(columns)
+    keeps = [
+        column is not None and (behind is None or bool(behind[index] if alone else behind.any()))
+        for index, column in enumerate(columns)
+    ]
+    return KnownStep(state, group.step, result, signatures, config.values_kept - 1, keeps)
 
 
 def _decides_before_step(policy: Policy) -> bool:

@@ -22,6 +22,7 @@ from lazy_compile.policies.presets import PolicyLike, as_policy
 from lazy_compile.runtime.artifact import Artifact, describe, fingerprint, write
 from lazy_compile.runtime.cache import CacheState
 from lazy_compile.runtime.compiled_pieces import CompiledPieces, backend_of, traced_backend
+from lazy_compile.runtime.granularity import cache_bytes, changes, fitting
 from lazy_compile.runtime.graph_cache import GraphCache
 from lazy_compile.runtime.host_hints import Known, current_stream, use_stream, use_trajectory
 from lazy_compile.runtime.known_step import KnownStep, columns_of, known_step
@@ -63,6 +64,7 @@ class LazyModule(nn.Module):
         self._handler: Callable[[ModelCall], Any] = self._follow_policy
         self._trajectories = Trajectories()
         self._unrelated = 0
+        self._fitted: LazyConfig | None = None
         self._stats: dict[tuple[str, ...], LazyStats] = {}
         self._pieces: CompiledPieces | None = None
         self._run = torch.compiler.disable(self._call)
@@ -137,6 +139,11 @@ class LazyModule(nn.Module):
         step.record(stats)
         if isinstance(step, PolicyStep):
             call.graph.keep_signatures(call.tensors, step.signatures)
+            if step.without_room:
+                self._store.warn_once(
+                    f"{type(self.original).__name__}: of a call of this size {step.without_room[0]!r} and others are "
+                    "not cached and compute, since max_cache_bytes are taken"
+                )
         return result
 
     def _step(self, call: ModelCall, draft: CacheState) -> KnownStep | PolicyStep:
@@ -207,14 +214,14 @@ class LazyModule(nn.Module):
 
     @property
     def graph(self) -> LazyGraph:
-        """The latest graph.
+        """The latest graph that is gated as ``lazy_config`` says.
 
         Raises:
             ConfigError: nothing was captured yet.
         """
         if not self._store.graphs:
             raise ConfigError("this model was not captured yet; call it once, or pass example_inputs to transform()")
-        return self._store.graphs[-1]
+        return self._store.of_structure(self.lazy_config)[-1]
 
     @property
     def policy(self) -> Policy:
@@ -228,7 +235,7 @@ class LazyModule(nn.Module):
             self._planned = {branch.name: branch for branch in self._branches_for(policy)}
         self._policy = policy
         logger.info("%s: %s", type(self.original).__name__, policy.describe())
-        self._warn_of_unknown_branches(self._store.graphs)
+        self._warn_of_unknown_branches(self._store.of_structure(self.lazy_config))
         self.reset()
         self.reset_stats()
 
@@ -245,7 +252,7 @@ class LazyModule(nn.Module):
     @property
     def expected_cache_bytes(self) -> int:
         """Memory that what branches may reuse will take in one stream, at the captured sizes."""
-        return self.lazy_config.values_kept * sum(branch.output_bytes for branch in self.branches)
+        return cache_bytes(self.branches, self.lazy_config)
 
     # What can be changed ------------------------------------------------------------------------------------------
 
@@ -367,6 +374,13 @@ class LazyModule(nn.Module):
     # How ----------------------------------------------------------------------------------------------------------
 
     def _graph_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LazyGraph, list[Tensor]]:
+        graph, tensors = self._store.find(args, kwargs, self.lazy_config)
+        if self.lazy_config.max_cache_bytes is None or self._fitted == self.lazy_config:
+            return graph, tensors
+        self._fitted = fitting(graph, self.lazy_config, any_granularity=not self._policy.per_branch)
+        if self._fitted != self.lazy_config:
+            logger.warning("%s: %s", type(self.original).__name__, changes(self.lazy_config, self._fitted))
+            self.lazy_config = self._fitted
         return self._store.find(args, kwargs, self.lazy_config)
 
     def _state_of(self, graph: LazyGraph) -> list[Any]:
@@ -388,7 +402,7 @@ class LazyModule(nn.Module):
             ConfigError: it fits none; what the latest graph has against it.
         """
         errors = []
-        for graph in reversed(self._store.graphs):
+        for graph in reversed(self._store.of_structure(self.lazy_config)):
             try:
                 policy.check(graph.branches)
             except ConfigError as error:

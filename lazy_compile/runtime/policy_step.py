@@ -17,7 +17,8 @@ from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.policies.policy import GateQuery, Policy
 from lazy_compile.processes import averaged
-from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, usable
+from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, reused_behind, usable
+from lazy_compile.runtime.cache_format import CacheFormat
 from lazy_compile.runtime.model_call import RowGroup
 from lazy_compile.runtime.stats import LazyStats, Rows
 
@@ -38,6 +39,7 @@ class PolicyStep:
             empty if each decides for itself.
         collective_groups: of processes that hold the tokens of this call together, and decide as one.
         decisions: ``(step, branch, bool[rows])`` of all branches so far.
+        without_room: branches that are not cached, since ``config.max_cache_bytes`` are taken.
         signatures: of the branches so far, see :class:`~lazy_compile.runtime.cache.CacheSlot`.
     """
 
@@ -49,6 +51,7 @@ class PolicyStep:
     leaders: tuple[int, ...] = ()
     collective_groups: tuple[str, ...] = ()
     decisions: list[tuple[int, int, Rows]] = field(default_factory=list, init=False)
+    without_room: list[str] = field(default_factory=list, init=False)
     signatures: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False)
     _decided: dict[int, Rows] = field(default_factory=dict, init=False)
     _slopes: dict[int, Slopes] = field(default_factory=dict, init=False)
@@ -63,17 +66,22 @@ class PolicyStep:
         self._note(index, computes)
         if slot is None or computes.all():
             outputs = branch.compute(inputs)
-            kept = branch.kept(inputs, outputs)
-            self.state.slots[index] = self._computed(slot, kept, len(computes), signature)
+            if self._keeps(branch.branch):
+                kept = branch.kept(inputs, outputs)
+                self._store(branch.branch, self._computed(slot, branch.branch, kept, len(computes), signature))
+            else:
+                self.state.slots.pop(index, None)
             return outputs
-        reused = branch.restored(inputs, self._reuse(branch, slot))
+        reused = branch.restored(inputs, self._reuse(branch, slot, inputs))
         if not computes.any():
+            if not self._keeps(branch.branch):
+                del self.state.slots[index]
             return reused
         rows = torch.from_numpy(np.flatnonzero(computes)).to(reused[0].device)
         picked = branch.picked(inputs, rows)
         fresh = branch.compute(picked)
+        self._store(branch.branch, self._computed_rows(slot, branch.branch, branch.kept(picked, fresh), rows, computes))
         axes = [output.batch_axis or 0 for output in branch.branch.outputs]
-        self.state.slots[index] = self._computed_rows(slot, branch.kept(picked, fresh), rows, computes, axes)
         return tuple(
             old.index_copy(axis, rows, new.to(old.dtype)) for old, new, axis in zip(reused, fresh, axes, strict=True)
         )
@@ -206,17 +214,47 @@ class PolicyStep:
             steps[list(group.rows or ())] = group.step
         return steps
 
+    def _keeps(self, branch: ResidualBranch) -> bool:
+        """Whether the policy may ever reuse a branch after this step, as far as its steps are known."""
+        planned, behind = self._planned(branch), self._reused_behind
+        if planned is None or behind is None:
+            return planned is not None
+        alone = not self.leaders or self.leaders[branch.index] == branch.index == planned.index
+        return bool(behind[planned.index] if alone and planned.index < len(behind) else behind.any())
+
+    @cached_property
+    def _reused_behind(self) -> Rows | None:
+        branches = 1 if self.planned is None else len(self.planned)
+        return reused_behind(self.policy, branches, [group.step for group in self.groups])
+
+    def _store(self, branch: ResidualBranch, slot: CacheSlot) -> None:
+        """Keep a slot, if there is room for it."""
+        most, slots = self.config.max_cache_bytes, self.state.slots
+        slots.pop(branch.index, None)
+        if most is None or slot.bytes + self.state.bytes <= most:
+            slots[branch.index] = slot
+        else:
+            self.without_room.append(branch.name)
+
     def _computed(
-        self, slot: CacheSlot | None, kept: tuple[Tensor, ...], rows: int, signature: tuple[Any, ...]
+        self,
+        slot: CacheSlot | None,
+        branch: ResidualBranch,
+        kept: tuple[Tensor, ...],
+        rows: int,
+        signature: tuple[Any, ...],
     ) -> CacheSlot:
-        values, now = tuple(value.detach() for value in kept), self._steps(rows)
+        values, now = self._format.store([value.detach() for value in kept], branch), self._steps(rows)
         if slot is None:
-            return CacheSlot.first(values, now, signature)
+            return CacheSlot.first(values, now, signature, self._format)
         return slot.renewed(values, now, self.config.values_kept - 1, np.ones(rows, dtype=bool), None)
 
     def _computed_rows(
-        self, slot: CacheSlot, kept: tuple[Tensor, ...], rows: Tensor, computes: Rows, axes: Sequence[int]
+        self, slot: CacheSlot, branch: ResidualBranch, kept: tuple[Tensor, ...], rows: Tensor, computes: Rows
     ) -> CacheSlot:
+        axes = slot.format.row_axes(branch)
+        rows = rows.to(slot.values[0].device)
+
         def choose(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return replaced(old, [value.index_select(axis, rows) for value, axis in zip(new, axes, strict=True)])
 
@@ -227,11 +265,15 @@ class PolicyStep:
             )
 
         now, order = self._steps(len(computes)), self.config.values_kept - 1
-        return slot.renewed(replaced(slot.values, kept), now, order, computes, choose)
+        return slot.renewed(replaced(slot.values, slot.format.store(kept, branch)), now, order, computes, choose)
 
-    def _reuse(self, branch: LazyBranch, slot: CacheSlot) -> tuple[Tensor, ...]:
-        steps = self._steps(len(slot.computed_at))
-        return slot.extrapolated(steps, self._slopes[branch.branch.index], branch.branch)
+    def _reuse(self, branch: LazyBranch, slot: CacheSlot, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        steps, device = self._steps(len(slot.computed_at)), branch.entries(inputs)[0].device
+        return slot.extrapolated(steps, self._slopes[branch.branch.index], branch.branch, device)
+
+    @cached_property
+    def _format(self) -> CacheFormat:
+        return CacheFormat.of(self.config)
 
 
 def _signature(branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Any, ...]:

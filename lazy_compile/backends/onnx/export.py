@@ -268,6 +268,10 @@ class _Export:
         config = lazy.lazy_config
         check_group(group := config.group if group is None else group)
         import_optional("onnxscript", "onnx")
+        if config.cache_dtype is not None or config.cache_device is not None:
+            logger.warning(
+                "cache_dtype and cache_device hold in PyTorch; the caches of the export have the model's type"
+            )
         graph, tensors = example_call(lazy, example_inputs)
         of_time = [name for name in graph.guarded_inputs if name == graph.timestep_input or names_the_time(name)]
         if of_time:

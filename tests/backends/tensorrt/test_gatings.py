@@ -36,6 +36,15 @@ def test_a_group_is_one_jump(
     assert structure.heavy_inside > structure.heavy_always
 
 
+@pytest.mark.parametrize(("toy", "granularity", "conditionals"), [("dit", "model", 1), ("mmdit", "block", 2)])
+def test_a_span_is_one_jump(compiled: Compiled, tmp_path: Path, toy: str, granularity: str, conditionals: int) -> None:
+    lazy = compiled(toy, reuse="taylor", granularity=granularity)
+    structure = built(lazy, tmp_path, "predicate", 1)
+    assert structure.problems == ()
+    assert len(structure.branches) == structure.host_copies == conditionals
+    assert structure.heavy_inside > structure.heavy_always
+
+
 def test_predicates_are_read_one_by_one_and_booleans_all_before_the_first_jump(
     compiled: Compiled, tmp_path: Path
 ) -> None:
