@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
@@ -43,6 +43,7 @@ class Capture:
         values: what the model read from its inputs on the way, and must read again for the program to be right.
         state: what it read from its weights and buffers.
         specialised_size: where the model made a Python number of a size, which this way of export fixes.
+        fixing_lines: for axes of the user's tensors that the model fixes, by position and axis, the line that does.
     """
 
     program: Program
@@ -52,6 +53,7 @@ class Capture:
     values: ValueGuards = field(default_factory=ValueGuards)
     state: StateGuards = field(default_factory=StateGuards)
     specialised_size: str = ""
+    fixing_lines: Mapping[tuple[int, int], str] = field(default_factory=dict)
     _guards: CodeType | None = None
     _verdicts: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
 
@@ -203,7 +205,8 @@ def _try_rung(
         values, state = flat.values_read
         found = Capture(
             program, label if values or state.guards else rung.name, tuple(attempts), output_spec,
-            values=values, state=state, specialised_size=flat.specialised_size, _guards=_compile_guards(exported),
+            values=values, state=state, specialised_size=flat.specialised_size, fixing_lines=flat.fixing_lines,
+            _guards=_compile_guards(exported),
         )  # fmt: skip
         if found.accepts(tensors):
             for fake, tensor in zip(found.fake_tensors, tensors, strict=True):
@@ -316,6 +319,10 @@ class FlatModel(nn.Module):
     @property
     def specialised_size(self) -> str:
         return "" if self.aid is None else self.aid.fixed
+
+    @property
+    def fixing_lines(self) -> dict[tuple[int, int], str]:
+        return {} if self.aid is None else self.aid.fixing_lines
 
 
 def _with_batch_of_two(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
