@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help docs install demo test test-torchao test-pruna test-zoo fuzz zoo-golden coverage-page bench results lint clean
+.PHONY: help docs install demo test test-torchao test-openvino test-pruna test-zoo fuzz zoo-golden coverage-page bench results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -30,12 +30,17 @@ test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: lint ## lint, check types, run the tests
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 TORCHAO := build/torchao
 test-torchao: $(INSTALLED) ## integer weights of torchao, installed beside .venv (28 MB)
 	@test -d $(TORCHAO) || $(BIN)/python -m pip install -q --no-deps --target $(TORCHAO) -c constraints.txt torchao
 	PYTHONPATH=$(TORCHAO) $(BIN)/pytest -m torchao tests/integrations/test_torchao.py tests/examples/test_gallery.py
+
+OPENVINO := build/openvino
+test-openvino: $(INSTALLED) ## exported models in OpenVINO, installed beside .venv (180 MB)
+	@test -d $(OPENVINO) || $(BIN)/python -m pip install -q --no-deps --target $(OPENVINO) -c constraints.txt openvino
+	PYTHONPATH=$(OPENVINO) $(BIN)/pytest -m openvino tests/backends/test_openvino.py
 
 PRUNA := build/pruna
 test-pruna: $(INSTALLED) ## the cacher of examples/pruna, with Pruna installed beside .venv (300 MB)
@@ -43,12 +48,12 @@ test-pruna: $(INSTALLED) ## the cacher of examples/pruna, with Pruna installed b
 	PYTHONPATH=$(PRUNA) $(BIN)/pytest -m pruna tests/integrations/test_pruna.py
 
 fuzz: export OMP_NUM_THREADS := 1
-fuzz: $(INSTALLED) ## read 2,000 damaged files, and kill writers at every point
+fuzz: $(INSTALLED) ## read 2,000 damaged files and aimed ones; end every writer at every point, and 100 by kill -9
 	$(BIN)/pytest -m "fuzz or not fuzz" tests/fuzz
 
 test-zoo zoo-golden coverage-page: export OMP_NUM_THREADS := 1
 test-zoo: $(INSTALLED) ## every model of the zoo: all diffusers transformers
-	$(BIN)/pytest -n 2 -m "zoo or not zoo" tests/zoo
+	$(BIN)/pytest -n 2 --dist loadfile -m "zoo or not zoo" tests/zoo
 
 zoo-golden: $(INSTALLED) ## write what discovery finds in the zoo to tests/zoo/golden (MODELS="A B" for some)
 	PYTHONPATH=tests $(BIN)/python -m zoo.golden $(MODELS)

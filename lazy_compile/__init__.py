@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lazy_compile.errors import LazyCompileError as LazyCompileError
     from lazy_compile.execution import run as run
     from lazy_compile.integrations.diffusers_cache import apply_lazy_cache as apply_lazy_cache
+    from lazy_compile.integrations.diffusers_enable_cache import LazyCacheConfig as LazyCacheConfig
     from lazy_compile.ir.branch import BranchKind as BranchKind
     from lazy_compile.ir.branch import Refusal as Refusal
     from lazy_compile.ir.branch import ResidualBranch as ResidualBranch
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from lazy_compile.planning.planner import plan as plan
     from lazy_compile.planning.reuse_effects import measure_effects as measure_effects
     from lazy_compile.policies.gate_table import GateTable as GateTable
+    from lazy_compile.policies.learned import Learned as Learned
     from lazy_compile.policies.policy import AlwaysCompute as AlwaysCompute
-    from lazy_compile.policies.policy import Learned as Learned
     from lazy_compile.policies.policy import Policy as Policy
     from lazy_compile.policies.policy import Scheduled as Scheduled
     from lazy_compile.policies.schedule import CacheSchedule as CacheSchedule
@@ -56,10 +57,11 @@ _HOMES = {
     "CalibrationConfig": "lazy_compile.calibration.calibrator",
     "CalibrationReport": "lazy_compile.calibration.calibrator",
     "GateTable": "lazy_compile.policies.gate_table",
+    "LazyCacheConfig": "lazy_compile.integrations.diffusers_enable_cache",
     "LazyCompileError": "lazy_compile.errors",
     "LazyConfig": "lazy_compile.config",
     "LazyModule": "lazy_compile.runtime.module",
-    "Learned": "lazy_compile.policies.policy",
+    "Learned": "lazy_compile.policies.learned",
     "Policy": "lazy_compile.policies.policy",
     "Refusal": "lazy_compile.ir.branch",
     "ResidualBranch": "lazy_compile.ir.branch",
@@ -93,6 +95,7 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationReport",
     "GateTable",
+    "LazyCacheConfig",
     "LazyCompileError",
     "LazyConfig",
     "LazyModule",

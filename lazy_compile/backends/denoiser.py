@@ -57,10 +57,10 @@ class _Place:
 class EngineDenoiser:
     """A runner of an exported model, called like the original.
 
-    Trajectories and streams are distinguished by the timestep input, as in
-    :class:`~lazy_compile.runtime.module.LazyModule`, and the decisions are the same as there with the ``batch_rule``
-    and the groups that the model was exported with. Arguments that are not tensors were fixed by the export and are
-    ignored.
+    Calls are told apart by what they hold, as in :class:`~lazy_compile.runtime.module.LazyModule`; the rows of a call
+    keep their caches together, so that a batch with a row moved, replaced or left out computes. The decisions are those
+    of the ``batch_rule`` and the groups that the model was exported with. Arguments that are not tensors were fixed by
+    the export and are ignored.
 
     Args:
         runner: the exported model.
@@ -158,8 +158,8 @@ class EngineDenoiser:
             for key, tensor in inputs.items()
         }
         context = (current_stream(), self._policy_number)
-        identity = self._trajectories.identify(named, latents, name, metadata.timestep_input, rows, context)
-        return self._trajectories.place(identity, ())
+        contents = self._trajectories.identify(named, latents, name, metadata.timestep_input, rows, context)
+        return self._trajectories.place(contents, ())
 
     @cached_property
     def _latents(self) -> Latents | None:

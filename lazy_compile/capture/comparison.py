@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -45,17 +45,21 @@ class ExampleResult:
     allowed: float = 0.0
 
     @classmethod
-    def of(cls, model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor]) -> ExampleResult:
+    def of(
+        cls, model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, fetched: Collection[str] = ()
+    ) -> ExampleResult:
         """Call the model. It also fills the tables that it keeps for later calls, wherever they are, with real tensors.
 
         Its inputs are copies, random numbers and buffers are put back, and what it notes in its own attributes is
-        forgotten, so that the call leaves no trace in it.
+        forgotten, so that the call leaves no trace in it. ``fetched`` are the paths of modules whose weights are
+        brought when they are called.
 
         Raises:
             CaptureError: the model fails on the example.
         """
         state = [*model.parameters(), *model.buffers()]
-        if any(map(_has_no_values, [*tensors, *state])):
+        brought = {id(weight) for path in fetched for weight in model.get_submodule(path).parameters()}
+        if any(_has_no_values(value) for value in [*tensors, *state] if id(value) not in brought):
             return cls(reason="not compared with the model: tensors on the meta device hold no values")
         with comparable_evaluation(model), left_as_it_was(model), values_left_alone(model):
             args, kwargs = layout.rebuild([tensor.detach().clone() for tensor in tensors])
@@ -103,7 +107,7 @@ def register_dataclasses(result: Any) -> None:
 
 def _allowed_error(values: Sequence[Any]) -> float:
     tensors = [value for value in values if isinstance(value, Tensor)]
-    kinds = {tensor.device.type for tensor in tensors}
+    kinds = {tensor.device.type for tensor in tensors if not tensor.is_meta}
     dtypes = {tensor.dtype for tensor in tensors}
     dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
     bounds = [TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE]

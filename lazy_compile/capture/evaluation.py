@@ -44,6 +44,12 @@ def comparable_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """``"ValueError: what it says"``, at most 300 characters of it."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"[:300]
+    """``"ValueError: what it says"``, at most 300 characters of it; of a message in several short lines, all of them,
+    since the last says what is wrong (einops names the pattern first, then the shape, then the trouble)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    said = " ".join(lines) if len(lines) <= _SHORT_MESSAGE else lines[0]
+    return f"{type(error).__name__}: {said}"[:300]
+
+
+_SHORT_MESSAGE = 4
+"""Lines of a message; longer ones bring a trace or a graph."""

@@ -1,4 +1,4 @@
-"""Models that no way of capturing serves: something moves, unpacks or replaces their tensors while they run."""
+"""Models and modules whose tensors something moves, unpacks or replaces while they run: no graph reads those."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lazy_compile.errors import CaptureError
 
@@ -15,9 +16,9 @@ def require_capturable(model: nn.Module) -> None:
     """Refuse before anything is touched. Nothing is imported: what is not there is known by its name.
 
     Raises:
-        CaptureError: the weights are sharded, offloaded layer by layer, or packed; or another cache is active.
+        CaptureError: the weights are sharded, or offloaded in whole blocks; or another cache is active.
     """
-    reason = _packed_weights(model) or _offloading(model) or _foreign_cache(model) or _shards(model)
+    reason = _offloading(model) or _foreign_cache(model) or _shards(model)
     if reason:
         raise CaptureError(reason)
 
@@ -38,38 +39,65 @@ def _is_shard(parameter: nn.Parameter) -> bool:
     return (module is not None and isinstance(parameter, module.DTensor)) or hasattr(parameter, "_is_flat_param")
 
 
-def _packed_weights(model: nn.Module) -> str:
-    for name, parameter in model.named_parameters():
-        kinds = {kind.__name__ for kind in type(parameter).__mro__}
-        for kind, (library, advice) in _PACKED.items():
-            if kind in kinds:
-                return (
-                    f"the weights of {type(model).__name__} are packed by {library} ({name} is a {kind}), which "
-                    f"torch.export cannot unpack; {advice}"
-                )
+def eager_modules(model: nn.Module) -> dict[str, str]:
+    """Paths of the modules that have to be called as they are, since something unpacks, casts or fetches their weights
+    whenever they run, and what that is."""
+    found = {}
+    for path, module in model.named_modules():
+        reason = _packing(module) or _moving(module)
+        if reason and path:
+            found[path] = reason
+    return found
+
+
+def unreadable(model: nn.Module) -> str:
+    """Why a model whose weights hold no values cannot be captured; empty if it can."""
+    for path, reason in eager_modules(model).items():
+        return (
+            f"{type(model).__name__} calls {path} as it is, since {reason}, and there is nothing to call it with on "
+            "the meta device; load its weights first"
+        )
     return ""
 
 
-_DEQUANTIZE = "call dequantize() on the model first, or load it without that quantization"
-_PACKED = {
-    "GGUFParameter": ("GGUF", _DEQUANTIZE),
-    "Params4bit": ("bitsandbytes", _DEQUANTIZE),
-    "Int8Params": ("bitsandbytes", _DEQUANTIZE),
-}
+def _packing(module: nn.Module) -> str:
+    """A tensor class that a graph cannot take apart."""
+    for name, parameter in module._parameters.items():
+        kind = type(parameter)
+        if parameter is not None and kind not in _PLAIN and not kind.__module__.startswith(_TAKEN_APART):
+            return f"its {name} is packed by {kind.__module__.partition('.')[0]} ({kind.__name__})"
+    return ""
+
+
+_PLAIN = (Tensor, nn.Parameter, UninitializedParameter)
+_TAKEN_APART = ("torch.", "torchao.")
+"""Packages whose tensor classes torch.export takes apart."""
+
+
+def _moving(module: nn.Module) -> str:
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    if "layerwise_casting" in hooks:
+        return "its weights are stored in 8 bits and cast while it runs (layerwise casting)"
+    if "group_offloading" in hooks or _is_offloaded(module):
+        return "its weights come and go while it runs (offload)"
+    return ""
 
 
 def _offloading(model: nn.Module) -> str:
-    hooks = set(_hooks(model))
-    if "layerwise_casting" in hooks:
-        return (
-            f"the weights of {type(model).__name__} are stored in 8 bits and cast while it runs (layerwise casting), "
-            "which a graph cannot follow; load the model without enable_layerwise_casting()"
-        )
-    if "group_offloading" in hooks or any(map(_is_offloaded, model.modules())):
-        return (
-            f"the weights of {type(model).__name__} come and go layer by layer (sequential or group offload), and a "
-            "lazy model needs them in place for a whole call; use enable_model_cpu_offload()"
-        )
+    """Hooks of a module that contains others move weights that a graph reads by itself, or those of all of them."""
+    for path, module in model.named_modules():
+        if _moving(module) and next(module.children(), None) is not None:
+            part = path or "the model itself"
+            return (
+                f"the weights of {type(model).__name__} come and go with whole parts of it ({part}), and a "
+                "lazy model needs them in place for a whole call; use enable_model_cpu_offload()"
+            )
+        group = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).get("group_offloading")
+        if group is not None and getattr(group.group, "stream", None) is not None:
+            return (
+                f"the weights of {type(model).__name__} are fetched ahead, in the order in which its layers run, and a "
+                "lazy model leaves some out; use enable_group_offload() without use_stream"
+            )
     return ""
 
 

@@ -115,7 +115,8 @@ _TABLES = (tuple, list, dict, OrderedDict)
 _LARGEST_TABLE = 4096
 """Items of a variable; what is longer is data, beside a model that was defined in a notebook."""
 _MEMO = functools._lru_cache_wrapper
-_NOT_THE_MODELS = ("builtins", "torch", "logging", "threading", "numpy")
+_NOT_THE_MODELS = ("builtins", "torch", "logging", "threading", "numpy", "bitsandbytes")
+"""The last readies its weights at the first call, and for good."""
 _OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType)
 
 

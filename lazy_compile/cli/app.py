@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lazy_compile.cli.bench import compile as compile_bench
 from lazy_compile.cli.bench import full_size, overhead, quality, questions, speed
 from lazy_compile.cli.boundary import OneLineErrors, debug_option, exit_codes
 from lazy_compile.cli.build import build
@@ -37,7 +38,7 @@ app = typer.Typer(
         "3. lazy-compile verify MODEL --gates gates\n\n"
         "4. lazy-compile export MODEL --gates gates --output model.onnx\n\n"
         "MODEL is package.module:factory (a function that returns a torch.nn.Module, or the module and a dict of "
-        "example inputs), a diffusers folder (dir or dir#subfolder), or a .pt2 file."
+        "example inputs), a diffusers folder (dir or dir#subfolder), owner/name of the Hub, or a .pt2 file."
     ),
     epilog="\n\n".join(["Exit codes:", *(f"{code} - {meaning}" for code, meaning in exit_codes().items())]),
 )
@@ -64,6 +65,7 @@ for group, panel, verb, example in (
     (bench, JUDGE, quality, "bench quality digits --output build/quality"),
     (bench, JUDGE, questions, "bench questions --output build/quality"),
     (bench, JUDGE, full_size, "bench full-size --model DiT-XL/2 --output build/bench"),
+    (bench, JUDGE, compile_bench, "bench compile --model DiT --layers 4 --output build/bench"),
     (bench, JUDGE, overhead, "bench overhead --model Wan --output build/bench"),
     (app, LOOK, demo, "demo --output build/demo"),
 ):

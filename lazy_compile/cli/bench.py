@@ -78,7 +78,9 @@ class OverheadOptions(OutputOptions):
     """What ``lazy-compile overhead`` takes."""
 
     output: given.Folder = Path("build/bench")
-    model: Annotated[list[str] | None, typer.Option(help="DiT, SD3, FLUX, Wan or CogView4; by default all.")] = None
+    model: Annotated[list[str] | None, typer.Option(help="tiny, DiT, SD3, FLUX, Wan or CogView4; by default all.")] = (
+        None
+    )
     repeats: Annotated[int, typer.Option(min=2, help="Timed calls of each model.")] = 15
 
 
@@ -91,13 +93,47 @@ def overhead(options: OverheadOptions) -> None:
 
     with progress_bars(not options.json) as on_progress:
         measured = measure(
-            options.output, models=options.model or tuple(MIDSIZE), repeats=options.repeats, on_progress=on_progress
+            options.output, models=options.model or ("tiny", *MIDSIZE), repeats=options.repeats, on_progress=on_progress
         )
     rows = [plain(row) for row in measured]
     show(
         {"rows": rows, "output": str(options.output)},
         options.json,
         overhead_table(rows),
+        f"written to {options.output}",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions(OutputOptions):
+    """What ``lazy-compile bench compile`` takes."""
+
+    output: given.Folder = Path("build/bench")
+    model: Annotated[list[str] | None, typer.Option(help="DiT, SD3, FLUX, Wan or CogView4; by default DiT, FLUX.")] = (
+        None
+    )
+    repeats: Annotated[int, typer.Option(min=2, help="Timed steps of each.")] = 8
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers, where the model shall be smaller.")] = None
+    backend: Annotated[str, typer.Option(help="The backend of torch.compile.")] = "inductor"
+
+
+def compile(options: CompileOptions) -> None:
+    """Time torch.compile on lazy and dense models, side by side, and write compile.json row by row. Takes minutes."""
+    from lazy_compile.bench.compiled import MODELS
+    from lazy_compile.bench.compiled import run as measure
+    from lazy_compile.progress import progress_bars
+    from lazy_compile.reporting.tables import compile_table, plain, show
+
+    with progress_bars(not options.json) as on_progress:
+        measured = measure(
+            options.output, models=options.model or MODELS, repeats=options.repeats, layers=options.layers,
+            backend=options.backend, on_progress=on_progress,
+        )  # fmt: skip
+    rows = [plain(row) for row in measured]
+    show(
+        {"rows": rows, "output": str(options.output)},
+        options.json,
+        compile_table(rows),
         f"written to {options.output}",
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from lazy_compile.cli import options as given
@@ -35,6 +36,9 @@ class PlanOptions(SamplingOptions, ModelOptions):
     freeze: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Take what the gates in this folder decide for most samples.")
     ] = None
+    max_patterns: Annotated[
+        int | None, typer.Option(min=1, help="Distinct rows that the schedule may have, say one engine for each.")
+    ] = None
 
 
 def plan(options: PlanOptions) -> None:
@@ -42,6 +46,7 @@ def plan(options: PlanOptions) -> None:
     from lazy_compile.cli.models import load_lazy, load_model, load_sampler
     from lazy_compile.planning import import_schedule as schedule_io
     from lazy_compile.planning import planner as planning
+    from lazy_compile.planning.patterns import few_patterns
     from lazy_compile.planning.timings import BranchTimings
     from lazy_compile.policies.policy import Scheduled
     from lazy_compile.progress import progress_bars
@@ -65,13 +70,18 @@ def plan(options: PlanOptions) -> None:
         schedule = schedule_io.import_schedule(
             options.schedule_file, lazy.branches, count_steps(lazy, sample, options.seed)
         )
+        if options.max_patterns is not None:
+            schedule = few_patterns(schedule, options.max_patterns, np.array([branch.macs for branch in lazy.branches]))
     elif budget is None:
         sample(lazy, options.seed)
-        schedule = schedule_io.freeze(lazy.stats)
+        schedule = schedule_io.freeze(lazy.stats, max_patterns=options.max_patterns)
     else:
         with progress_bars(not options.json) as on_progress:
             seconds = None if options.timings is None else BranchTimings.load(options.timings)
-            schedule = planning.plan(lazy, sample, budget, timings=seconds, seed=options.seed, on_progress=on_progress)
+            schedule = planning.plan(
+                lazy, sample, budget, timings=seconds, seed=options.seed, max_patterns=options.max_patterns,
+                on_progress=on_progress,
+            )  # fmt: skip
     lazy.policy = Scheduled(schedule)
     lazy.save(options.output)
     values = {

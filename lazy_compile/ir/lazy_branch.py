@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, fx, nn
 
 from lazy_compile.ir.branch import ResidualBranch
@@ -31,38 +30,60 @@ class LazyBranch(nn.Module):
 
     Attributes:
         body: from the branch's inputs to the tuple of its outputs.
-        branch: its description.
+        branch: its description, and its ``index``.
         row_axes: for each input, the axis that holds the rows of the batch; None for an input that all rows share.
         entry_positions: which inputs are the entries.
+        base_positions: for each output the input that it is kept relative to; None where it is kept itself.
     """
 
     def __init__(self, body: fx.GraphModule, branch: ResidualBranch, row_axes: tuple[int | None, ...]) -> None:
         super().__init__()
         self.body = body
         self.branch = branch
+        self.index = branch.index
         self.row_axes = row_axes
         names = [node.name for node in body.graph.find_nodes(op="placeholder")]
         self.entry_positions = tuple(names.index(entry.name) for entry in branch.entries)
-        self._run: Callable[..., tuple[Tensor, ...]] = body
+        self.base_positions = tuple(
+            None if output.relative_to is None else names.index(output.relative_to) for output in branch.outputs
+        )
+        self._is_relative = any(base is not None for base in self.base_positions)
+        self._run: list[Callable[..., tuple[Tensor, ...]]] = [body]  # not a submodule again
 
     def forward(self, step: LazyStep, *inputs: Any) -> tuple[Tensor, ...]:
         return step.evaluate(self, inputs)
 
     def compute(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        return self._run(*inputs)
+        return self._run[0](*inputs)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Let ``torch.compile`` make what computes the body, with these options."""
-        self._run = torch.compile(self.body, *args, **kwargs)
+    def replace_body(self, run: Callable[..., tuple[Tensor, ...]]) -> None:
+        """Let a function that does the same compute in place of the body."""
+        self._run = [run]
 
-    def compute_rows(self, inputs: Sequence[Any], rows: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of some rows only: ``rows`` is ``int64[R]`` on the device of the inputs."""
-        return self.compute(
-            [
-                value if axis is None else value.index_select(axis, rows)
-                for value, axis in zip(inputs, self.row_axes, strict=True)
-            ]
+    def kept(self, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What a cache keeps of computed outputs: a relative one less the input that it is relative to."""
+        if not self._is_relative:
+            return tuple(outputs)
+        return tuple(
+            output if base is None else output - inputs[base]
+            for output, base in zip(outputs, self.base_positions, strict=True)
         )
+
+    def restored(self, inputs: Sequence[Any], kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs of a branch that is reused, from what a cache holds, or what was extrapolated from it."""
+        if not self._is_relative:
+            return tuple(kept)
+        return tuple(
+            value if base is None else inputs[base] + value
+            for value, base in zip(kept, self.base_positions, strict=True)
+        )
+
+    def picked(self, inputs: Sequence[Any], rows: Tensor) -> list[Any]:
+        """The inputs of some rows only: ``rows`` is ``int64[R]`` on their device."""
+        return [
+            value if axis is None else value.index_select(axis, rows)
+            for value, axis in zip(inputs, self.row_axes, strict=True)
+        ]
 
     def entries(self, inputs: Sequence[Any]) -> list[Tensor]:
         return [inputs[position] for position in self.entry_positions]

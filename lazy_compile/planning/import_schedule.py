@@ -12,6 +12,7 @@ import numpy as np
 from lazy_compile.digests import DIGEST, without_digest
 from lazy_compile.errors import ArtifactError, ConfigError, one_line, shown
 from lazy_compile.ir.branch import BranchKind, ResidualBranch
+from lazy_compile.planning.patterns import few_patterns
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.stats import LazyStats
 from lazy_compile.storage import load_json
@@ -124,12 +125,18 @@ def from_steps_mask(mask: Sequence[int], branches: Sequence[ResidualBranch]) -> 
     return CacheSchedule(np.repeat(np.array(mask, dtype=bool)[:, None], len(branches), axis=1))
 
 
-def freeze(stats: LazyStats) -> CacheSchedule:
+def freeze(stats: LazyStats, *, max_patterns: int | None = None) -> CacheSchedule:
     """The schedule of what learned gates decided for most rows, from the statistics of trajectories under them.
 
+    Args:
+        stats: what was decided.
+        max_patterns: how many distinct rows it may have, see :func:`~lazy_compile.planning.patterns.few_patterns`;
+            None for any number.
+
     Raises:
-        ConfigError: no trajectory was run.
+        ConfigError: no trajectory was run; or one pattern cannot hold what was decided.
     """
     if not len(stats.evaluated):
         raise ConfigError("these statistics are empty; run a trajectory under the gates first")
-    return CacheSchedule(stats.reuse_table <= 0.5)
+    schedule = CacheSchedule(stats.reuse_table <= 0.5)
+    return schedule if max_patterns is None else few_patterns(schedule, max_patterns, stats.branch_macs)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.journal import Journal, identity_of
+from lazy_compile.planning.patterns import few_patterns
 from lazy_compile.planning.response import NoGradientError
 from lazy_compile.planning.reuse_effects import EffectTable, measure_effects
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, ScheduleSearch, SearchOptions, final_error
@@ -99,6 +100,7 @@ def plan(
     start: CacheSchedule | None = None,
     options: SearchOptions | None = None,
     seed: int = 0,
+    max_patterns: int | None = None,
     checkpoint: str | Path | None = None,
     on_progress: OnProgress = no_progress,
 ) -> CacheSchedule:
@@ -119,6 +121,8 @@ def plan(
         start: a schedule to improve.
         options: how long to search.
         seed: of the noise.
+        max_patterns: how many distinct rows the schedule may have, for as many lean engines or CUDA graphs; None for
+            any number. Rows of the plan are joined at no more cost, and the slopes fitted again.
         checkpoint: a folder to resume from and to write to, a file for each measurement. An interrupted search that
             starts again with it ends at the same plan as one that was not. Without gradient it starts afresh.
         on_progress: see :mod:`lazy_compile.progress`.
@@ -130,17 +134,20 @@ def plan(
     if not isinstance(budget, Budget):
         raise ConfigError(f"budget is {budget!r}; pass a Budget, such as Budget(compute_ratio=0.5)")
     if budget.error is not None:
-        return _cheapest(lazy, sample, budget.error, options, seed, checkpoint, on_progress)
+        return _cheapest(lazy, sample, budget.error, options, seed, max_patterns, checkpoint, on_progress)
     try:
         return search_schedule(
-            lazy, sample, budget, timings=timings, start=start, options=options, seed=seed, checkpoint=checkpoint,
-            on_progress=on_progress,
+            lazy, sample, budget, timings=timings, start=start, options=options, seed=seed, max_patterns=max_patterns,
+            checkpoint=checkpoint, on_progress=on_progress,
         )  # fmt: skip
     except NoGradientError as error:
         if budget.latency_ratio is not None:
             raise
         logger.warning("planning from single reuses, which is slower and finds less: %s", error)
-        return plan_reuse(measure_effects(lazy, sample, seed=seed, on_progress=on_progress), budget).schedule
+        effects = measure_effects(lazy, sample, seed=seed, on_progress=on_progress)
+        planned = plan_reuse(effects, budget).schedule
+        cost = budget.cost_of(effects.branch_macs, effects.total_macs)
+        return planned if max_patterns is None else few_patterns(planned, max_patterns, cost)
 
 
 def _cheapest(
@@ -149,6 +156,7 @@ def _cheapest(
     error: float,
     options: SearchOptions | None,
     seed: int,
+    max_patterns: int | None,
     checkpoint: str | Path | None,
     on_progress: OnProgress,
 ) -> CacheSchedule:
@@ -160,7 +168,7 @@ def _cheapest(
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
         schedule = plan(
-            lazy, sample, Budget(compute_ratio=ratio), options=options, seed=seed,
+            lazy, sample, Budget(compute_ratio=ratio), options=options, seed=seed, max_patterns=max_patterns,
             checkpoint=Path(checkpoint, f"compute-{ratio:.6f}") if checkpoint else None, on_progress=on_progress,
         )  # fmt: skip
         if final_error(lazy, sample, schedule, seed + 2 * HELD_OUT_SEED_OFFSET) <= error:
@@ -183,6 +191,7 @@ def search_schedule(
     start: CacheSchedule | None = None,
     options: SearchOptions | None = None,
     seed: int = 0,
+    max_patterns: int | None = None,
     checkpoint: str | Path | None = None,
     on_progress: OnProgress = no_progress,
 ) -> CacheSchedule:
@@ -206,7 +215,8 @@ def search_schedule(
     cost = budget.cost_of(each, total)
     search = ScheduleSearch(lazy, sample, cost, budget.spend(steps, cost), options, journal)
     starts = [start] if start else [*search.starts(steps, seed), *_by_single_reuses(search, budget, steps, seed)]
-    return search.run(starts, seed, on_progress)
+    found = search.run(starts, seed, on_progress)
+    return found if max_patterns is None else search.with_few_patterns(found, max_patterns, seed)
 
 
 def _by_single_reuses(search: ScheduleSearch, budget: Budget, steps: int, seed: int) -> list[CacheSchedule]:

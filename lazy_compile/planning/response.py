@@ -293,17 +293,18 @@ class _TracedStep:
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index, schedule = branch.branch.index, self.trace.schedule
         known, fresh = self.known.get(index, ()), branch.compute(inputs)
+        kept = branch.kept(inputs, fresh)
         if not known or schedule.should_compute[self.step, index]:
-            known, returned = ((self.step, fresh), *known[:1]), tuple(output.view_as(output) for output in fresh)
+            known, returned = ((self.step, kept), *known[:1]), tuple(output.view_as(output) for output in fresh)
         else:
             slope = 1.0 if schedule.slopes is None else float(schedule.slopes[self.step, index])
-            returned = self._reuse(known, slope)
+            returned = branch.restored(inputs, self._reuse(known, slope))
         returned = tuple(value if value.requires_grad else value.detach().requires_grad_() for value in returned)
         if index not in self.traced:
             self.traced.add(index)
             self.trace.axes[index] = [output.batch_axis for output in branch.branch.outputs]
             self.stream.known[index], self.stream.latest[index] = known, returned
-            self.stream.computed.setdefault(index, []).append(tuple(output.detach() for output in fresh))
+            self.stream.computed.setdefault(index, []).append(tuple(output.detach() for output in kept))
             for position, value in enumerate(returned):
                 self.trace.hooks.append(value.register_hook(partial(self._note_gradient, index, position)))
             self.trace.first += [value for value in returned if value.is_leaf]

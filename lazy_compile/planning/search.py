@@ -15,6 +15,7 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.planning.baselines import measure_changes
 from lazy_compile.planning.journal import Journal, digest
 from lazy_compile.planning.linear_model import around_another, fit_slopes, swap, trim
+from lazy_compile.planning.patterns import few_patterns
 from lazy_compile.planning.response import Response, dense_samples, measure_response
 from lazy_compile.planning.starts import RULES, Rule, fitting, rules
 from lazy_compile.policies.policy import Scheduled
@@ -144,6 +145,15 @@ class ScheduleSearch:
         finalists = [best, *starts, *(each for each in self.finalists if each not in starts)]
         best = finalists[self._ranked(finalists, held_out)[0][0]]
         return best if self.linear else CacheSchedule(best.should_compute)
+
+    def with_few_patterns(self, found: CacheSchedule, max_patterns: int, seed: int) -> CacheSchedule:
+        """A schedule whose rows are joined until few are distinct, with the slopes that then fit best."""
+        joined = few_patterns(found, max_patterns, self.cost, self.leaders)
+        if joined == found or not self.linear:
+            return joined
+        response = self.measure(joined, seed)
+        fitted = [fit_slopes(response, joined, ridge, self.leaders) for ridge in RIDGES]
+        return self._best([joined, *fitted], seed + HELD_OUT_SEED_OFFSET - 3)[0]
 
     def _proposals(self, response: Response, swaps: int) -> Iterator[CacheSchedule]:
         """Other decisions with other slopes, and the same decisions with other slopes; whole steps move as such too."""

@@ -46,7 +46,7 @@ def _plain(value: Any) -> Any:
 
 def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
     graph = lazy.graph
-    kept = 2 if lazy.lazy_config.reuse == "linear" else 1
+    kept = lazy.lazy_config.values_kept
     in_branches = sum(branch.macs for branch in lazy.branches)
     return {
         "model": name,
@@ -153,14 +153,33 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def overhead_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = new_table(
-        "model", ">parameters", ">branches", ">original", ">lazy", ">lazy over original", ">quartiles", "equal"
-    )
+        "model", ">parameters", ">branches", ">original", ">lazy", ">lazy over original", ">quartiles", "equal",
+        ">us a branch: computing", ">reusing",
+    )  # fmt: skip
     for row in rows:
         low, high = row["quartiles"]
         add_row(
             table, row["model"], count(row["parameters"]), str(row["branches"]), f"{row['original_ms']:.0f} ms",
             f"{row['lazy_ms']:.0f} ms", f"{row['ratio']:.3f}", f"{low:.3f} - {high:.3f}",
             "bitwise" if row["bitwise_equal"] else "no",
+            f"{row['computing_us']:.1f}", f"{row['reusing_us']:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def compile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = new_table(
+        "model", ">reuse", ">dense eager", ">dense compiled", ">lazy eager", ">lazy compiled", ">compiled ratio",
+        ">quartiles", ">ideal", ">efficiency", ">pieces", ">compile time", ">error",
+    )  # fmt: skip
+    for row in rows:
+        low, high = row["quartiles"]
+        times = ("dense_eager_ms", "dense_compiled_ms", "lazy_eager_ms", "lazy_compiled_ms")
+        add_row(
+            table, row["model"], f"{row['reuse']:.0%}", *(f"{row[name]:.1f} ms" for name in times),
+            f"{row['compiled_ratio']:.3f}", f"{low:.3f} - {high:.3f}", f"{row['ideal_ratio']:.3f}",
+            f"{row['efficiency']:.3f}", str(row["compilations"]),
+            f"{row['dense_compile_s']:.0f} / {row['lazy_compile_s']:.0f} s", f"{row['error']:.0e}",
         )  # fmt: skip
     return table
 

@@ -19,7 +19,7 @@ from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.evaluation import comparable_evaluation
 from lazy_compile.capture.ladder import Capture, capture
 from lazy_compile.capture.lock import CAPTURE_LOCK
-from lazy_compile.capture.model_snapshot import dropping_modules, hooked_modules, observe
+from lazy_compile.capture.model_snapshot import ModelWatch, changed_between, dropping_modules, hooked_modules
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.restored_tensors import values_left_alone
 from lazy_compile.config import LazyConfig
@@ -32,6 +32,9 @@ logger = logging.getLogger("lazy_compile")
 
 NUMBER_TOLERANCE = 1e-5
 """How far a model may answer otherwise to a tensor than to the same Python number, relative to its largest output."""
+
+MODEL_STATES = 3
+"""States of a model, adapters on and off say, whose graphs are kept beside those of the present one."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ class GraphCache:
         self.model = model
         self.graphs: list[LazyGraph] = []
         self._admit = admit
-        self._environment: tuple[Any, ...] = ()
-        self.generation = 0
+        self._watch: ModelWatch | None = None
+        self._aside: list[tuple[ModelWatch, int, list[LazyGraph]]] = []
+        self.generation = self._generations = 0
         self._numbers: set[str] = set()
         self._fixed_numbers: set[str] = set()
         self._told: set[str] = set()
@@ -84,11 +88,11 @@ class GraphCache:
         if self.model.training:
             self._warn_of_dropout()
         call = _Call.of(args, kwargs, self._numbers)
-        graph = self._lookup(call)
+        graph = self._lookup(call, config)
         if graph is None:
             with CAPTURE_LOCK.capturing():
                 call = _Call.of(args, kwargs, self._numbers)
-                graph = self._lookup(call)  # another thread may have made it in the meantime
+                graph = self._lookup(call, config)  # another thread may have made it in the meantime
                 if graph is None:
                     return self._capture(call, config)
         return graph, call.tensors
@@ -122,13 +126,27 @@ class GraphCache:
         self._admit(result)
         return result
 
-    def drop_if_model_changed(self) -> bool:
-        """Forget all graphs if modules, attributes, hooks or parameter types are others than at the capture."""
-        if not self.graphs or self._environment == observe(self.model):
-            return False
-        self.graphs = []
-        self.generation += 1
-        return True
+    def follow_model(self) -> None:
+        """Set the graphs aside if modules, attributes, hooks or parameter types are others than at the capture.
+
+        They come back with what they were captured for: adapters that are switched on and off capture once each.
+        """
+        if not self.graphs or self._watch is None or self._watch.still_holds():
+            return
+        watch = ModelWatch(self.model)
+        with self._mutex:
+            before = self._watch
+            aside = [(before, self.generation, self.graphs), *self._aside]
+            found = next((item for item in aside if item[0].observed == watch.observed), None)
+            self._aside = [item for item in aside if item is not found][:MODEL_STATES]
+            self._generations += found is None
+            self.generation, self.graphs = (self._generations, []) if found is None else found[1:]
+            self._watch = watch
+        if found is None:
+            self._warn_once_about(
+                "%s is captured again because it changed: %s",
+                [changed_between(self.model, before.observed, watch.observed)],
+            )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call with every argument by name, so that its spelling does not matter."""
@@ -146,9 +164,10 @@ class GraphCache:
                 arguments.update(sorted(arguments.pop(name).items()))
         return (), arguments
 
-    def _lookup(self, call: _Call) -> LazyGraph | None:
+    def _lookup(self, call: _Call, config: LazyConfig) -> LazyGraph | None:
         with self._mutex:
-            found = next((graph for graph in reversed(self.graphs) if _serves(graph, call)), None)
+            graphs = [graph for graph in reversed(self.graphs) if graph.config.structure == config.structure]
+            found = next((graph for graph in graphs if _serves(graph, call)), None)
             if found is not None and found is not self.graphs[-1]:
                 self.graphs = [*(graph for graph in self.graphs if graph is not found), found]
         return found
@@ -190,9 +209,9 @@ class GraphCache:
     ) -> LazyGraph:
         captured = capture(self.model, call.layout, call.tensors, reads_values=reads_values)
         self._check_numbers(captured, call, numbers)
-        environment = observe(self.model)
-        if environment != self._environment:
-            self.graphs, self._environment = [], environment
+        watch = ModelWatch(self.model)
+        if self._watch is None or watch.observed != self._watch.observed:
+            self.graphs, self._watch = [], watch
             self._warn_of_hooks()
         if self.graphs:
             logger.info("captured another graph, for inputs %s", [tuple(tensor.shape) for tensor in call.tensors])
@@ -212,6 +231,9 @@ class GraphCache:
                 f"{self._name} has no residual branch that could be gated "
                 f"({reasons or 'no addition joins a skip connection with heavy operators'})"
             )
+        for refusal in program.refusals:
+            if not refusal.node:  # of the model as a whole
+                self.warn_once(f"{self._name}, granularity={config.granularity!r}: {refusal.reason}")
         sources = tuple(sources_of(self.model, program))
         graph = LazyGraph(call.layout, captured, program, timestep, call.types, total, sources, config)
         self._admit(graph)

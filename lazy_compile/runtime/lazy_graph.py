@@ -21,7 +21,11 @@ from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls
 from lazy_compile.ir.operators import value_of
 from lazy_compile.ir.program import Program, Role, parts_of
 from lazy_compile.policies.gate_layout import leaders_of
+from lazy_compile.runtime.compiled_pieces import CompiledPieces
 from lazy_compile.runtime.fingerprint import Latents, moving_pair, samples_of
+
+MAX_SIZES = 64
+"""Sizes of calls that a graph remembers the branches' signatures of."""
 
 Source = tuple[Mapping[str, Any], str]
 
@@ -48,6 +52,8 @@ class LazyGraph:
     sources: tuple[Source, ...]
     config: LazyConfig
     hoisted: dict[frozenset[str], LazyGraph] = field(default_factory=dict, init=False)
+    _compiled: list[fx.GraphModule] = field(default_factory=list, init=False)
+    _signatures: dict[tuple[torch.Size, ...], Mapping[int, tuple[Any, ...]]] = field(default_factory=dict, init=False)
     _leaders: dict[Group, tuple[int, ...]] = field(default_factory=dict, init=False)
 
     @property
@@ -140,14 +146,33 @@ class LazyGraph:
             self._leaders[group] = leaders_of([lazy.branch for _, lazy in lazy_calls(self.program)], group)
         return self._leaders[group]
 
+    def signatures(self, tensors: Sequence[Tensor]) -> Mapping[int, tuple[Any, ...]] | None:
+        """What slots of each branch must agree with in calls of these sizes; None before the first such call, and where
+        a size depends on what is in a tensor."""
+        return self._signatures.get(tuple(tensor.shape for tensor in tensors))
+
+    def keep_signatures(self, tensors: Sequence[Tensor], signatures: Mapping[int, tuple[Any, ...]]) -> None:
+        if len(signatures) == len(self.branches) and not self.captured.has_open_sizes:
+            if len(self._signatures) >= MAX_SIZES:
+                self._signatures.clear()
+            self._signatures[tuple(tensor.shape for tensor in tensors)] = signatures
+
     def state(self) -> list[Any]:
         """Current parameters, buffers and constants in graph order: a weight that was changed takes effect."""
         return [values[name] for values, name in self.sources]
 
+    def compile(self, pieces: CompiledPieces) -> None:
+        """From now on run by compiled pieces, and so do the graphs that were hoisted from this one."""
+        self._compiled[:] = [pieces.apply(self.program)]
+        for each in self.hoisted.values():
+            if each is not self:
+                each.compile(pieces)
+
     def run(
         self, state: Sequence[Tensor], tensors: Sequence[Tensor], step: LazyStep, invariants: Sequence[Tensor] = ()
     ) -> Any:
-        outputs = self.program.graph_module(*state, *tensors, *invariants, step)
+        run = self._compiled[0] if self._compiled else self.program.graph_module
+        outputs = run(*state, *tensors, *invariants, step)
         return pytree.tree_unflatten(list(outputs), self.captured.output_spec)
 
 

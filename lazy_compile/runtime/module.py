@@ -16,12 +16,15 @@ from lazy_compile.capture.lock import CAPTURE_LOCK
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ConfigError
 from lazy_compile.ir.branch import Refusal, ResidualBranch
-from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls
+from lazy_compile.ir.lazy_branch import LazyStep
 from lazy_compile.policies.policy import AlwaysCompute, Policy
 from lazy_compile.policies.presets import PolicyLike, as_policy
 from lazy_compile.runtime.artifact import Artifact, describe, fingerprint, write
+from lazy_compile.runtime.cache import CacheState
+from lazy_compile.runtime.compiled_pieces import CompiledPieces, backend_of, traced_backend
 from lazy_compile.runtime.graph_cache import GraphCache
 from lazy_compile.runtime.host_hints import Known, current_stream, use_stream, use_trajectory
+from lazy_compile.runtime.known_step import KnownStep, columns_of, known_step
 from lazy_compile.runtime.lazy_graph import LazyGraph as LazyGraph
 from lazy_compile.runtime.model_call import ModelCall as ModelCall
 from lazy_compile.runtime.model_call import groups_of
@@ -61,17 +64,27 @@ class LazyModule(nn.Module):
         self._trajectories = Trajectories()
         self._unrelated = 0
         self._stats: dict[tuple[str, ...], LazyStats] = {}
-        self._compile: Callable[[LazyGraph], None] | None = None
-        self._run = torch.compiler.disable(self._call)  # torch.compile(lazy) leaves it as it is
+        self._pieces: CompiledPieces | None = None
+        self._run = torch.compiler.disable(self._call)
+        self._run_as_traced = torch.compiler.disable(self._call_as_traced)
+        self._traced_backend = torch.compiler.assume_constant_result(traced_backend)
 
     # What the model does ------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One denoising step, under the current policy; arguments and result are those of the original."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._run_as_traced(self._traced_backend(), args, kwargs)
         return self._run(*args, **kwargs)
 
+    def _call_as_traced(self, backend: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of ``torch.compile(lazy)``: its backend compiles the pieces."""
+        if self._pieces is None or self._pieces.backend not in (None, backend):
+            self._compile_pieces(CompiledPieces(backend=backend_of(backend)), backend)
+        return self._call(*args, **kwargs)
+
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        self._store.drop_if_model_changed()
+        self._store.follow_model()
         graph, tensors = self._graph_for(args, kwargs)
         placed = self._place(graph, tensors)
         try:
@@ -87,7 +100,7 @@ class LazyModule(nn.Module):
         named = {name: (tensors[index], axes.get(index)) for index, name in enumerate(graph.layout.names)}
         rows = next((int(tensors[index].shape[axis]) for index, axis in axes.items()), 1)
         latents = graph.latents
-        identity = self._trajectories.identify(
+        contents = self._trajectories.identify(
             named,
             latents,
             "" if latents is None else graph.layout.names[latents.position],
@@ -95,7 +108,7 @@ class LazyModule(nn.Module):
             rows,
             (current_stream(), self._store.generation, graph.layout, graph.types),
         )
-        placed = self._trajectories.place(identity, graph.branches)
+        placed = self._trajectories.place(contents, graph.branches)
         self._warn_of_unrelated_calls(placed)
         return placed
 
@@ -115,14 +128,26 @@ class LazyModule(nn.Module):
         for group in call.groups:
             if mismatch_reason := self._policy.mismatch_reason(group.step, group.timestep, group.before):
                 self._store.warn_once(f"{type(self.original).__name__}: {mismatch_reason}")
-        leaders = call.graph.leaders(self.lazy_config.group)
         draft = call.caches.draft()
-        planned = self._planned if self._policy.per_branch else None
-        step = PolicyStep(self._policy, self.lazy_config, draft, call.groups, planned, leaders)
+        step = self._step(call, draft)
         result = call.run(step)
         call.caches.adopt(draft)
-        step.record(self._stats_of(call.graph))
+        stats = self._stats_of(call.graph)
+        stats.calls += 1
+        step.record(stats)
+        if isinstance(step, PolicyStep):
+            call.graph.keep_signatures(call.tensors, step.signatures)
         return result
+
+    def _step(self, call: ModelCall, draft: CacheState) -> KnownStep | PolicyStep:
+        """What the branches do in a call: known when it begins, or asked at each of them."""
+        graph, config, policy = call.graph, self.lazy_config, self._policy
+        leaders = graph.leaders(config.group)
+        planned = self._planned if policy.per_branch else None
+        columns = columns_of(graph.branches, planned)
+        signatures = graph.signatures(call.tensors)
+        known = known_step(policy, config, draft, call.groups, columns, leaders, signatures)
+        return known or PolicyStep(policy, config, draft, call.groups, planned, leaders)
 
     def _warn_of_unrelated_calls(self, placed: Placed) -> None:
         """Nothing is ever reused where no call continues another: say it, once."""
@@ -220,8 +245,7 @@ class LazyModule(nn.Module):
     @property
     def expected_cache_bytes(self) -> int:
         """Memory that what branches may reuse will take in one stream, at the captured sizes."""
-        tensors_kept = 2 if self.lazy_config.reuse == "linear" else 1
-        return tensors_kept * sum(branch.output_bytes for branch in self.branches)
+        return self.lazy_config.values_kept * sum(branch.output_bytes for branch in self.branches)
 
     # What can be changed ------------------------------------------------------------------------------------------
 
@@ -275,22 +299,28 @@ class LazyModule(nn.Module):
         """Drop the caches of trajectories that are over, see :meth:`trajectory`."""
         self._trajectories.end(keys)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the branches, each by itself, with the options of ``torch.compile``.
+    def compile(self, **options: Any) -> None:
+        """Compile the branches and what lies between them, with the options of ``torch.compile``, at first use.
 
-        What decides between them, and what lies between them, stays as it is. ``torch.compile(lazy)`` compiles nothing.
+        Pieces that do the same are compiled once: the blocks of a transformer share their code, and so do all rows of a
+        schedule. Decisions and caches stay as they are, so that any policy may be set afterwards.
+        ``torch.compile(lazy)`` does the same. With CUDA graphs (``mode="reduce-overhead"``) each piece is one graph.
+
+        Raises:
+            ConfigError: ``torch.compile`` has no such options, or not together.
         """
+        self._compile_pieces(CompiledPieces(**options))
 
-        def compile_branches(graph: LazyGraph) -> None:
-            for _, branch in lazy_calls(graph.program):
-                branch.compile(*args, **kwargs)
-            for each in graph.hoisted.values():
-                if each is not graph:
-                    compile_branches(each)
-
-        self._compile = compile_branches
+    def _compile_pieces(self, pieces: CompiledPieces, backend: int | None = None) -> None:
+        pieces.backend = backend
+        self._pieces = pieces
         for graph in self._store.graphs:
-            compile_branches(graph)
+            graph.compile(pieces)
+
+    @property
+    def compilations(self) -> int:
+        """How many pieces of the model ``torch.compile`` was asked for so far, see :meth:`compile`."""
+        return 0 if self._pieces is None else self._pieces.compilations
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.original.state_dict(*args, **kwargs)
@@ -347,8 +377,8 @@ class LazyModule(nn.Module):
         if not self._planned:
             self._policy.check(graph.branches)
             self._planned = {branch.name: branch for branch in graph.branches}
-        if self._compile is not None:
-            self._compile(graph)
+        if self._pieces is not None:
+            graph.compile(self._pieces)
         self._warn_of_unknown_branches([graph])
 
     def _branches_for(self, policy: Policy) -> tuple[ResidualBranch, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,12 +19,20 @@ CERTAIN = 1e-9
 """What numbers of single precision leave unexplained; no other trajectory needs to be looked at."""
 
 
+PROPORTIONAL = 1e-12
+"""What stays unexplained of latents in single precision that were multiplied by a number."""
+
+
+HALF = 1e-4
+"""What numbers of half precision leave unexplained."""
+
+
 RELATED = 0.75
 """The same where the sampler adds noise or clips. Latents of two requests leave about 1."""
 
 
 MARGIN = 0.1
-"""How much more another trajectory must leave unexplained where a sampler adds noise or clips."""
+"""How much more the step of another request must leave unexplained where a sampler adds noise or clips."""
 
 
 @dataclass(eq=False)
@@ -45,7 +53,7 @@ class Position:
 
     def descends_from(self, other: Position) -> bool:
         position: Position | None = self
-        while position is not None:
+        while position is not None and position.step >= other.step:
             if position is other:
                 return True
             position = position.parent
@@ -72,19 +80,40 @@ class Stream:
     Attributes:
         conditions: all inputs that stay, sampled.
         context: what else must agree: the name of the stream, arguments that are no tensors, the state of the model.
-        state: where its caches are, and ``row`` which row it is there.
+        state: where its caches are, ``row`` which row it is there, and ``rows`` of how many.
         position: where it was called last.
         call: number of that call.
+        is_spare: whether it began where another stream of the same conditions stood: with a call that was made again.
     """
 
     conditions: Mapping[str, Floats]
     context: object
     state: CacheState
     row: int
+    rows: int
     position: Position
     call: int
     busy: bool = False
     returned: Returned | None = None
+    is_spare: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its trajectory has come to its end, as far as times tell.
+
+        A stream that waits at an earlier step is over with the others. One at the first may be that of another request,
+        from the same noise; a spare one, too; one a step behind may be called next.
+        """
+        if ends(self.position):
+            return True
+        if self.is_spare or self.position.parent is None:
+            return False
+        return any(
+            ends(item.position)
+            and item.position.step > self.position.step + 1
+            and item.position.descends_from(self.position)
+            for item in self.position.trajectory.streams
+        )
 
 
 @dataclass(eq=False)
@@ -93,21 +122,43 @@ class Trajectory:
 
     Attributes:
         key: what the host calls it, and which of its rows it is; None if it says nothing.
-        first_time: the time input at its first call.
+        first_time, first_latents: at its first call.
         kept, changed: for each input how often a row had it unchanged, and the steps at which none had.
     """
 
     key: Hashable = None
     first_time: float | None = None
+    first_latents: Floats | None = None
     streams: list[Stream] = field(default_factory=list)
     last_call: int = 0
     kept: dict[str, int] = field(default_factory=dict)
     changed: dict[str, set[int]] = field(default_factory=dict)
-    ends: bool = False
 
     def moves(self, name: str) -> bool:
         """Whether an input is no condition: it changed at two steps for every stream, and never stayed."""
         return self.kept.get(name, 0) == 0 and len(self.changed.get(name, ())) >= 2
+
+    def begins_with(self, latents: Floats) -> bool:
+        """Whether latents are its first ones, or a multiple: those of another request, from the same noise."""
+        first = self.first_latents
+        if first is None or first.shape != latents.shape:
+            return False
+        return unexplained(latents[:-1], [first[:-1]]) <= PROPORTIONAL
+
+    def learn(self, step: int, names: Iterable[str], changed: Collection[str]) -> None:
+        """Inputs of a row, held against those of a stream that leads to it."""
+        for name in names:
+            if name in changed:
+                self.changed.setdefault(name, set()).add(step)
+            else:
+                self.kept[name] = self.kept.get(name, 0) + 1
+
+    def forget_latents(self, positions: Iterable[Position | None]) -> None:
+        """Of positions that no next step can follow from: only those where a stream stands, and the ones before."""
+        needed = {id(item) for stream in self.streams for item in (stream.position, stream.position.parent)}
+        for position in positions:
+            if position is not None and id(position) not in needed:
+                position.latents, position.returned = None, []
 
 
 def is_at(position: Position, latents: Floats | None, time: float | None) -> bool:
@@ -126,14 +177,51 @@ def differing(before: Mapping[str, Floats], now: Mapping[str, Floats]) -> set[st
     }
 
 
-def is_ambiguous(
-    rank: tuple[bool, bool, float], position: Position, others: Sequence[tuple[tuple[bool, bool, float], Position]]
-) -> bool:
-    """Whether latents that are only related to a position are related to one of another trajectory about as much."""
-    return rank[2] > EXACT and any(
-        other[:2] == rank[:2] and elsewhere.trajectory is not position.trajectory and other[2] - rank[2] < MARGIN
+@dataclass(frozen=True, order=True)
+class Fit:
+    """How well a row follows from a position; the smallest is the best.
+
+    Attributes:
+        level: of what does not follow: 0 for what single precision leaves, 1 for what half precision does, 2 for what a
+            long step does; 3 where the latents are only related, as those of samplers that add noise or clip.
+        is_indirect: the step before takes part.
+        is_new: no stream of the same conditions leads there.
+        turns_back: time turns back from there.
+        may_turn_back: the same, or nobody knows, after a first step.
+        rests: related, and called at the same time.
+        unexplained: the share of the latents that does not follow.
+    """
+
+    level: int
+    is_indirect: bool
+    is_new: bool
+    turns_back: bool
+    may_turn_back: bool
+    rests: bool
+    unexplained: float
+
+    @property
+    def is_acceptable(self) -> bool:
+        """Latents that are only related, where time may turn back and no stream leads, are those of another request."""
+        return not (self.level == 3 and self.is_new and self.may_turn_back)
+
+
+def level_of(unexplained: float) -> int:
+    return int(np.searchsorted([CERTAIN, HALF, EXACT], unexplained))
+
+
+def is_ambiguous(fit: Fit, position: Position, others: Sequence[tuple[Fit, Position]]) -> bool:
+    """Whether latents that are only related to a position are related to one of another request about as much."""
+    return fit.level == 3 and any(
+        other.unexplained - fit.unexplained < MARGIN
+        and not _are_in_line(position, elsewhere)
+        and not is_at(elsewhere, position.latents, position.time)
         for other, elsewhere in others
     )
+
+
+def _are_in_line(first: Position, second: Position) -> bool:
+    return first.descends_from(second) or second.descends_from(first)
 
 
 def turns_back(position: Position, time: float | None) -> bool:
@@ -159,24 +247,29 @@ def _finite(returned: Sequence[Returned], latents: Floats) -> list[Floats]:
     return [value[:-1] for value in values if np.isfinite(value).all()]
 
 
-def unexplained_share(latents: Floats, position: Position) -> tuple[float, int]:
-    """What of the latents does not follow from a position, and the number of things that it may follow from."""
+def unexplained_share(latents: Floats, position: Position) -> tuple[float, bool, int]:
+    """What of the latents does not follow from a position, whether the step before takes part, and the number of things
+    that they may follow from.
+
+    The step before takes part beside what was returned at this one: a sum without that is a step beside this one.
+    """
     assert position.latents is not None
-    target = latents[:-1]
+    target, here = latents[:-1], position.latents[:-1]
     if position.latents.shape != latents.shape:
-        return 1.0, 1
-    now = _finite(position.returned, latents)
-    near = [position.latents[:-1], *now[:4]]
-    rest = unexplained(target, near)
+        return 1.0, False, 1
+    limit = max(4, min(16, len(target) // 8))
+    returned = _finite(position.returned, latents)[:limit]
+    rest = unexplained(target, [here, *returned])
     parent = position.parent
     if rest <= EXACT or parent is None or parent.latents is None or parent.latents.shape != latents.shape:
-        return rest, len(near)
-    older = _finite(parent.returned, latents)
-    far = [*near, parent.latents[:-1], *older[:4], np.ones_like(target)]
-    if len(target) < 4 * len(far):
-        return rest, len(near)
-    exact = unexplained(target, far)
-    return (exact, len(far)) if exact <= EXACT else (rest, len(near))
+        return rest, False, 1 + len(returned)
+    older = [here, parent.latents[:-1], *_finite(parent.returned, latents)[:limit], np.ones_like(target)]
+    if len(target) < 4 * len(older + returned):
+        return rest, False, 1 + len(returned)
+    exact = unexplained(target, older + returned)
+    if exact > EXACT or (exact <= CERTAIN and returned and unexplained(target, older) <= CERTAIN):
+        return rest, False, 1 + len(returned)
+    return exact, True, len(older + returned)
 
 
 def starts_over(position: Position, time: float | None) -> bool:
@@ -196,11 +289,3 @@ def ends(position: Position) -> bool:
         return position.time + move <= 1e-6 * abs(move) and position.time >= 0
     top = 1.0 if position.time <= 1.0 else 1000.0
     return move > 0 and position.time + move >= top
-
-
-def forget_latents(position: Position) -> None:
-    """Keep what the next two steps may follow from."""
-    parent = position.parent
-    older = None if parent is None else parent.parent
-    if older is not None:
-        older.latents, older.returned = None, []

@@ -6,14 +6,9 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    pass
-
 
 Rows = npt.NDArray[np.bool_]
 
@@ -83,18 +78,29 @@ class LazyStats:
         """Count the decisions of the rows of one branch at one step."""
         self.record_call([(step, branch, computes)])
 
+    def record_step(self, step: int, computes: Rows, rows: npt.NDArray[np.float64]) -> None:
+        """Count a call whose rows did alike: ``computes: bool[branches]``, and the rows of each branch."""
+        with _RECORDING:
+            self._extend(step)
+            self.evaluated[step] += rows
+            self.reused[step] += np.where(computes, 0.0, rows)
+            self.decided += len(rows) if step > 0 else 0
+
     def record_call(self, decisions: Iterable[tuple[int, int, Rows]]) -> None:
         """Count all decisions of a call: ``(step, branch, bool[rows])`` each."""
         with _RECORDING:
             for decision in decisions:
                 self._record(*decision)
 
-    def _record(self, step: int, branch: int, computes: Rows) -> None:
+    def _extend(self, step: int) -> None:
         if step >= len(self.reused):
             missing = ((0, step + 1 - len(self.reused)), (0, 0))
             width = len(self.branch_macs)
             self.reused = np.pad(self.reused.reshape(-1, width), missing)
             self.evaluated = np.pad(self.evaluated.reshape(-1, width), missing)
+
+    def _record(self, step: int, branch: int, computes: Rows) -> None:
+        self._extend(step)
         computing = int(computes.sum())
         self.evaluated[step, branch] += len(computes)
         self.reused[step, branch] += len(computes) - computing

@@ -39,6 +39,7 @@ def test_overhead_is_measured_against_the_original_in_turn(tmp_path: Path) -> No
     assert (written["model"], written["branches"], written["bitwise_equal"]) == ("Wan", 3, True)
     low, high = row.quartiles
     assert 0 < low <= row.ratio <= high
+    assert np.isfinite([row.computing_us, row.reusing_us]).all()
 
 
 def test_neighbouring_steps_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

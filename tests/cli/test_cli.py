@@ -320,7 +320,13 @@ def test_ctrl_c_ends_a_real_process_with_130(tmp_path: Path) -> None:
 
 def verbs() -> list[tuple[str, ...]]:
     names = ["inspect", "calibrate", "plan", "export", "build", "export-triton", "run", "verify", "report", "demo"]
-    return [*((name,) for name in names), ("bench", "speed"), ("bench", "overhead"), ("bench", "full-size")]
+    return [
+        *((name,) for name in names),
+        ("bench", "speed"),
+        ("bench", "overhead"),
+        ("bench", "compile"),
+        ("bench", "full-size"),
+    ]
 
 
 @pytest.mark.parametrize("verb", verbs(), ids=" ".join)

@@ -24,7 +24,7 @@ ORDER = [  # lowest first
     "runtime",
     *["planning", "calibration"],
     *["backends", "backends.onnx", "backends.runner", "backends.denoiser"],
-    *["backends.onnxruntime", "backends.tensorrt", "backends.triton", "backends.open"],
+    *["backends.onnxruntime", "backends.openvino", "backends.tensorrt", "backends.triton", "backends.open"],
     *["integrations", "compiler", "verification", "execution", "reporting"],
     *["bench.tasks", "bench", "demo", "cli"],
     *["__init__", "__main__"],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REASONS = ("needs a GPU",)
+REASONS = ("needs a GPU", "needs OpenVINO")
 """Why a block may be left out."""
 
 _PIECE = re.compile(

@@ -16,6 +16,7 @@ from lazy_compile.backends.onnx.fixed_reshapes import fix_reshapes
 from lazy_compile.backends.onnx.free_sizes import note_symbol, read_text
 from lazy_compile.backends.onnx.metadata import first_line
 from lazy_compile.backends.onnx.operators import CONSTANT, Exportable
+from lazy_compile.backends.onnx.rewrites import in_known_operators
 from lazy_compile.backends.onnx.sink import DOMAIN
 from lazy_compile.backends.onnx.sizes import Size, names_in
 from lazy_compile.backends.onnx.structure import MARK
@@ -67,7 +68,7 @@ def convert(
             flat = Exportable(original, program)
             exported = torch.export.export(flat, tuple(example), dynamic_shapes=(axes,), strict=False)
             formulas = _formulas_of(exported, shapes)
-            exported = _without_einsum(exported)
+            exported = in_known_operators(exported)
             converted = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False)
     except SpecialisedError:
         raise
@@ -154,15 +155,6 @@ def _without_bool_where(model: Model) -> None:
         result.shape = chosen.shape
         chosen.replace_all_uses_with(result, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
-
-
-def _without_einsum(exported: ExportedProgram) -> ExportedProgram:
-    """An einsum becomes the permutations and products that it stands for: ONNX has none in bfloat16, TensorRT few."""
-    einsum = torch.ops.aten.einsum.default
-    if not exported.graph.find_nodes(op="call_function", target=einsum):
-        return exported
-    decomposed: ExportedProgram = exported.run_decompositions({einsum: torch.export.default_decompositions()[einsum]})
-    return decomposed
 
 
 @contextmanager

@@ -301,7 +301,12 @@ class _Export:
         predictors = lazy.policy.reads_gates if request.predictors is None else request.predictors
         predictors = gating == "predicate" or (gating == "input" and predictors)
         lift = LiftCacheSlots(
-            config.reuse, rule, "predicate" if gating == "predicate" else "input", leaders, predictors
+            config.reuse,
+            rule,
+            "predicate" if gating == "predicate" else "input",
+            leaders,
+            predictors,
+            config.order,
         )
         lifted = without_prologue(pipelines.lifting(lift).run(graph.program))
         free = FreeSizes.of(graph, tensors, request.dynamic, request.shapes, fixed_sizes, lifted.fake_inputs())

@@ -43,8 +43,8 @@ class OnnxRunner(Runner):
         threads: int | None = None,
         verify: bool = True,
     ) -> None:
-        masks = ScheduleVariants.load(path) if Path(path).is_dir() else None
         with verification(verify):
+            masks = ScheduleVariants.load(path) if Path(path).is_dir() else None
             sessions, prologue = _load(Path(path), providers, threads)
         super().__init__(sessions, prologue)
         if masks is not None and self.metadata.policy is None:  # of the last release: its manifest holds the schedule
@@ -162,5 +162,6 @@ def _specs(items: Sequence[Any]) -> dict[str, TensorSpec]:
 _DTYPES = {
     "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16,
     "tensor(double)": torch.float64, "tensor(int64)": torch.int64, "tensor(int32)": torch.int32,
-    "tensor(bool)": torch.bool,
+    "tensor(bool)": torch.bool, "tensor(uint8)": torch.uint8, "tensor(int8)": torch.int8,
+    "tensor(int16)": torch.int16,
 }  # fmt: skip

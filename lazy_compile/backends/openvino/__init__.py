@@ -1,0 +1,1 @@
+"""Runs exported models with OpenVINO. Imports backends.runner and backends.onnx."""

@@ -1,0 +1,175 @@
+"""What ``torch.compile`` makes of a lazy model and of the dense one: four ways to take a step, side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lazy_compile.bench.midsize import build, later
+from lazy_compile.bench.rows import RowFile
+from lazy_compile.bench.speed import rotating_schedule
+from lazy_compile.bench.timing import all_in_turn, one_thread
+from lazy_compile.compiler import transform
+from lazy_compile.policies.policy import Scheduled
+from lazy_compile.policies.schedule import CacheSchedule
+from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.runtime.module import LazyModule
+
+REUSE = (0.0, 0.25, 0.5, 0.75)
+MODELS = ("DiT", "FLUX")
+_WARM_STEPS = 4
+
+
+@dataclass(frozen=True)
+class CompileRow:
+    """One model at one share of scheduled reuse. Times are medians of the processor time of a step, on one thread.
+
+    Attributes:
+        reuse: share of branches that are reused, whole blocks of DiT.
+        compiled_ratio: lazy compiled over dense compiled, the median over neighbouring steps.
+        quartiles: of the same ratios.
+        ideal_ratio: MACs spent over dense MACs, always-on parts included.
+        efficiency: measured speed-up over the ideal, ``ideal_ratio / compiled_ratio``.
+        compilations: pieces that ``torch.compile`` was asked for, for all shares of reuse so far.
+        dense_compile_s, lazy_compile_s: wall time of the first call of the compiled dense model, and what the steps
+            of a trajectory took longer when they ran compiled for the first time.
+        error: largest difference between lazy compiled and lazy eager, per unit of the largest value.
+    """
+
+    model: str
+    parameters: int
+    branches: int
+    reuse: float
+    dense_eager_ms: float
+    dense_compiled_ms: float
+    lazy_eager_ms: float
+    lazy_compiled_ms: float
+    compiled_ratio: float
+    quartiles: tuple[float, float]
+    ideal_ratio: float
+    efficiency: float
+    compilations: int
+    dense_compile_s: float
+    lazy_compile_s: float
+    error: float
+
+
+def run(
+    output: str | Path | None = None,
+    *,
+    models: Sequence[str] = MODELS,
+    reuse: Sequence[float] = REUSE,
+    repeats: int = 8,
+    layers: int | None = None,
+    backend: str = "inductor",
+    on_progress: OnProgress = no_progress,
+) -> list[CompileRow]:
+    """Measure each model at each share of reuse; ``compile.json`` in ``output`` is written row by row and resumed.
+
+    Args:
+        output: a folder.
+        models: names in :data:`~lazy_compile.bench.midsize.MIDSIZE`.
+        reuse: shares of branches.
+        repeats: steps of each that are timed.
+        layers: other than those of about 100 million parameters.
+        backend: of ``torch.compile``.
+        on_progress: told of every row.
+    """
+    settings = {"repeats": repeats, "layers": layers, "backend": backend, "threads": 1}
+    path = None if output is None else Path(output) / "compile.json"
+    rows = RowFile(path, CompileRow, ("model", "reuse"), settings)
+    total = len(models) * len(reuse)
+    with one_thread():
+        for name in models:
+            if all(rows.has(model=name, reuse=share) for share in reuse):
+                continue
+            bench = _Bench(name, {} if layers is None else {"layers": layers}, backend)
+            for share in reuse:
+                rows.get(partial(bench.measure, share, repeats), model=name, reuse=share)
+                on_progress("timing compiled models", len(rows.rows), total)
+    return rows.rows
+
+
+class _Bench:
+    """One model four times: dense and lazy, eager and compiled; the two lazy ones share nothing."""
+
+    def __init__(self, name: str, sizes: dict[str, int], backend: str) -> None:
+        self.name = name
+        self.model, self.inputs = build(name, **sizes)
+        self.eager, self.compiled = (transform(self.model, self.inputs) for _ in range(2))
+        self.compiled.compile(backend=backend)
+        self.dense = torch.compile(self.model, backend=backend)
+        start = time.perf_counter()
+        self._call(self.dense, 0)
+        self.dense_compile_s = time.perf_counter() - start
+
+    def measure(self, reuse: float, repeats: int) -> CompileRow:
+        lazy = self.eager
+        schedule = _schedule(lazy, reuse, repeats + _WARM_STEPS)
+        for each in (self.eager, self.compiled):
+            each.policy = Scheduled(schedule)
+        lazy_compile_s, error = self._warm_up(schedule)
+        acts: dict[str, Callable[[int], object]] = {
+            "dense eager": lambda step: self._call(self.model, step),
+            "dense compiled": lambda step: self._call(self.dense, step),
+            "lazy eager": lambda step: self._call(self.eager, step),
+            "lazy compiled": lambda step: self._call(self.compiled, step),
+        }
+        taken = all_in_turn(acts, repeats=repeats, warm_steps=_WARM_STEPS, clock=time.process_time)
+        ratios = [b / a for a, b in zip(taken["dense compiled"], taken["lazy compiled"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        timed = schedule.should_compute[_WARM_STEPS:]
+        macs = np.array([branch.macs for branch in lazy.branches], dtype=np.float64)
+        ideal = 1.0 - float((~timed * macs).sum()) / (len(timed) * lazy.graph.total_macs)
+        medians = {f"{name.replace(' ', '_')}_ms": statistics.median(times) for name, times in taken.items()}
+        return CompileRow(
+            model=self.name,
+            parameters=sum(item.numel() for item in self.model.parameters()),
+            branches=len(lazy.branches),
+            reuse=reuse,
+            **medians,
+            compiled_ratio=middle,
+            quartiles=(low, high),
+            ideal_ratio=ideal,
+            efficiency=ideal / middle,
+            compilations=self.compiled.compilations,
+            dense_compile_s=self.dense_compile_s,
+            lazy_compile_s=lazy_compile_s,
+            error=error,
+        )
+
+    def _warm_up(self, schedule: CacheSchedule) -> tuple[float, float]:
+        """Seconds that the compiled model took longer than the eager one for some steps, and how far it is from it."""
+        seconds = {}
+        for each in (self.compiled, self.eager):
+            start = time.perf_counter()
+            outputs = [self._call(each, step) for step in range(_WARM_STEPS + 1)]
+            seconds[each] = time.perf_counter() - start, outputs
+            each.reset()
+        compiled, eager = seconds[self.compiled], seconds[self.eager]
+        errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(compiled[1], eager[1], strict=True)]
+        return max(0.0, compiled[0] - eager[0]), float(max(errors))
+
+    def _call(self, denoiser: nn.Module | Callable[..., Any], step: int) -> Any:
+        inputs = later(self.inputs, step)
+        with torch.inference_mode():
+            if isinstance(denoiser, LazyModule):
+                with denoiser.trajectory("bench", step=step):
+                    return denoiser(**inputs)[0]
+            return denoiser(**inputs)[0]
+
+
+def _schedule(lazy: LazyModule, reuse: float, steps: int) -> CacheSchedule:
+    """The share of branches reused in every step after the first ones, another set of them each time."""
+    branches = len(lazy.branches)
+    per_block = 2 if branches % 2 == 0 else 1
+    return rotating_schedule(reuse, steps, branches // per_block, per_block)

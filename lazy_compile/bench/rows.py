@@ -1,0 +1,50 @@
+"""Rows of a measurement that takes long: each is written as soon as it is there, and none is measured twice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from lazy_compile.storage import load_json, save_json
+
+logger = logging.getLogger("lazy_compile")
+
+Row = TypeVar("Row")
+
+
+class RowFile(Generic[Row]):
+    """Rows in a file of the form ``{"settings": ..., "rows": [...]}``; a run that was stopped goes on where it was.
+
+    Args:
+        path: None keeps them in memory alone.
+        kind: the dataclass of a row.
+        key: the fields that say which row it is.
+        settings: what else a row depends on; a file of other settings is begun anew.
+    """
+
+    def __init__(self, path: Path | None, kind: type[Row], key: Sequence[str], settings: Mapping[str, Any]) -> None:
+        self._path, self._kind, self._key, self._settings = path, kind, tuple(key), dict(settings)
+        self.rows: list[Row] = []
+        if path is not None and path.exists():
+            found = load_json(path)
+            names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+            if found.get("settings") == self._settings and all(set(row) == names for row in found["rows"]):
+                self.rows = [kind(**row) for row in found["rows"]]
+
+    def get(self, measure: Callable[[], Row], **key: Any) -> Row:
+        """The row of this key, measured if it is not there."""
+        known = [row for row in self.rows if all(getattr(row, name) == key[name] for name in self._key)]
+        if known:
+            return known[0]
+        row = measure()
+        self.rows.append(row)
+        logger.info("measured %s", ", ".join(f"{name} {value}" for name, value in key.items()))
+        if self._path is not None:
+            save_json(self._path, {"settings": self._settings, "rows": [asdict(row) for row in self.rows]})  # type: ignore[call-overload]
+        return row
+
+    def has(self, **key: Any) -> bool:
+        return any(all(getattr(row, name) == key[name] for name in self._key) for row in self.rows)
