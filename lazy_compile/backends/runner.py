@@ -19,7 +19,7 @@ from lazy_compile.backends.onnx.sizes import Shape, Size, Sizes, shape_at, spell
 from lazy_compile.errors import ArtifactError, ConfigError, shown
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.extrapolation import SLOPE
-from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name
+from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name, output_of_slot
 from lazy_compile.policies.gate_graph import decision
 from lazy_compile.policies.gate_layout import GateLayout
 from lazy_compile.policies.gate_table import FORCE, GateRow
@@ -272,10 +272,9 @@ class Runner:
         """The axis of the rows of each slot that has one; None if rows cannot be taken apart."""
         axes: dict[str, int] = {}
         for slot in self.metadata.slots:
-            kind, _, place = slot.input.partition("_")
-            if kind not in ("cache", "delta"):
+            if (place := output_of_slot(slot.input)) is None:
                 continue
-            branch, output = map(int, place.split("_"))
+            branch, output = place
             axis = self.branches[branch].outputs[output].batch_axis
             if not self.branches[branch].row_separable or axis is None:
                 return None

@@ -290,7 +290,7 @@ def _conditions(graph: LazyGraph, formulas: Mapping[str, Any]) -> Iterator[str]:
                 except (UnwritableError, ValueError, KeyError):
                     names = {str(name) for part in expression.free_symbols for name in _free_in(part, formulas)}
                     text = f"? {' '.join(sorted(names))}" if names and _is_of_model(guard.sloc) else ""
-                if text and not _is_trivial(text):
+                if text and not _is_trivial(text) and (text.startswith("?") or names_in(text)):
                     yield text
 
 
@@ -330,8 +330,6 @@ def _relation(expression: Any, formulas: Mapping[str, Any]) -> str:
     if isinstance(expression, sympy.Not):
         return f"(not {_relation(expression.args[0], formulas)})"
     first, second = (written(part, formulas) for part in expression.args)
-    if isinstance(first, int) and isinstance(second, int):
-        return ""
     return f"{first} {_RELATIONS[type(expression)]} {second}"
 
 
