@@ -14,7 +14,8 @@ import numpy.typing as npt
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lazy_compile.backends.onnx.metadata import OnnxMetadata
+from lazy_compile.backends.onnx.metadata import BATCH, OnnxMetadata
+from lazy_compile.backends.onnx.sizes import shape_at
 from lazy_compile.backends.runner import Force, Mask, Runner, Stream
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.config import LazyConfig
@@ -162,21 +163,22 @@ class EngineDenoiser:
 
     @cached_property
     def _latents(self) -> Latents | None:
-        """The input that an output has the shape of, or all but one size of it."""
+        """The input that an output has the shape of, or all but one size of it; in the example call of the export."""
         metadata = self.runner.metadata
         names = [name for name in metadata.outputs if name is not None]
+        shapes = [shape_at(spec.shape, metadata.example) for spec in metadata.inputs]
         inputs = [
-            None if spec.name == metadata.timestep_input or "float" not in spec.dtype else spec.shape
-            for spec in metadata.inputs
+            None if spec.name == metadata.timestep_input or "float" not in spec.dtype else shape
+            for spec, shape in zip(metadata.inputs, shapes, strict=True)
         ]
-        outputs = [self.runner.output_shape(name) for name in names]
+        outputs = [self.runner.output_shape(name, metadata.example) for name in names]
         found = moving_pair(inputs, outputs)
         if found is None:
             return None
         position, index, axis = found
         if not axis:
             return Latents(position, 0, index)
-        size = min(metadata.inputs[position].shape[axis], outputs[index][axis])
+        size = min(shapes[position][axis], outputs[index][axis])
         return Latents(position, 0, index, 0, axis, size)
 
     def _run(self, inputs: Mapping[str, Tensor], placed: Placed) -> tuple[Tensor, ...]:
@@ -184,7 +186,10 @@ class EngineDenoiser:
         step, now, before = groups[0].step, groups[0].timestep, groups[0].before
         place = state.memory.get("engine")
         if not isinstance(place, _Place) or len(groups) > 1:
-            place = state.memory["engine"] = _Place(self.runner.new_stream(), np.full(len(self.branches), step))
+            place = self._continued(placed, inputs) or _Place(
+                self.runner.new_stream(), np.full(len(self.branches), step)
+            )
+            state.memory["engine"] = place
         if (mismatch_reason := self._policy.mismatch_reason(step, now, before)) and mismatch_reason not in self._told:
             self._told.add(mismatch_reason)
             logger.warning("%s", mismatch_reason)
@@ -195,6 +200,27 @@ class EngineDenoiser:
         place.last_step, place.logits = step, place.stream.logits
         self._note(step, place)
         return outputs
+
+    def _continued(self, placed: Placed, inputs: Mapping[str, Tensor]) -> _Place | None:
+        """Where all rows continue rows of one stream, with others left out or in another order: their caches.
+
+        So a batch that shrinks when guidance ends goes on. Rows of several streams compute, and so do all if a branch
+        takes one decision for them and cannot be taken apart.
+        """
+        axes, rows = self.runner.row_axes, placed.rows
+        streams = [row.stream for row in rows if row.stream is not None and row.has_caches]
+        places = [stream.state.memory.get("engine") for stream in streams]
+        if axes is None or len(streams) < len(rows) or not isinstance(first := places[0], _Place):
+            return None
+        if any(place is not first for place in places) or len({row.position.step for row in rows}) > 1:
+            return None
+        sizes, before = self.runner.sizes_of(inputs), first.stream.sizes
+        if before is None or {**sizes, BATCH: 0} != {**before, BATCH: 0}:
+            return None
+        place = _Place(self.runner.new_stream(), first.computed_at.copy(), first.last_step)
+        place.stream.continue_rows(first.stream, [stream.row for stream in streams], axes, sizes)
+        place.logits = place.stream.logits
+        return place
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         names = self.runner.metadata.arguments

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lazy_compile.backends.onnx.metadata import InputSpec, OnnxMetadata, SlotSpec
+from lazy_compile.backends.onnx.sizes import Shape, Size, Sizes, shape_at, spelled
 from lazy_compile.errors import ArtifactError, ConfigError, shown
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.extrapolation import SLOPE
-from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name
+from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name, output_of_slot
 from lazy_compile.policies.gate_graph import decision
 from lazy_compile.policies.gate_layout import GateLayout
 from lazy_compile.policies.gate_table import FORCE, GateRow
@@ -30,9 +32,9 @@ Mask = tuple[bool, ...]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of an input or output."""
+    """Shape and dtype of an input or output; what a size that is no number is, its model's description says."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     dtype: torch.dtype
 
 
@@ -69,41 +71,102 @@ class Session(LoadedFile, Protocol):
     def metadata(self) -> OnnxMetadata: ...
 
 
+class BufferPool:
+    """Buffers that nobody uses at the moment, by shape and dtype: sizes that come back find their memory again.
+
+    It keeps no more bytes than were ever in use at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._free: dict[tuple[Shape, torch.dtype], list[Tensor]] = {}
+        self._used = self._most = self._idle = 0
+
+    def take(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        if found := self._free.get((shape, dtype)):
+            buffer = found.pop()
+            self._idle -= _bytes(buffer)
+        else:
+            with torch.inference_mode(False):
+                buffer = torch.empty(shape, dtype=dtype, device=self.device)
+        self._used += _bytes(buffer)
+        self._most = max(self._most, self._used)
+        return buffer
+
+    def give(self, buffers: Iterable[Tensor]) -> None:
+        for buffer in buffers:
+            self._used -= _bytes(buffer)
+            if self._used + self._idle + _bytes(buffer) <= self._most:
+                self._free.setdefault((tuple(buffer.shape), buffer.dtype), []).append(buffer)
+                self._idle += _bytes(buffer)
+
+
 class Stream:
     """The caches of one trajectory: two buffers for each slot, of which a call reads one and writes the other.
 
     Attributes:
+        sizes: the free sizes of its calls; None before the first.
         invariants: what the prologue computed, in memory that stays the same.
         seen: the inputs that it was computed from; None before.
         logits: ``float32[rows, G]`` of its last call; None before it, and where no gate is read.
         fixed: the decisions of its last call, if a host took them; None if the gates did.
     """
 
-    def __init__(self, slots: Sequence[SlotSpec], device: torch.device, invariants: Sequence[InputSpec] = ()) -> None:
+    def __init__(self, slots: Sequence[SlotSpec], pool: BufferPool, invariants: Sequence[InputSpec] = ()) -> None:
         self.slots = slots
         self.filled = False
+        self.sizes: Sizes | None = None
         self.contexts: dict[Mask, ExecutionContext] = {}
         self.prologue: ExecutionContext | None = None
         self.seen: dict[str, TensorSnapshot] | None = None
         self.logits: Tensor | None = None
         self.fixed: Mask | None = None
-        with torch.inference_mode(False):
-            self.invariants = {
-                spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-                for spec in invariants
-            }
-            self.buffers = {
-                slot.input: [torch.empty(slot.shape, dtype=getattr(torch, slot.dtype), device=device) for _ in range(2)]
-                for slot in slots
-            }
-        self.reset()
+        self.invariants: dict[str, Tensor] = {}
+        self.buffers: dict[str, list[Tensor]] = {}
+        self._specs, self._pool = invariants, pool
+        self._held: list[Tensor] = []
+        weakref.finalize(self, pool.give, self._held)
 
     def reset(self) -> None:
         """Back to what a trajectory starts from."""
         self.filled = False
         self.seen = None
         for slot in self.slots:
-            self.buffers[slot.input][0].fill_(slot.initial)
+            if slot.input in self.buffers:
+                self.buffers[slot.input][0].fill_(slot.initial)
+
+    def take_sizes(self, sizes: Sizes) -> None:
+        """Be ready for a call of these sizes; with others than before, a trajectory starts."""
+        if sizes == self.sizes:
+            return
+        self._pool.give(self._held)
+        self._held.clear()
+        self.invariants = {spec.name: self._take(spec, sizes) for spec in self._specs}
+        self.buffers = {slot.input: [self._take(slot, sizes) for _ in range(2)] for slot in self.slots}
+        self.sizes, self.logits = dict(sizes), None
+        self.reset()
+
+    def _take(self, spec: SlotSpec | InputSpec, sizes: Sizes) -> Tensor:
+        buffer = self._pool.take(shape_at(spec.shape, sizes), getattr(torch, spec.dtype))
+        self._held.append(buffer)
+        return buffer
+
+    def continue_rows(self, other: Stream, rows: Sequence[int], axes: Mapping[str, int], sizes: Sizes) -> None:
+        """Take over the caches of some rows of another stream.
+
+        Args:
+            other: the stream, whose sizes differ in the number of rows alone.
+            rows: which rows of it are the rows of this one, in order.
+            axes: the axis of the rows of every slot that has one for each.
+            sizes: those of the calls of this stream.
+        """
+        self.take_sizes(sizes)
+        for name, pair in self.buffers.items():
+            source = other.buffers[name][0]
+            index = torch.tensor(rows, device=source.device)
+            pair[0].copy_(source.index_select(axes[name], index) if name in axes else source)
+        self.filled = other.filled
+        self.logits = None if other.logits is None else other.logits[list(rows)]
 
     def swap(self, written: Sequence[str]) -> None:
         self.filled = True
@@ -117,8 +180,11 @@ class Stream:
 
     @property
     def bytes(self) -> int:
-        kept = [*self.invariants.values(), *(tensor for pair in self.buffers.values() for tensor in pair)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        return sum(map(_bytes, self._held))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 @dataclass
@@ -144,6 +210,7 @@ class Runner:
         self.metadata = self._session.metadata
         self.device = self._session.device
         self.layout = GateLayout.of(self.branches, self.metadata.leaders)
+        self.pool = BufferPool(self.device)
         for session in self.sessions.values():
             self._check_description(session)
         self._stream = self.new_stream()
@@ -191,13 +258,32 @@ class Runner:
         result: npt.NDArray[np.bool_] = gates[[self.layout.gate_of(branch.index) for branch in self.branches]]
         return result
 
-    def output_shape(self, name: str) -> tuple[int, ...]:
-        """Of one of the model's own outputs."""
-        return self._session.outputs[name].shape
+    def output_shape(self, name: str, sizes: Sizes) -> Shape:
+        """Of one of the outputs, where the free sizes are these."""
+        return shape_at(self._shapes.get(name, self._session.outputs[name].shape), sizes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[Size, ...]]:
+        """Shapes of the outputs that are no slots, as the model describes them."""
+        return {spec.name: spec.shape for spec in self.metadata.results}
+
+    @cached_property
+    def row_axes(self) -> dict[str, int] | None:
+        """The axis of the rows of each slot that has one; None if rows cannot be taken apart."""
+        axes: dict[str, int] = {}
+        for slot in self.metadata.slots:
+            if (place := output_of_slot(slot.input)) is None:
+                continue
+            branch, output = place
+            axis = self.branches[branch].outputs[output].batch_axis
+            if not self.branches[branch].row_separable or axis is None:
+                return None
+            axes[slot.input] = axis
+        return axes
 
     def new_stream(self) -> Stream:
         """Caches of their own for another trajectory: the unconditional one, or another request."""
-        stream = Stream(self.metadata.slots, self.device, self.metadata.invariants)
+        stream = Stream(self.metadata.slots, self.pool, self.metadata.invariants)
         self.streams.add(stream)
         return stream
 
@@ -218,7 +304,8 @@ class Runner:
         """One step.
 
         Args:
-            inputs: the model's own inputs by name, of the shapes and dtypes that it was exported for.
+            inputs: the model's own inputs by name, of dtypes and shapes that it was exported for. Where their free
+                sizes are not those of the stream's last call, a trajectory starts.
             row: the gates of this step, one for every branch of the model.
             force: what all branches do, or each of them; None leaves a branch to its gate, or without a row computes.
                 Branches that share a gate do as the first of them. A stream whose caches are empty computes whatever is
@@ -234,12 +321,13 @@ class Runner:
             BackendError: the runtime failed.
         """
         stream = stream or self._stream
-        tensors = self._checked(inputs)
+        tensors, sizes = self._checked(inputs)
+        stream.take_sizes(sizes)
         mask, gates, fixed = self._decide(row, force, stream.filled)
         session = self.sessions[mask]
         context = stream.contexts.get(mask) or stream.contexts.setdefault(mask, session.context())
         results = {
-            name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+            name: torch.empty(self.output_shape(name, sizes), dtype=spec.dtype, device=self.device)
             for name, spec in session.outputs.items()
             if name not in self._next
         }
@@ -277,20 +365,28 @@ class Runner:
         """Slots by the output that is their next value."""
         return {slot.output: slot.input for slot in self.metadata.slots}
 
-    def _checked(self, inputs: Mapping[str, Tensor | npt.NDArray[Any]]) -> dict[str, Tensor]:
+    def sizes_of(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+        """The free sizes of a call."""
+        return self.metadata.sizes_of({name: tuple(tensor.shape) for name, tensor in inputs.items()})
+
+    def _checked(self, inputs: Mapping[str, Tensor | npt.NDArray[Any]]) -> tuple[dict[str, Tensor], dict[str, int]]:
         expected = {spec.name: spec for spec in self.metadata.inputs}
         if set(inputs) != set(expected):
             raise ConfigError(f"the inputs are {', '.join(sorted(inputs))}; expected {', '.join(sorted(expected))}")
         tensors = {name: torch.as_tensor(value).detach() for name, value in inputs.items()}
         for name, tensor in tensors.items():
+            spec = expected[name]
             seen = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-            wanted = f"{expected[name].dtype}{list(expected[name].shape)}"
-            if seen != wanted:
+            fits = len(spec.shape) == tensor.dim() and all(
+                isinstance(size, str) or size == length for size, length in zip(spec.shape, tensor.shape, strict=True)
+            )
+            if not fits or str(tensor.dtype) != f"torch.{spec.dtype}":
                 raise ConfigError(
-                    f"input {name!r} is {seen}; the model was exported for {wanted}: "
+                    f"input {name!r} is {seen}; the model was exported for {spec.dtype}{spelled(spec.shape)}: "
                     "export it again with an example call of the sizes that you need"
                 )
-        return {name: _in_reals(tensor.to(self.device)).contiguous() for name, tensor in tensors.items()}
+        sizes = self.sizes_of(tensors)
+        return {name: _in_reals(tensor.to(self.device)).contiguous() for name, tensor in tensors.items()}, sizes
 
     def _decide(
         self, row: GateRow | None, force: Force | None, filled: bool

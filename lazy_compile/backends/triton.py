@@ -6,14 +6,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lazy_compile.backends.onnx.embed import NEXT_STEP, START, STEP, add_start, embed_policy
+from lazy_compile.backends.onnx.embed import NEXT_STEP, START, STEP, add_start, embed_policy, sizes_of
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.save import save_model
 from lazy_compile.backends.onnx.seal import DIGEST_KEY, data_files, read_proto, seal_of
+from lazy_compile.backends.onnx.sizes import ShapeRange, Sizes, value_at
 from lazy_compile.backends.tensorrt.build import build_engine, builder_for
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.backends.tensorrt.sidecar import path_beside
@@ -53,7 +54,7 @@ class TritonReport:
         inputs: what a request brings.
         outputs: what it gets.
         states: what the server keeps for each sequence.
-        cache_bytes: of one sequence, as the server keeps it.
+        cache_bytes: of one sequence, as the server keeps it; where sizes are free, for the example call.
         embedded: whether the policy stands in the graph.
     """
 
@@ -127,13 +128,16 @@ def export_triton(
     folder = Path(repository) / name
     token = digest_of(json.dumps(made_from, sort_keys=True).encode())[:8]
     served = folder / VERSION / f"model.{token}{'.plan' if backend == 'tensorrt' else '.onnx'}"
-    lines = _config(name, backend, served.name, model, metadata, states, sequences, idle_seconds)
+    sizes = metadata.example
+    lines = _config(name, backend, served.name, model, sizes, states, sequences, idle_seconds)
     text = "\n".join(lines) + "\n"
     with locked_folder(folder), superseding(served.with_name(CONFIG), _files_of(folder), _belonging(served)):
         if backend == "tensorrt":
             source = folder / "model.onnx"  # beside the versions, where the server does not look
             save_model(model, source)
-            build_engine(source, served, build or BuildConfig())
+            given = {str(value.name): tuple(_shape(value, sizes)) for value in model.graph.inputs}
+            profiles = (ShapeRange(opt=given),) if sizes else ()
+            build_engine(source, served, replace(build or BuildConfig(), profiles=profiles))
         else:
             save_model(model, served)
         with atomic_path(folder / CONFIG) as temporary:
@@ -145,7 +149,7 @@ def export_triton(
         tuple(str(value.name) for value in model.graph.inputs if value not in kept and value.name != START),
         tuple(str(value.name) for value in model.graph.outputs if value not in kept),
         tuple(str(value.name) for value, _ in states),
-        sum(_bytes(value) for value, _ in states),
+        sum(_bytes(value, sizes) for value, _ in states),
         embed_gates,
     )
 
@@ -240,12 +244,14 @@ def _config(
     backend: Backend,
     file: str,
     model: Model,
-    metadata: OnnxMetadata,
+    example: Sizes,
     states: Sequence[tuple[Value, Value]],
     sequences: int,
     idle_seconds: float,
 ) -> Iterator[str]:
-    """``config.pbtxt``. There is no batch axis for the server: a model has the sizes that it was exported with."""
+    """``config.pbtxt``. There is no batch axis for the server: free sizes are -1 in ONNX Runtime, whose first states
+    have one element along them, and those of the example call in an engine."""
+    sizes = example if backend == "tensorrt" else None
     kept = {value for pair in states for value in pair}
     yield f'name: "{name}"'
     yield 'platform: "tensorrt_plan"' if backend == "tensorrt" else 'backend: "onnxruntime"'
@@ -253,26 +259,33 @@ def _config(
     yield "max_batch_size: 0"
     for role, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
         for value in (value for value in values if value not in kept and value.name != START):
-            yield f'{role} {{ name: "{value.name}" data_type: {_type(value)} {_dims(value)} }}'
+            yield f'{role} {{ name: "{value.name}" data_type: {_type(value)} {_dims(_shape(value, sizes))} }}'
     yield "sequence_batching {"
     yield f"  max_sequence_idle_microseconds: {round(idle_seconds * 1e6)}"
     yield f"  oldest {{ max_candidate_sequences: {sequences} }}"
     yield f'  control_input {{ name: "{START}"'
     yield "    control { kind: CONTROL_SEQUENCE_START bool_false_true: [ false, true ] } }"
     for given, following in states:
-        sizes = f"data_type: {_type(given)} dims: [ {', '.join(map(str, _shape(given)))} ]"
-        yield f'  state {{ input_name: "{given.name}" output_name: "{following.name}" {sizes}'
-        yield f'    initial_state {{ name: "zero" {sizes} zero_data: true }} }}'
+        kind, shape = f"data_type: {_type(given)}", _listed(_shape(given, sizes))
+        start = _listed([1 if size == -1 else size for size in _shape(given, sizes)])
+        yield f'  state {{ input_name: "{given.name}" output_name: "{following.name}" {kind} {shape}'
+        yield f'    initial_state {{ name: "zero" {kind} {start} zero_data: true }} }}'
     yield "}"
 
 
-def _dims(value: Value) -> str:
-    sizes = _shape(value)
-    return f"dims: [ {', '.join(map(str, sizes))} ]" if sizes else "dims: [ 1 ] reshape { shape: [ ] }"
+def _dims(shape: Sequence[int]) -> str:
+    return _listed(shape) if shape else "dims: [ 1 ] reshape { shape: [ ] }"
 
 
-def _shape(value: Value) -> list[int]:
-    return [] if value.shape is None else list(value.shape.numpy())
+def _listed(shape: Sequence[int]) -> str:
+    return f"dims: [ {', '.join(map(str, shape))} ]"
+
+
+def _shape(value: Value, sizes: Sizes | None) -> list[int]:
+    """The sizes of a value; -1 for one that is free, if ``sizes`` does not say what it is."""
+    return [
+        size if isinstance(size, int) else -1 if sizes is None else value_at(size, sizes) for size in sizes_of(value)
+    ]
 
 
 def _type(value: Value) -> str:
@@ -282,8 +295,8 @@ def _type(value: Value) -> str:
     return TYPES[name]
 
 
-def _bytes(value: Value) -> int:
+def _bytes(value: Value, sizes: Sizes) -> int:
     count: Any = 1
-    for size in _shape(value):
+    for size in _shape(value, sizes):
         count *= size
     return int(count * (value.dtype.itemsize if value.dtype is not None else 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import grad_mode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -28,6 +30,10 @@ READS = frozenset(
 
 COUNTS = frozenset({"nonzero", "argwhere", "masked_select", "bincount", "unique", "unique_consecutive", "one_hot"})
 """Functions whose result has as many elements as the numbers in a tensor say."""
+
+
+_PLACE = re.compile(r"L\['\w+'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+"""How torch.export names a size of an input."""
 
 
 class ExportAid(TorchFunctionMode):
@@ -50,6 +56,7 @@ class ExportAid(TorchFunctionMode):
         stuck: where the model read a value that depends on inputs and weights; empty if it did not.
         fixed: where it made a Python number of a size, by ``len()`` or by ``int()`` of what was divided: export fixes
             that size, unless it is strict.
+        fixing_lines: the lines at which axes of the inputs became fixed, by position and axis.
     """
 
     def __init__(self, inputs: Tape | None = None, state: StateTape | None = None) -> None:
@@ -57,6 +64,7 @@ class ExportAid(TorchFunctionMode):
         self.inputs, self.state = inputs, state
         self._tapes = [tape for tape in (inputs, state) if tape is not None]
         self.stuck = self.fixed = ""
+        self.fixing_lines: dict[tuple[int, int], str] = {}
         self._numbers: dict[int, Tensor] = {}
         self._gradients = GradientRegions()
 
@@ -76,6 +84,16 @@ class ExportAid(TorchFunctionMode):
             self.fixed = self.fixed or f"int() {_calling_line()}"
             return int(original(size))  # type: ignore[no-untyped-call]
 
+        replace = self._set_replacement = ShapeEnv._set_replacement
+
+        def note_fixed(sizes: ShapeEnv, symbol: Any, value: Any, *args: Any) -> None:
+            if value.is_number:
+                for source in sizes.var_to_sources.get(symbol, ()):
+                    if (place := _PLACE.fullmatch(source.name)) is not None:
+                        self.fixing_lines.setdefault((int(place[1]), int(place[2])), _calling_line())
+            replace(sizes, symbol, value, *args)
+
+        ShapeEnv._set_replacement = note_fixed  # type: ignore[method-assign, assignment]
         torch.SymFloat.__int__ = note  # type: ignore[method-assign]
         self._builtins = builtins.max, builtins.min
         builtins.max, builtins.min = (
@@ -90,6 +108,7 @@ class ExportAid(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         builtins.max, builtins.min = self._builtins
         torch.SymFloat.__int__ = self._int_of_size  # type: ignore[method-assign]
+        ShapeEnv._set_replacement = self._set_replacement  # type: ignore[method-assign]
         del torch.SymInt.sqrt, torch.SymFloat.sqrt  # type: ignore[attr-defined]
 
     def __torch_function__(

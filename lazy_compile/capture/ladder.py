@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
@@ -53,6 +53,7 @@ class Capture:
         values: what the model read from its inputs on the way, and must read again for the program to be right.
         state: what it read from its weights and buffers.
         specialised_size: where the model made a Python number of a size, which this way of export fixes.
+        fixing_lines: for axes of the user's tensors that the model fixes, by position and axis, the line that does.
         opaque: the modules that it does not look into.
     """
 
@@ -63,6 +64,7 @@ class Capture:
     values: ValueGuards = field(default_factory=ValueGuards)
     state: StateGuards = field(default_factory=StateGuards)
     specialised_size: str = ""
+    fixing_lines: Mapping[tuple[int, int], str] = field(default_factory=dict)
     opaque: tuple[OpaqueCall, ...] = ()
     _guards: CodeType | None = None
     _verdicts: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
@@ -276,6 +278,7 @@ class _Search:
         return Capture(
             program, f"{name}, {self.opaque}" if self.opaque else name, tuple(self.attempts), output_spec,
             values=values, state=state, specialised_size=flat.specialised_size, opaque=tuple(dict.fromkeys(called)),
+            fixing_lines=flat.fixing_lines,
             _guards=_compile_guards(exported),
         )  # fmt: skip
 

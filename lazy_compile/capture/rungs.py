@@ -97,6 +97,10 @@ class FlatModel(nn.Module):
     def specialised_size(self) -> str:
         return "" if self.aid is None else self.aid.fixed
 
+    @property
+    def fixing_lines(self) -> dict[tuple[int, int], str]:
+        return {} if self.aid is None else self.aid.fixing_lines
+
 
 def with_batch_of_two(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     batches = [t.shape[0] for t in tensors if t.dim() >= 3 and t.is_floating_point()]

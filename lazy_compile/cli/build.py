@@ -17,12 +17,11 @@ from lazy_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from lazy_compile.backends.onnx.metadata import Gating
+    from lazy_compile.backends.onnx.sizes import ShapeRange
     from lazy_compile.backends.tensorrt.build import BuildReport
     from lazy_compile.backends.tensorrt.config import BuildConfig
     from lazy_compile.policies.policy import Policy
     from lazy_compile.progress import OnProgress
-
-_SHAPES = "Of inputs with free sizes, as trtexec takes them: x:1x4x32x32,t:1."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +43,9 @@ class BuildOptions(CaptureOptions):
     group: given.Group = None
     invariant: given.Invariants = None
     gates: given.Gates = None
-    min_shapes: Annotated[str, typer.Option("--minShapes", help=_SHAPES)] = ""
-    opt_shapes: Annotated[str, typer.Option("--optShapes", help="The shapes to optimize for.")] = ""
-    max_shapes: Annotated[str, typer.Option("--maxShapes", help="The largest shapes.")] = ""
+    min_shapes: given.MinShapes = None
+    opt_shapes: given.OptShapes = None
+    max_shapes: given.MaxShapes = None
     compute_capabilities: Annotated[
         str, typer.Option(metavar="8.6,8.9|CURRENT", help="GPUs to build for (rtx); default is 8.6 and newer.")
     ] = ""
@@ -76,10 +75,10 @@ def build(options: BuildOptions) -> None:
     written when it is complete and its branches are checked, with a description beside it (ENGINE.json) that a runner
     needs. What was built already, from the same with the same options, is left as it is.
     """
+    from lazy_compile.backends.onnx.sizes import parse_ranges
     from lazy_compile.backends.tensorrt.build import builder_for
     from lazy_compile.backends.tensorrt.config import BuildConfig
     from lazy_compile.backends.tensorrt.preview import preview
-    from lazy_compile.backends.tensorrt.profile import parse_shapes
     from lazy_compile.backends.tensorrt.source import OnnxSource
     from lazy_compile.cli.engine_tables import build_table, preview_tables, preview_values
     from lazy_compile.cli.models import parse_group
@@ -88,9 +87,7 @@ def build(options: BuildOptions) -> None:
 
     config = BuildConfig(
         flavor=options.flavor,
-        min_shapes=parse_shapes("--minShapes", options.min_shapes),
-        opt_shapes=parse_shapes("--optShapes", options.opt_shapes),
-        max_shapes=parse_shapes("--maxShapes", options.max_shapes),
+        profiles=parse_ranges(options.min_shapes or (), options.opt_shapes or (), options.max_shapes or ()),
         compute_capabilities=tuple(filter(None, options.compute_capabilities.split(","))),
         workspace_bytes=None if options.workspace is None else options.workspace * 2**20,
         optimization_level=options.optimization_level,
@@ -109,6 +106,7 @@ def build(options: BuildOptions) -> None:
         tuple(options.shape or ()),
         tuple(options.settings or ()),
         options.device,
+        config.profiles,
     )
     request.check(options.output)
     if options.print_trtexec or options.print_polygraphy:
@@ -123,7 +121,7 @@ def build(options: BuildOptions) -> None:
         if request.is_onnx and onnx.is_file() and not options.any_onnx:
             OnnxSource.read(onnx).require_lazy()
         if options.dry_run:
-            seen = preview(onnx)
+            seen = preview(onnx, config.profiles)
         else:
             reports = _build(onnx, options.output, config, policy, on_progress)
     if options.dry_run:
@@ -152,6 +150,7 @@ class _Request:
     shapes: tuple[str, ...]
     options: tuple[str, ...]
     device: str
+    profiles: tuple[ShapeRange, ...]
 
     @property
     def is_onnx(self) -> bool:
@@ -186,6 +185,7 @@ class _Request:
     def export(self, onnx: Path, on_progress: OnProgress) -> Policy | None:
         """Write the ONNX file of a model; the rule that its engine follows unless told otherwise."""
         from lazy_compile.backends.onnx.export import export_onnx
+        from lazy_compile.backends.onnx.sizes import union_of
         from lazy_compile.cli.models import in_precision, load_lazy, load_model, parse_group, require_inputs
         from lazy_compile.runtime import artifact
 
@@ -195,7 +195,15 @@ class _Request:
         lazy = load_lazy(named, self.gates, self.options)
         inputs, group = require_inputs(named), parse_group(self.group)
         export_onnx(
-            lazy, onnx, inputs, gating=self.gating, group=group, invariants=self.invariants, on_progress=on_progress
+            lazy,
+            onnx,
+            inputs,
+            gating=self.gating,
+            group=group,
+            invariants=self.invariants,
+            dynamic=bool(self.profiles),
+            shapes=union_of(self.profiles) if self.profiles else None,
+            on_progress=on_progress,
         )
         return lazy.policy
 
@@ -226,6 +234,8 @@ def _commands(request: _Request, output: Path, config: BuildConfig, trtexec: boo
     """The lines of a shell that do the same with other tools."""
     from lazy_compile.backends.onnx.masks import ScheduleVariants
     from lazy_compile.backends.tensorrt.commands import polygraphy_command, trtexec_command
+    from lazy_compile.backends.tensorrt.profile import size_ranges
+    from lazy_compile.backends.tensorrt.source import OnnxSource
 
     onnx = request.onnx(output)
     pairs = [(onnx, output)]
@@ -234,15 +244,20 @@ def _commands(request: _Request, output: Path, config: BuildConfig, trtexec: boo
             raise ConfigError(
                 "how many engines a schedule needs is known after lazy-compile export; give what it wrote"
             )
+        if request.profiles:
+            raise ConfigError("shapes of the caches are known after lazy-compile export; give the file that it wrote")
         yield shlex.join(request.export_command(onnx))
     elif onnx.is_dir():
         pairs = [(file, output / f"{file.stem}.engine") for file in ScheduleVariants.load(onnx).files.values()]
     pairs += list(_prologues(request, pairs))
+    first = OnnxSource.read(pairs[0][0]) if request.is_onnx and pairs[0][0].is_file() else None
+    ranges = () if first is None else size_ranges(first.dims, first.model, config.profiles)
     for file, engine in pairs:
+        profiles = [sizes.profile(OnnxSource.read(file).dims) for sizes in ranges]
         if trtexec:
-            yield shlex.join(trtexec_command(file, engine, config))
+            yield shlex.join(trtexec_command(file, engine, config, profiles))
         if polygraphy:
-            yield shlex.join(polygraphy_command(file, engine, config))
+            yield shlex.join(polygraphy_command(file, engine, config, profiles))
 
 
 def _prologues(request: _Request, pairs: Sequence[tuple[Path, Path]]) -> Iterator[tuple[Path, Path]]:

@@ -34,6 +34,9 @@ def preview_tables(preview: BuildPreview) -> list[Table | str]:
         "weights": size(preview.weight_bytes),
         "caches of one stream": f"{size(preview.cache_bytes)} in {preview.roles.count('cache') // 2} slots, twice each",
     }
+    for each in preview.memory:
+        title = f"at {each.which} shapes" + (f" of profile {each.profile}" if each.profile else "")
+        values[title] = f"{size(each.cache_bytes)} ({', '.join(f'{key}={value}' for key, value in each.sizes.items())})"
     if preview.invariant_bytes:
         values["computed once a trajectory"] = size(preview.invariant_bytes)
     lines: list[Table | str] = [table, facts(values)]

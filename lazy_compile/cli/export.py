@@ -30,6 +30,13 @@ class ExportOptions(ModelOptions):
     group: given.Group = None
     invariant: given.Invariants = None
     precision: given.Precision = None
+    dynamic: Annotated[
+        str,
+        typer.Option(metavar="auto|none|NAME,NAME", help="Sizes to leave free, such as batch,height,width."),
+    ] = "none"
+    min_shapes: given.MinShapes = None
+    opt_shapes: given.OptShapes = None
+    max_shapes: given.MaxShapes = None
     simplify: Annotated[bool, typer.Option("--simplify", help="Also run onnxsim; dropped if it moves a branch.")] = (
         False
     )
@@ -39,6 +46,7 @@ def export(options: ExportOptions) -> None:
     """Write an ONNX model in which every branch is an If node, with its caches as inputs and outputs."""
     from lazy_compile.backends.onnx.export import export_onnx
     from lazy_compile.backends.onnx.prologue import prologue_path
+    from lazy_compile.backends.onnx.sizes import parse_ranges, union_of
     from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
     from lazy_compile.cli.models import in_precision, load_lazy, load_model, parse_group, require_inputs
     from lazy_compile.progress import progress_bars
@@ -50,6 +58,7 @@ def export(options: ExportOptions) -> None:
             f"--target ort-mobile writes one .ort file; seen --output {options.output} and --gating {options.gating}: "
             "name it options.model.ort, with --gating predicate or input"
         )
+    ranges = parse_ranges(options.min_shapes or (), options.opt_shapes or (), options.max_shapes or ())
     grouped = parse_group(options.group)
     named = in_precision(load_model(options.model, options.shape or (), options.device), options.precision)
     lazy = load_lazy(named, options.gates, options.settings or ())
@@ -61,6 +70,8 @@ def export(options: ExportOptions) -> None:
             gating=options.gating,
             group=grouped,
             invariants=tuple(options.invariant or ()),
+            dynamic={"auto": True, "none": False}.get(options.dynamic, tuple(options.dynamic.split(","))),
+            shapes=union_of(ranges) if ranges else None,
             simplify=options.simplify,
             on_progress=on_progress,
         )

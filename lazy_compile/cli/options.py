@@ -73,6 +73,20 @@ Precision = Annotated[
     Literal["fp32", "fp16", "bf16"] | None,
     typer.Option(help="Type of weights and activations; default is the model's own."),
 ]
+MinShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--minShapes",
+        metavar="NAME:1x4x32x32,...",
+        help="The smallest shapes, as trtexec takes them. Repeated, it begins another profile.",
+    ),
+]
+OptShapes = Annotated[
+    list[str] | None, typer.Option("--optShapes", metavar="NAME:2x4x64x64,...", help="The shapes to optimize for.")
+]
+MaxShapes = Annotated[
+    list[str] | None, typer.Option("--maxShapes", metavar="NAME:8x4x128x128,...", help="The largest shapes.")
+]
 Onnx = Annotated[Path | None, typer.Option(help="The ONNX file that export wrote for this model.")]
 
 

@@ -152,13 +152,11 @@ def test_the_same_with_the_tools_of_nvidia(exported: Path, tmp_path: Path) -> No
     first, second = lines["commands"]
     assert first == (
         f"tensorrt_rtx --onnx={exported} --saveEngine=m.engine --profilingVerbosity=detailed --skipInference "
-        "--minShapes=hidden_states:2x1x4x4 --maxShapes=hidden_states:2x1x4x4,timestep:2 "
         "--computeCapabilities=89,120 --noTF32"
     )
     assert second == (
         f"env POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy convert {exported} --convert-to trt --output m.engine "
-        "--strongly-typed --profiling-verbosity detailed --trt-min-shapes 'hidden_states:[2,1,4,4]' "
-        "--trt-max-shapes 'hidden_states:[2,1,4,4]' 'timestep:[2]'"
+        "--strongly-typed --profiling-verbosity detailed"
     )
     options = ["--timing-cache", "t", "--workspace", 512, "--optimization-level", 4]
     lines = answer("build", TINY, *options, "--group", 2, "-o", "m.engine", "--print-trtexec")

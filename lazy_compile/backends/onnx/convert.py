@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
 
+from lazy_compile.backends.onnx.fixed_reshapes import fix_reshapes
+from lazy_compile.backends.onnx.free_sizes import note_symbol, read_text
 from lazy_compile.backends.onnx.metadata import first_line
 from lazy_compile.backends.onnx.operators import CONSTANT, Exportable
 from lazy_compile.backends.onnx.rewrites import in_known_operators
 from lazy_compile.backends.onnx.sink import DOMAIN
+from lazy_compile.backends.onnx.sizes import Size, names_in
 from lazy_compile.backends.onnx.structure import MARK
 from lazy_compile.errors import BackendError, import_optional
 from lazy_compile.ir.branch_arms import state_names
@@ -26,10 +30,32 @@ if TYPE_CHECKING:
     from onnx_ir import Model, Node, Value
 
 
-def convert(original: nn.Module, program: Program, example: Sequence[Tensor], opset: int) -> Model:
+class SpecialisedError(BackendError):
+    """The exporter fixes sizes that were to be free."""
+
+    def __init__(self, message: str, names: frozenset[str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
+def convert(
+    original: nn.Module,
+    program: Program,
+    example: Sequence[Tensor],
+    opset: int,
+    shapes: Sequence[Sequence[Size]],
+) -> Model:
     """Convert a flat program, with selects as ``lazy_compile::Select`` and a mark on every node of a branch's body.
 
+    Args:
+        original: the model, whose weights it takes.
+        program: what to convert.
+        example: tensors for its inputs that are no weights.
+        opset: of ONNX.
+        shapes: their shapes; a size that is a formula stays free, and every size of the result is a formula too.
+
     Raises:
+        SpecialisedError: a free size became fixed on the way.
         BackendError: an operator has no ONNX form, or not in this opset.
     """
     for node in program.graph.nodes:
@@ -38,9 +64,14 @@ def convert(original: nn.Module, program: Program, example: Sequence[Tensor], op
             node.meta["nn_module_stack"] = {**stack, MARK: (f"{MARK}.{node.meta[TAG]}", LazyBranch.__name__)}
     try:
         with quiet(), torch.no_grad():
-            exported = torch.export.export(Exportable(original, program), tuple(example), strict=False)
+            axes = tuple({axis: Dim.AUTO for axis, size in enumerate(item) if isinstance(size, str)} for item in shapes)
+            flat = Exportable(original, program)
+            exported = torch.export.export(flat, tuple(example), dynamic_shapes=(axes,), strict=False)
+            formulas = _formulas_of(exported, shapes)
             exported = in_known_operators(exported)
             converted = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False)
+    except SpecialisedError:
+        raise
     except Exception as error:
         raise BackendError(
             f"{type(original).__name__} cannot be converted to ONNX: {_cause(error)}; "
@@ -52,6 +83,9 @@ def convert(original: nn.Module, program: Program, example: Sequence[Tensor], op
         raise BackendError(f"the exporter wrote opset {model.opset_imports['']}, not {opset}; ask for that one")
     _reveal_constants(model)
     _without_bool_where(model)
+    _name_sizes(model, formulas)
+    if formulas:
+        fix_reshapes(model)
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         _, marked, rest = scopes.partition(f"'{MARK}.")
@@ -59,6 +93,31 @@ def convert(original: nn.Module, program: Program, example: Sequence[Tensor], op
         if marked:
             node.metadata_props[MARK] = rest.partition("'")[0]
     return model
+
+
+def _formulas_of(exported: ExportedProgram, shapes: Sequence[Sequence[Size]]) -> dict[str, Any]:
+    """What the symbols of an export are, by name."""
+    inputs = set(exported.graph_signature.user_inputs)
+    nodes = [node for node in exported.graph.find_nodes(op="placeholder") if node.name in inputs]
+    formulas: dict[str, Any] = {}
+    for node, shape in zip(nodes, shapes, strict=True):
+        for size, wanted in zip(node.meta["val"].shape, shape, strict=False):
+            if isinstance(wanted, int):
+                continue
+            if isinstance(size, int):
+                raise SpecialisedError(f"the exporter fixes {wanted} to {size}", names_in(wanted))
+            note_symbol(formulas, size.node.expr, wanted)
+    return formulas
+
+
+def _name_sizes(model: Model, formulas: Mapping[str, Any]) -> None:
+    """Write every symbolic size as a formula over the free sizes; a shape that cannot be written so is left out."""
+    ir = import_optional("onnx_ir", "onnx")
+    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    for value in values:
+        if value.shape is not None and any(not isinstance(size, int) for size in value.shape):
+            sizes = [size if isinstance(size, int) else read_text(str(size), formulas) for size in value.shape]
+            value.shape = None if None in sizes else ir.Shape(sizes)
 
 
 def _reveal_constants(model: Model) -> None:

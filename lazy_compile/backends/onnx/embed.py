@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lazy_compile.backends.onnx.metadata import OnnxMetadata
+from lazy_compile.backends.onnx.sizes import Size
 from lazy_compile.errors import ConfigError, import_optional
 from lazy_compile.ir.extrapolation import CLOCK, SLOPE
 from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, decision_name
@@ -50,7 +51,7 @@ class _Editor:
         return value  # type: ignore[no-any-return]
 
     def add(
-        self, operator: str, inputs: Sequence[Value], name: str, dtype: str, shape: Sequence[int], **given: Any
+        self, operator: str, inputs: Sequence[Value], name: str, dtype: str, shape: Sequence[Size], **given: Any
     ) -> Value:
         """A node, placed by :meth:`finish`; its one result is named like it."""
         ir = self.ir
@@ -70,6 +71,12 @@ class _Editor:
 
     def finish(self) -> None:
         self.graph.sort()
+
+
+def sizes_of(value: Value) -> list[Size]:
+    """The shape of an input or output: numbers, and formulas over the free sizes."""
+    sizes = value.shape if value.shape is not None else ()
+    return [size if isinstance(size, int) else str(size.value) for size in sizes]
 
 
 def add_start(model: Model) -> None:
@@ -94,7 +101,7 @@ def add_start(model: Model) -> None:
             edit.put_behind(condition, edit.add("Or", [condition, scalar], f"{condition.name}.forced", "BOOL", []))
     for slot in [value for value in edit.graph.inputs if value.name in CLOCK]:
         initial = edit.constant(np.float32(CLOCK[str(slot.name)]), f"{slot.name}.initial")
-        size = list(slot.shape.numpy()) if slot.shape is not None else []
+        size = sizes_of(slot)
         edit.put_behind(slot, edit.add("Where", [scalar, initial, slot], f"{slot.name}.started", "FLOAT", size))
     edit.finish()
 
@@ -180,7 +187,7 @@ def _embed_gates(edit: _Editor, metadata: OnnxMetadata, gates: GateTable) -> Non
     if SLOPE in given:
         slope = gates.slope
         rows_of[SLOPE] = np.ones_like(bias) if slope is None else slope[:, list(layout.gates)].float().numpy()
-    sizes = list(timestep.shape.numpy()) if timestep.shape is not None else []
+    sizes = sizes_of(timestep)
     now = edit.add("Cast", [timestep], "timestep.float", "FLOAT", sizes, to=1)
     if sizes:
         axes = edit.constant(np.arange(len(sizes), dtype=np.int64), "timestep.axes")

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,10 +17,18 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile import pipelines
 from lazy_compile.analysis.timestep_input import names_the_time
-from lazy_compile.backends.onnx.convert import all_outputs, convert, name_values, own_outputs, quiet
+from lazy_compile.backends.onnx.convert import (
+    SpecialisedError,
+    all_outputs,
+    convert,
+    name_values,
+    own_outputs,
+    quiet,
+)
 from lazy_compile.backends.onnx.example import all_inputs, example_call
+from lazy_compile.backends.onnx.free_sizes import Dynamic, FreeSizes
 from lazy_compile.backends.onnx.masks import MANIFEST, ScheduleVariants, SharedWeights
-from lazy_compile.backends.onnx.metadata import KEY, Gating, InputSpec, OnnxMetadata, SlotSpec, first_line
+from lazy_compile.backends.onnx.metadata import BATCH, KEY, Gating, InputSpec, OnnxMetadata, SlotSpec, first_line
 from lazy_compile.backends.onnx.prologue import (
     PROLOGUE_KEY,
     drop_unread_inputs,
@@ -33,6 +42,7 @@ from lazy_compile.backends.onnx.prologue import (
 from lazy_compile.backends.onnx.rules import check_rules
 from lazy_compile.backends.onnx.save import OPSETS, put_in_place, save_model, save_pair
 from lazy_compile.backends.onnx.sink import sink_branches
+from lazy_compile.backends.onnx.sizes import ShapeRange, Size
 from lazy_compile.backends.onnx.structure import StructureReport as StructureReport
 from lazy_compile.backends.onnx.structure import check_structure
 from lazy_compile.config import BatchRule, Group, check_group
@@ -46,7 +56,7 @@ from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.module import LazyGraph, LazyModule
 
 if TYPE_CHECKING:
-    from onnx_ir import Model
+    from onnx_ir import Model, Value
 
 logger = logging.getLogger("lazy_compile")
 
@@ -74,6 +84,8 @@ class OnnxReport:
         hoisted_tensors: how many tensors it computes.
         hoisted_macs: multiply-accumulates that a step no longer spends, at the captured sizes.
         hoisted_share: of those of a dense step.
+        sizes: the free sizes, and what they were in the example call.
+        fixed_sizes: ``input.axis`` -> its size and the line of the model that fixes it, where that is known.
         simplified: whether onnxsim was run and its result kept.
         seconds: how long the export took.
     """
@@ -96,6 +108,8 @@ class OnnxReport:
     hoisted_tensors: int
     hoisted_macs: int
     hoisted_share: float
+    sizes: dict[str, int]
+    fixed_sizes: dict[str, str]
     simplified: bool
     seconds: float
 
@@ -109,11 +123,18 @@ def export_onnx(
     group: Group | None = None,
     predictors: bool | None = None,
     invariants: Sequence[str] = (),
+    dynamic: Dynamic = False,
+    shapes: ShapeRange | None = None,
     opset: int = 20,
     simplify: bool = False,
     on_progress: OnProgress = no_progress,
 ) -> OnnxReport:
-    """Write a lazy model as ONNX, for the sizes of one example call.
+    """Write a lazy model as ONNX, for the sizes of one example call, or for all that its graph holds for.
+
+    With ``dynamic`` sizes are free. They have names: the rows of a call are its ``batch``, axes of the latents are
+    ``frames``, ``height`` and ``width`` or ``tokens``, and others are called by an input and its axis, such as
+    ``encoder_hidden_states_1``. Cache slots and all results follow from them by formulas. All rows of a call take one
+    decision, as ``batch_rule`` says.
 
     Inputs are the model's own, named by argument, and ``cache_*`` slots; outputs are ``output_0`` and so on, and
     ``next_*`` for every slot. What else there is depends on who decides:
@@ -137,14 +158,18 @@ def export_onnx(
         lazy: a captured lazy model. ``batch_rule="per_sample"`` is exported as ``"all_reuse"``.
         path: where to write. The file appears when it is complete and checked; weights of more than 2 GB stand beside
             it in ``<stem>.<random>.data``.
-        example_inputs: arguments of one call, by name or by position: their sizes become fixed. None takes those that
-            the model was captured with.
+        example_inputs: arguments of one call, by name or by position: sizes that are not free are those of it. None
+            takes those that the model was captured with.
         gating: who decides.
         group: branches under one gate, see :class:`~lazy_compile.config.LazyConfig`; None takes the model's own. A
             group is one ``If`` with the residual adds of its branches inside.
         predictors: whether ``gating="input"`` also takes rows and returns logits; None leaves it to the policy.
         invariants: names of inputs that stay the same along a trajectory. A runner computes the prologue when one
             starts, and again should one of them change. A warning says if there is nothing that it could compute.
+        dynamic: which sizes are free: True for all that the graph and ONNX allow (a warning names one that is not,
+            where the graph would allow it), False for none, or their names.
+        shapes: the range of sizes to build engines for, kept in the file; sizes whose minimum is their maximum are
+            fixed. It takes the place of ``dynamic``.
         opset: 18 to 22.
         simplify: also run onnxsim on the result, and keep what it makes if every ``If`` still holds what it held. It is
             off because it gains nothing measurable: a model of 12 branches ran at the same speed, and it fails on two
@@ -159,40 +184,40 @@ def export_onnx(
         MissingDependencyError: ONNX is not installed.
     """
     start = time.perf_counter()
-    export = _Export.of(lazy, example_inputs, gating, group, predictors, invariants, opset)
-    target = Path(path)
-    if gating == "schedule":
-        model, count, beside = _write_set(export, export.table.schedule, target, on_progress)
-        size = sum(file.stat().st_size for file in target.iterdir())
-    else:
-        model, count = export.make((), on_progress), 1
-        model = (export.simplified(model) if simplify else None) or model
-        beside = None if export.prologue is None else prologue_path(target, gating)
-        size = save_pair(model, export.prologue, target, gating)
-        on_progress("exporting to ONNX", 4, 4, "written")
-    structure = check_structure(model)
-    return OnnxReport(
-        path=target,
-        opset=opset,
-        bytes=size,
-        gating=gating,
-        masks=count,
-        inputs=tuple(str(value.name) for value in model.graph.inputs),
-        outputs=tuple(str(value.name) for value in model.graph.outputs),
-        nodes=len(model.graph),
-        branches=structure.branches,
-        if_nodes=structure.if_nodes,
-        heavy_ops_inside=structure.heavy_ops_inside,
-        always_on=structure.always_on,
-        heavy_ops_outside_if=structure.heavy_ops_outside_if,
-        prologue=beside,
-        invariants=export.hoisted_from,
-        hoisted_tensors=0 if export.prologue is None else len(export.prologue.graph.outputs),
-        hoisted_macs=prologue_macs(export.graph.program),
-        hoisted_share=prologue_macs(export.graph.program) / export.graph.total_macs,
-        simplified=export.is_simplified,
-        seconds=time.perf_counter() - start,
+    request = _Request(
+        lazy, example_inputs, gating, group, predictors, tuple(invariants), opset, dynamic, shapes, simplify
     )
+    fixed: frozenset[str] = frozenset()
+    while True:
+        export = _Export.of(request, fixed)
+        try:
+            return export.write(Path(path), on_progress, start)
+        except BackendError as error:
+            free = frozenset(export.free.example)
+            if dynamic is not True or shapes is not None or not free:
+                raise
+            lost = error.names if isinstance(error, SpecialisedError) else free - {BATCH} or free
+            logger.warning(
+                "the exported %s has fixed sizes (%s), for with free ones: %s",
+                type(lazy.original).__name__, ", ".join(sorted(lost)), error,
+            )  # fmt: skip
+            fixed |= lost
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a user asks of an export."""
+
+    lazy: LazyModule
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None
+    gating: Gating
+    group: Group | None
+    predictors: bool | None
+    invariants: tuple[str, ...]
+    opset: int
+    dynamic: Dynamic
+    shapes: ShapeRange | None
+    simplify: bool
 
 
 def _write_set(
@@ -223,25 +248,32 @@ def _write_set(
 
 @dataclass
 class _Export:
-    """A lifted program and the call that its sizes are taken from, ready to be converted for any set of decisions.
+    """A lifted program and its sizes, ready to be converted for any set of decisions.
 
     Attributes:
-        prologue: what computes the inputs of role INVARIANT, converted; None if there are none.
+        tensors: of the example call, with no free size of 1.
+        free: the free sizes.
         fixed: the decisions of ``gating="schedule"``; None where a step brings them.
     """
 
-    lazy: LazyModule
+    request: _Request
     graph: LazyGraph
     lifted: Program
-    prologue: Model | None
-    example: dict[str, Tensor]
-    gating: Gating
+    tensors: Sequence[Tensor]
+    free: FreeSizes
     leaders: tuple[int, ...]
     rule: BatchRule
     predictors: bool
-    opset: int
     fixed: StepTable | None
     is_simplified: bool = False
+
+    @property
+    def lazy(self) -> LazyModule:
+        return self.request.lazy
+
+    @property
+    def gating(self) -> Gating:
+        return self.request.gating
 
     @property
     def table(self) -> StepTable:
@@ -249,20 +281,12 @@ class _Export:
         return self.fixed
 
     @classmethod
-    def of(
-        cls,
-        lazy: LazyModule,
-        example_inputs: Mapping[str, Any] | Sequence[Any] | None,
-        gating: Gating,
-        group: Group | None,
-        predictors: bool | None,
-        invariants: Sequence[str],
-        opset: int,
-    ) -> _Export:
+    def of(cls, request: _Request, fixed_sizes: frozenset[str]) -> _Export:
+        lazy, gating, group = request.lazy, request.gating, request.group
         if not isinstance(lazy, LazyModule):
             raise ConfigError(f"export_onnx() takes what transform() returned; seen {type(lazy).__name__}")
-        if opset not in OPSETS:
-            raise ConfigError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
+        if request.opset not in OPSETS:
+            raise ConfigError(f"opset is {request.opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
         if gating not in get_args(Gating):
             raise ConfigError(f"gating is {gating!r}; expected one of {', '.join(map(repr, get_args(Gating)))}")
         config = lazy.lazy_config
@@ -272,25 +296,13 @@ class _Export:
             logger.warning(
                 "cache_dtype and cache_device hold in PyTorch; the caches of the export have the model's type"
             )
-        graph, tensors = example_call(lazy, example_inputs)
-        of_time = [name for name in graph.guarded_inputs if name == graph.timestep_input or names_the_time(name)]
-        if of_time:
-            raise ConfigError(
-                f"{type(lazy.original).__name__} reads the value of {of_time[0]} while it runs (by item(), float() or "
-                "an if), so that a file would hold for one timestep alone; compute with the tensor instead"
-            )
-        if graph.guarded_inputs:
-            logger.warning(
-                "the exported %s is right only where it reads the same values from %s as from the example; export one "
-                "file for each that you need",
-                type(lazy.original).__name__, ", ".join(graph.guarded_inputs),
-            )  # fmt: skip
+        graph, tensors = example_call(lazy, request.example_inputs)
+        _require_no_reading_of_time(lazy, graph)
         table = _step_table(lazy, len(graph.branches)) if gating == "schedule" else None
-        graph = hoisted_graph(lazy, graph, invariants)
+        graph = hoisted_graph(lazy, graph, request.invariants)
         leaders = graph.leaders(group)
         rule: BatchRule = "all_reuse" if config.batch_rule == "per_sample" else config.batch_rule
-        if predictors is None:
-            predictors = lazy.policy.reads_gates
+        predictors = lazy.policy.reads_gates if request.predictors is None else request.predictors
         predictors = gating == "predicate" or (gating == "input" and predictors)
         lift = LiftCacheSlots(
             config.reuse,
@@ -301,15 +313,80 @@ class _Export:
             config.order,
         )
         lifted = without_prologue(pipelines.lifting(lift).run(graph.program))
-        example = dict(all_inputs(lazy, graph, lifted, tensors))
-        hoists = graph.program.prologue is not None
-        prologue = make_prologue(lazy.original, graph.program, tensors, opset) if hoists else None
-        return cls(lazy, graph, lifted, prologue, example, gating, leaders, rule, predictors, opset, table)
+        free = FreeSizes.of(graph, tensors, request.dynamic, request.shapes, fixed_sizes, lifted.fake_inputs())
+        return cls(request, graph, lifted, tensors, free, leaders, rule, predictors, table)
+
+    @cached_property
+    def example(self) -> dict[str, Tensor]:
+        """An example for every input that is no weight, with the sizes that the export is traced with."""
+        tensors = [
+            tensor if shape == tuple(tensor.shape) else torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+            for tensor, shape in zip(self.tensors, self.free.traced_shapes(self.graph), strict=True)
+        ]
+        return dict(all_inputs(self.lazy, self.graph, self.lifted, tensors))
+
+    @cached_property
+    def prologue(self) -> Model | None:
+        """What computes the inputs of role INVARIANT, converted; None if there are none."""
+        program = self.graph.program
+        if program.prologue is None:
+            return None
+        names = [item.name for item in program.inputs if item.role is Role.USER]
+        tensors, shapes = [self.example[name] for name in names], [self.shapes[name] for name in names]
+        return make_prologue(self.lazy.original, program, tensors, self.request.opset, shapes)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[Size, ...]]:
+        """Of every input that is no weight: numbers, and formulas over the free sizes."""
+        roles = (Role.USER, Role.INVARIANT, Role.SLOT, Role.GATE)
+        pairs = zip(self.lifted.inputs, self.lifted.fake_inputs(), strict=True)
+        found = {item.name: fake for item, fake in pairs if item.role in roles}
+        if not self.free.example:
+            return {name: tuple(self.example[name].shape) for name in found}
+        return {name: self.free.shape(fake) for name, fake in found.items()}
 
     @property
     def hoisted_from(self) -> tuple[str, ...]:
         """The user's inputs that the prologue reads."""
         return () if self.prologue is None else tuple(str(value.name) for value in self.prologue.graph.inputs)
+
+    def write(self, target: Path, on_progress: OnProgress, start: float) -> OnnxReport:
+        """Convert and write everything."""
+        gating = self.gating
+        if gating == "schedule":
+            model, count, beside = _write_set(self, self.table.schedule, target, on_progress)
+            size = sum(file.stat().st_size for file in target.iterdir())
+        else:
+            model, count = self.make((), on_progress), 1
+            model = (self.simplified(model) if self.request.simplify else None) or model
+            beside = None if self.prologue is None else prologue_path(target, gating)
+            size = save_pair(model, self.prologue, target, gating)
+            on_progress("exporting to ONNX", 4, 4, "written")
+        structure, hoisted = check_structure(model), prologue_macs(self.graph.program)
+        return OnnxReport(
+            path=target,
+            opset=self.request.opset,
+            bytes=size,
+            gating=gating,
+            masks=count,
+            inputs=tuple(str(value.name) for value in model.graph.inputs),
+            outputs=tuple(str(value.name) for value in model.graph.outputs),
+            nodes=len(model.graph),
+            branches=structure.branches,
+            if_nodes=structure.if_nodes,
+            heavy_ops_inside=structure.heavy_ops_inside,
+            always_on=structure.always_on,
+            heavy_ops_outside_if=structure.heavy_ops_outside_if,
+            prologue=beside,
+            invariants=self.hoisted_from,
+            hoisted_tensors=0 if self.prologue is None else len(self.prologue.graph.outputs),
+            hoisted_macs=hoisted,
+            hoisted_share=hoisted / self.graph.total_macs,
+            sizes=dict(self.free.example),
+            fixed_sizes=dict(self.free.fixed),
+            simplified=self.is_simplified,
+            seconds=time.perf_counter() - start,
+        )
 
     def make(self, mask: tuple[bool, ...], on_progress: OnProgress = no_progress) -> Model:
         """The model for one set of decisions; without a mask, the one with conditionals."""
@@ -319,12 +396,15 @@ class _Export:
         on_progress("exporting to ONNX", 1, 4, "branches lowered")
         roles = (Role.USER, Role.INVARIANT, Role.SLOT, Role.GATE)
         inputs = [item.name for item in program.inputs if item.role in roles]
-        model = convert(self.lazy.original, program, [self.example[item] for item in inputs], self.opset)
+        example = [self.example[item] for item in inputs]
+        model = convert(
+            self.lazy.original, program, example, self.request.opset, [self.shapes[item] for item in inputs]
+        )
         on_progress("exporting to ONNX", 2, 4, "operators converted")
         name_values(model, inputs, all_outputs(program))
         conditionals = sink_branches(model)
         drop_unread_inputs(model, self.hoisted_from)
-        metadata = self._metadata(program, mask, conditionals).with_policy(self.lazy.policy)
+        metadata = self._metadata(program, model, mask, conditionals).with_policy(self.lazy.policy)
         model.metadata_props[KEY] = metadata.to_json()
         structure = check_structure(model)
         broken = (*structure.problems[: structure.if_nodes != structure.conditionals], *check_rules(model))
@@ -335,7 +415,7 @@ class _Export:
         on_progress("exporting to ONNX", 3, 4, "branches moved into If nodes")
         return model
 
-    def _metadata(self, program: Program, mask: tuple[bool, ...], conditionals: int) -> OnnxMetadata:
+    def _metadata(self, program: Program, model: Model, mask: tuple[bool, ...], conditionals: int) -> OnnxMetadata:
         parameters = inspect.signature(self.lazy.original.forward).parameters.values()
         named = all(item.kind not in (item.VAR_POSITIONAL, item.POSITIONAL_ONLY) for item in parameters)
         position = self.graph.timestep_position
@@ -364,14 +444,20 @@ class _Export:
             total_macs=self.graph.total_macs,
             warmup_steps=self.lazy.lazy_config.warmup_steps,
             max_reuse_age=self.lazy.lazy_config.max_reuse_age,
+            results=tuple(_result(value) for value in model.graph.outputs if not str(value.name).startswith("next_")),
+            sizes=self.free.described(),
+            conditions=self.free.conditions,
         )
 
-    def _described(self, role: Role) -> list[tuple[str, tuple[int, ...], str]]:
+    def _described(self, role: Role) -> list[tuple[str, tuple[Size, ...], str]]:
         """Name, shape and dtype of all inputs of one role that the lifted program has."""
-        tensors = [(item.name, self.example[item.name]) for item in self.lifted.inputs if item.role is role]
-        if role is Role.INVARIANT:  # files hand complex numbers to each other as pairs
-            tensors = [(name, torch.view_as_real(item) if item.is_complex() else item) for name, item in tensors]
-        return [(name, tuple(item.shape), str(item.dtype).removeprefix("torch.")) for name, item in tensors]
+        found = []
+        for name in (item.name for item in self.lifted.inputs if item.role is role):
+            tensor, shape = self.example[name], self.shapes[name]
+            if role is Role.INVARIANT and tensor.is_complex():  # files hand these to each other as pairs
+                tensor, shape = torch.view_as_real(tensor), (*shape, 2)
+            found.append((name, shape, str(tensor.dtype).removeprefix("torch.")))
+        return found
 
     def simplified(self, model: Model) -> Model | None:
         """What onnxsim makes of a model; None if it fails, or if the branches are no longer the same."""
@@ -391,6 +477,32 @@ class _Export:
             return None
         self.is_simplified = True
         return result
+
+
+def _result(value: Value) -> InputSpec:
+    """
+    Raises:
+        BackendError: a size of it does not follow from those of the inputs.
+    """
+    if value.shape is None or value.dtype is None:
+        raise BackendError(f"the shape of {value.name} does not follow from those of the inputs")
+    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    return InputSpec(str(value.name), shape, str(value.dtype.numpy()))
+
+
+def _require_no_reading_of_time(lazy: LazyModule, graph: LazyGraph) -> None:
+    of_time = [name for name in graph.guarded_inputs if name == graph.timestep_input or names_the_time(name)]
+    if of_time:
+        raise ConfigError(
+            f"{type(lazy.original).__name__} reads the value of {of_time[0]} while it runs (by item(), float() or an "
+            "if), so that a file would hold for one timestep alone; compute with the tensor instead"
+        )
+    if graph.guarded_inputs:
+        logger.warning(
+            "the exported %s is right only where it reads the same values from %s as from the example; export one file "
+            "for each that you need",
+            type(lazy.original).__name__, ", ".join(graph.guarded_inputs),
+        )  # fmt: skip
 
 
 def _step_table(lazy: LazyModule, branches: int) -> StepTable:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lazy_compile.backends.onnx.metadata_schema import check_contract
+from lazy_compile.backends.onnx.sizes import Size, bound_sizes, holds, spelled_sizes
 from lazy_compile.config import BatchRule, ReuseArm
 from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.ir.branch import BranchKind, BranchTensor, ResidualBranch
@@ -21,23 +22,42 @@ logger = logging.getLogger("lazy_compile")
 KEY = "lazy_compile"
 """The entry of ``ModelProto.metadata_props``; its value is JSON."""
 
-VERSION = 5
-LAST_VERSION = 4
-"""It held no policy."""
+VERSION = 6
+UNSEALED = 4
+"""It held no policy, and no digest stood at the end of a file."""
+
+READABLE = (UNSEALED, 5, VERSION)
+"""All sizes of 5 were fixed."""
 
 MAX_POLICY_BYTES = 256 * 2**20
 """A file carries no more than this for its policy: gates of a model of 60 blocks and 50 steps take a fifth of it."""
+
+BATCH = "batch"
+"""The name of the free size that counts the rows of a call."""
 
 Gating = Literal["predicate", "input", "schedule"]
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input: its name, and the one shape and dtype that the file was exported for."""
+    """An input or result: its name, shape and dtype; a size is a number, or a formula over the free sizes."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     dtype: str
+
+
+@dataclass(frozen=True)
+class FreeSize:
+    """A size that a call decides: its name, the range to build engines for, and what it was in the example call.
+
+    ``least`` and ``most`` are 0 where no range was given.
+    """
+
+    name: str
+    example: int
+    least: int = 0
+    most: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,7 @@ class SlotSpec:
 
     input: str
     output: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     dtype: str
     initial: float
 
@@ -60,7 +80,10 @@ class OnnxMetadata:
         branches: the gated branches in the order of ``gate_bias`` and ``compute_logits``.
         inputs: the user's inputs, in the order of the original's arguments.
         outputs: the model's own outputs; None for one that is no tensor.
+        results: the outputs that are no slots: the model's own, and the logits of gates that are read.
         slots: all cache slots.
+        sizes: the free sizes, each of which is the length of an axis of one of ``inputs``.
+        conditions: what the free sizes must satisfy, see :mod:`lazy_compile.backends.onnx.sizes`.
         invariants: inputs whose values stay the same along a trajectory; the prologue computes them from some of
             ``inputs``. A file takes those of both that it reads.
         prologue: the digest that the prologue carries, see :mod:`lazy_compile.backends.onnx.prologue`; empty if there
@@ -107,6 +130,32 @@ class OnnxMetadata:
     warmup_steps: int
     max_reuse_age: int | None
     policy: dict[str, Any] | None = None
+    results: tuple[InputSpec, ...] = ()
+    sizes: tuple[FreeSize, ...] = ()
+    conditions: tuple[str, ...] = ()
+
+    @property
+    def example(self) -> dict[str, int]:
+        """The free sizes of the example call."""
+        return {size.name: size.example for size in self.sizes}
+
+    def sizes_of(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """The free sizes of a call.
+
+        Args:
+            shapes: of the model's own inputs.
+
+        Raises:
+            ConfigError: a shape does not fit, or the model does not hold for these sizes.
+        """
+        sizes = bound_sizes({spec.name: spec.shape for spec in self.inputs}, shapes)
+        for condition in self.conditions:
+            if not holds(condition, sizes):
+                raise ConfigError(
+                    f"this {self.model} was exported for sizes with {condition}; seen {spelled_sizes(sizes)}: use such "
+                    "sizes, or export another file with an example call of these"
+                )
+        return sizes
 
     def read_policy(self) -> Policy | None:
         """
@@ -167,14 +216,15 @@ class OnnxMetadata:
             raise ArtifactError("this ONNX file was not written by export_onnx: it does not describe its branches")
         try:
             values = parse_json(properties[KEY], "the description inside this ONNX file", infinity=True)
-            if values.pop("version") not in (VERSION, LAST_VERSION):
+            if values.pop("version") not in READABLE:
                 raise ValueError(f"its version is not {VERSION}")
             values["branches"] = tuple(_branch(item) for item in values["branches"])
-            for name in ("inputs", "invariants"):
-                values[name] = tuple(InputSpec(**_tuples(item)) for item in values[name])
+            for name in ("inputs", "invariants", "results"):
+                values[name] = tuple(InputSpec(**_tuples(item)) for item in values.get(name, ()))
+            values["sizes"] = tuple(FreeSize(**item) for item in values.get("sizes", ()))
             values["slots"] = tuple(SlotSpec(**_tuples(item)) for item in values["slots"])
             return cls(**_tuples(values))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise ArtifactError(
                 f"the description inside this ONNX file is damaged ({one_line(repr(error))}); export the model again"
             ) from error

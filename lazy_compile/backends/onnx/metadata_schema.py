@@ -12,12 +12,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from lazy_compile.backends.onnx.sizes import names_in, value_at
 from lazy_compile.errors import shown
 
 MAX_NAME = 1000
 """Characters of a name; of anything longer no runtime makes a tensor."""
 
-LONG_TEXTS = frozenset({"output_spec"})
+LONG_TEXTS = frozenset({"output_spec", "conditions"})
 
 
 def check_types(value: Any) -> None:
@@ -57,9 +58,9 @@ def check_contract(metadata: Any) -> None:
     _expect(metadata.timestep_input is None or metadata.timestep_input in names, "timestep_input is no input")
     for kind, listed in (("inputs", names), ("slots", [slot.input for slot in metadata.slots])):
         _expect(len(set(listed)) == len(listed), f"two {kind} have one name")
-    specs: list[Any] = [*metadata.inputs, *metadata.slots, *metadata.invariants]
+    _check_sizes(metadata)
+    specs: list[Any] = [*metadata.inputs, *metadata.slots, *metadata.invariants, *metadata.results]
     for spec in specs:
-        _expect(all(size >= 0 for size in spec.shape), f"a shape is {list(spec.shape)}")
         _expect(isinstance(getattr(torch, spec.dtype, None), torch.dtype), f"a dtype is {shown(spec.dtype)}")
     _expect(all(slot.initial in (0.0, math.inf) for slot in metadata.slots), "a slot starts from neither 0 nor inf")
     _expect(metadata.total_macs >= 0 and metadata.conditionals >= 0, "a count is negative")
@@ -69,6 +70,22 @@ def check_contract(metadata: Any) -> None:
         for tensor in (*branch.entries, *branch.outputs):
             axes = [tensor.channel_axis, *([] if tensor.batch_axis is None else [tensor.batch_axis])]
             _expect(all(-len(tensor.shape) <= axis < len(tensor.shape) for axis in axes), "an axis does not exist")
+
+
+def _check_sizes(metadata: Any) -> None:
+    free = [size.name for size in metadata.sizes]
+    _expect(len(set(free)) == len(free), "two sizes have one name")
+    shown_in = {size for spec in metadata.inputs for size in spec.shape}
+    for size in metadata.sizes:
+        _expect(size.name in shown_in, f"no input has the size {shown(size.name)}")
+        _expect(size.example >= 1 and 0 <= size.least <= (size.most or size.least), f"the range of {shown(size.name)}")
+    specs: list[Any] = [*metadata.inputs, *metadata.slots, *metadata.invariants, *metadata.results]
+    for spec in specs:
+        for size in spec.shape:
+            named = isinstance(size, int) or names_in(size) <= set(free)
+            _expect(named and value_at(size, metadata.example) >= 0, f"a shape is {list(spec.shape)}")
+    for condition in metadata.conditions:
+        _expect(names_in(condition) <= set(free), f"{shown(condition)} is about an unknown size")
 
 
 def _expect(holds: bool, otherwise: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -122,13 +123,41 @@ def _quantize(_: Any, inputs: Tensor, amax: Tensor, lowest: int, highest: int) -
 def _attend(
     operator: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """With exactly two axes before positions and channels, the only form that is exported."""
+    """With exactly two axes before positions and channels, the only form that is exported; in its parts where a size
+    is free, since the exporter's own parts compute shapes, which no engine does inside a branch."""
+    if any(isinstance(size, torch.SymInt) for size in (*query.shape, *key.shape)):
+        parts = _attention_parts(query, key, value, mask, *args, **kwargs)
+        if parts is not None:
+            return parts
     if query.dim() == 4:
         return operator(query, key, value, mask, *args, **kwargs)
     if mask is not None and mask.dim() > 3:
         mask = mask.expand(*query.shape[:-3], *mask.shape[-3:])
     folded = [item if item is None else _with_four_axes(item) for item in (query, key, value, mask)]
     return operator(*folded, *args, **kwargs).reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _attention_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """Products and a softmax, each factor scaled by the root as in torch's own formula; None for what else there is."""
+    if dropout or is_causal or enable_gqa or not isinstance(query.shape[-1], int):
+        return None
+    root = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (query * root) @ (key.transpose(-2, -1) * root)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = torch.where(mask, scores, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, -1) @ value
 
 
 def _with_four_axes(item: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lazy_compile import pipelines
 from lazy_compile.backends.onnx.convert import convert, name_values
 from lazy_compile.backends.onnx.metadata import Gating, OnnxMetadata
 from lazy_compile.backends.onnx.seal import PROLOGUE_KEY as PROLOGUE_KEY
+from lazy_compile.backends.onnx.sizes import Size
 from lazy_compile.digests import new_digest
 from lazy_compile.errors import ArtifactError, ConfigError, import_optional
 from lazy_compile.ir.operators import macs
@@ -118,15 +119,19 @@ def prologue_macs(program: Program) -> int:
     return 0 if program.prologue is None else sum(map(macs, program.prologue.graph.nodes))
 
 
-def make_prologue(original: nn.Module, program: Program, tensors: Sequence[Tensor], opset: int) -> Model:
+def make_prologue(
+    original: nn.Module, program: Program, tensors: Sequence[Tensor], opset: int, shapes: Sequence[Sequence[Size]]
+) -> Model:
     """The prologue of a program in ONNX; its inputs are those of the user's that it reads, by the names of these.
+
+    For ``shapes`` see :func:`~lazy_compile.backends.onnx.convert.convert`.
 
     Raises:
         BackendError: an operator has no ONNX form.
     """
     own, results = prologue_of(program)
     own = pipelines.prologue().run(own)
-    model = convert(original, own, tensors, opset)
+    model = convert(original, own, tensors, opset, shapes)
     name_values(model, [item.name for item in own.inputs if item.role is Role.USER], results)
     drop_unread_inputs(model, {str(value.name) for value in model.graph.inputs})
     model.metadata_props[PROLOGUE_KEY] = _digest(model)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lazy_compile.backends.onnx.metadata import KEY, LAST_VERSION
+from lazy_compile.backends.onnx.metadata import KEY, UNSEALED
 from lazy_compile.digests import RESTORE, RangeDigests, digest_of, digest_of_file, verifies
 from lazy_compile.errors import ArtifactError, import_optional, shown
 from lazy_compile.storage import regular_file
@@ -109,10 +109,8 @@ def read_proto(path: Path, places: RangeDigests | None = None) -> Any:
 
 
 def _carries_digests(entry: Any) -> bool:
-    """Whether an entry is of a release that seals its files: the last one did not."""
-    return bool(
-        entry.key == PROLOGUE_KEY or (entry.key == KEY and f'"version": {LAST_VERSION}' not in entry.value[:32])
-    )
+    """Whether an entry is of a release that seals its files: the first ones did not."""
+    return bool(entry.key == PROLOGUE_KEY or (entry.key == KEY and f'"version": {UNSEALED}' not in entry.value[:32]))
 
 
 def data_files(path: Path) -> set[str]:

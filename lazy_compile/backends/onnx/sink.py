@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from lazy_compile.backends.onnx.fixed_reshapes import only_computes_sizes
 from lazy_compile.errors import BackendError, import_optional
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ def sink_branches(model: Model) -> int:
 
     1. An arm takes every node whose results are read only by that arm, found in one sweep from the outputs back. So
        it holds all that can be lazy, whatever the operators are, and nothing that another part of the graph needs.
-    2. What an arm returns is made inside it: a value from outside, or one that it returns twice, passes an
+    2. What computes shapes from shapes stays outside: it costs nothing, and engines want it there.
+    3. What an arm returns is made inside it: a value from outside, or one that it returns twice, passes an
        ``Identity``.
-    3. Initializers stay in the main graph; arms read them from the outer scope. Those of an 8-bit floating type, which
+    4. Initializers stay in the main graph; arms read them from the outer scope. Those of an 8-bit floating type, which
        may not cross the border of an arm, become a constant of each of their readers.
 
     Raises:
@@ -70,8 +72,9 @@ def _give_eight_bits_to_readers(graph: Graph) -> None:
 def _assign(graph: Graph) -> dict[Node, Arm]:
     """The arm of each node that can move into one, in graph order."""
     found: dict[Node, Arm] = {}
+    sizes = only_computes_sizes(list(graph))
     for node in reversed(graph):
-        if _is_select(node) or any(output.is_graph_output() for output in node.outputs):
+        if node in sizes or _is_select(node) or any(output.is_graph_output() for output in node.outputs):
             continue
         readers = {_arm_of(use.node, use.idx, found) for output in node.outputs for use in output.uses()}
         if len(readers) == 1 and (arm := readers.pop()) is not None:

@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.backends.tensorrt.layers import parse_layers
 from lazy_compile.backends.tensorrt.network import configure, parse_network, serialize
+from lazy_compile.backends.tensorrt.profile import Profile, SizeRange, size_ranges
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, path_beside, waiting_path
 from lazy_compile.backends.tensorrt.source import OnnxSource
 from lazy_compile.digests import digest_of, verification
@@ -91,10 +92,11 @@ def build_engine(
     """
     source, target, config = OnnxSource.read(onnx), Path(engine), config or BuildConfig()
     prologue = source.read_prologue()
-    made = _make(source, target, config, policy or _policy_of(source), on_progress)
+    ranges = size_ranges(source.dims, source.model, config.profiles)
+    made = _make(source, target, config, ranges, policy or _policy_of(source), on_progress)
     if prologue is None:
         return made.write()
-    beside = _make_prologue(prologue, source, target, config, on_progress)
+    beside = _make_prologue(prologue, source, target, config, ranges, on_progress)
     with beside.at_hand(prologue.prologue) as waiting, superseding(target, waiting):
         report = made.write()
         return replace(report, prologue=beside.write())
@@ -171,7 +173,14 @@ def _policy_of(source: OnnxSource) -> Policy:
     return policy or AlwaysCompute()
 
 
-def _make(source: OnnxSource, target: Path, config: BuildConfig, policy: Policy, on_progress: OnProgress) -> _Made:
+def _make(
+    source: OnnxSource,
+    target: Path,
+    config: BuildConfig,
+    ranges: Sequence[SizeRange],
+    policy: Policy,
+    on_progress: OnProgress,
+) -> _Made:
     """One engine of one file."""
     start = time.perf_counter()
     flavor, trt, device = builder_for(config)
@@ -181,7 +190,8 @@ def _make(source: OnnxSource, target: Path, config: BuildConfig, policy: Policy,
             f"an engine cannot follow {type(policy).__name__}, which decides by the activations in a branch; use a "
             "policy that defines decisions(), such as Scheduled(...)"
         )
-    key = _key(source, config, policy, version, device)
+    profiles = [sizes.profile(source.dims) for sizes in ranges]
+    key = _key(source, config, profiles, policy, version, device)
     if (known := _finished(target, key)) is not None:
         seconds = time.perf_counter() - start
         return _Made(target, title, None, known, known.structure(), seconds, policy.describe())
@@ -190,10 +200,10 @@ def _make(source: OnnxSource, target: Path, config: BuildConfig, policy: Policy,
     with record(trt) as messages, tempfile.TemporaryDirectory() as folder:
         path = _sanitized(source, Path(folder)) if config.sanitize else source.path
         network = parse_network(trt, flavor, path, messages)
-        settings, profile = configure(network, config, _timing_cache(config))
+        settings = configure(network, config, profiles, _timing_cache(config))
         plan = serialize(network, settings, messages, on_progress)
         structure = _structure(messages, source.nodes)
-        tensors = network.tensors(profile)
+        tensors = network.tensors(profiles)
         _keep_timing_cache(config, settings)
     sidecar = EngineSidecar(
         flavor.name, version, device, key, digest_of(plan), config.options(), tensors, source.model, source.prologue,
@@ -204,12 +214,17 @@ def _make(source: OnnxSource, target: Path, config: BuildConfig, policy: Policy,
 
 
 def _make_prologue(
-    prologue: OnnxSource, source: OnnxSource, target: Path, config: BuildConfig, on_progress: OnProgress
+    prologue: OnnxSource,
+    source: OnnxSource,
+    target: Path,
+    config: BuildConfig,
+    ranges: Sequence[SizeRange],
+    on_progress: OnProgress,
 ) -> _Made:
-    """The engine of the prologue of ``source``, beside ``target``; its sizes are fixed."""
+    """The engine of the prologue of ``source``, beside ``target``, for the same sizes."""
     assert source.model is not None
-    config = replace(config, min_shapes={}, opt_shapes={}, max_shapes={})
-    return _make(prologue, prologue_path(target, source.model.gating), config, AlwaysCompute(), on_progress)
+    path = prologue_path(target, source.model.gating)
+    return _make(prologue, path, config, ranges, AlwaysCompute(), on_progress)
 
 
 def builder_for(config: BuildConfig) -> tuple[Flavor, ModuleType, str]:
@@ -248,17 +263,22 @@ def build_engines(
     first = OnnxSource.read(next(iter(masks.files.values())))
     policy = (first.model.read_policy() if first.model is not None else None) or Scheduled(masks.schedule)
     prologue = first.read_prologue()
+    ranges = size_ranges(first.dims, first.model, config.profiles)
     # The same set under the same name is not built again; another set lies beside this one until it is complete.
     _, trt, device = builder_for(config)
     sources = {mask: OnnxSource.read(file) for mask, file in masks.files.items()}
-    keys = [_key(source, config, policy, str(trt.__version__), device) for source in sources.values()]
+    version = str(trt.__version__)
+    keys = [
+        _key(source, config, [sizes.profile(source.dims) for sizes in ranges], policy, version, device)
+        for source in sources.values()
+    ]
     result = ScheduleVariants.of(masks.schedule, Path(engines), ".engine", digest_of("".join(keys).encode())[:8])
     for mask, source in sources.items():
-        reports.append(_make(source, result.files[mask], config, policy, on_progress).write())
+        reports.append(_make(source, result.files[mask], config, ranges, policy, on_progress).write())
     if prologue is None:
         result.save(Path(engines))
         return reports
-    beside = _make_prologue(prologue, first, reports[0].path, config, on_progress)
+    beside = _make_prologue(prologue, first, reports[0].path, config, ranges, on_progress)
     with beside.at_hand(prologue.prologue) as waiting:
         result.save(Path(engines), [beside.target.name, waiting[0]])
         reports[0] = replace(reports[0], prologue=beside.write())
@@ -266,9 +286,16 @@ def build_engines(
     return reports
 
 
-def _key(source: OnnxSource, config: BuildConfig, policy: Policy, version: str, device: str) -> str:
+def _key(
+    source: OnnxSource,
+    config: BuildConfig,
+    profiles: Sequence[Profile],
+    policy: Policy,
+    version: str,
+    device: str,
+) -> str:
     """All that an engine and its description depend on, in one digest."""
-    values = [source.content, config.flavor, config.options(), to_json(policy), version, device]
+    values = [source.content, config.flavor, config.options(), profiles, to_json(policy), version, device]
     return digest_of(json.dumps(values, sort_keys=True).encode())
 
 
@@ -286,10 +313,11 @@ def _finished(target: Path, key: str) -> EngineSidecar | None:
 
 def _structure(messages: list[Message], nodes: dict[str, tuple[str, ...]]) -> EngineStructure:
     listed = [message.text for message in messages if "LayerType: " in message.text]
-    layers = parse_layers(listed[-1] if listed else "")
-    structure = check_branches(layers, len(nodes) - 1, nodes)
-    if len(structure.branches) != len(nodes) - 1:
-        raise BackendError(f"the engine is not lazy: {structure.problems[0]}; nothing was written")
+    structure = check_branches([], 0)
+    for text in listed or [""]:  # of each profile, where kernels differ
+        structure = check_branches(parse_layers(text), len(nodes) - 1, nodes)
+        if len(structure.branches) != len(nodes) - 1:
+            raise BackendError(f"the engine is not lazy: {structure.problems[0]}; nothing was written")
     return structure
 
 

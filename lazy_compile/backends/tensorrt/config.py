@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lazy_compile.backends.onnx.sizes import ShapeRange
 from lazy_compile.backends.tensorrt.api import FlavorName, flavor_of
-from lazy_compile.backends.tensorrt.profile import Shape
 from lazy_compile.errors import ConfigError
 
 LEVELS = range(6)
@@ -23,9 +22,9 @@ class BuildConfig:
 
     Attributes:
         flavor: ``"tensorrt"`` builds on and for the GPU at hand; ``"rtx"`` needs none, for RTX GPUs.
-        min_shapes: smallest shapes by input, for files with free sizes.
-        opt_shapes: the shapes to optimize for.
-        max_shapes: largest shapes by input.
+        profiles: the ranges of sizes to serve, for files with free sizes; an engine takes the first that a call fits
+            in. None of them: the range that the file was exported with, or the sizes of its example call alone. A size
+            that is the same in all of them is fixed in the engine.
         compute_capabilities: GPUs to build for, ``("8.6", "8.9")`` (rtx only); empty leaves it to TensorRT-RTX, whose
             engines then run on compute capability 8.6 and newer. ``"CURRENT"`` is the GPU at hand.
         workspace_bytes: limit of scratch memory; None leaves it to TensorRT.
@@ -38,9 +37,7 @@ class BuildConfig:
     """
 
     flavor: FlavorName = "tensorrt"
-    min_shapes: Mapping[str, Shape] = field(default_factory=dict)
-    opt_shapes: Mapping[str, Shape] = field(default_factory=dict)
-    max_shapes: Mapping[str, Shape] = field(default_factory=dict)
+    profiles: tuple[ShapeRange, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
     workspace_bytes: int | None = None
     optimization_level: int | None = None

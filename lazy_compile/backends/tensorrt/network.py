@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lazy_compile.backends.onnx.sizes import Shape
 from lazy_compile.backends.tensorrt.api import Flavor, Message, first_error, first_sentence, logger_of
 from lazy_compile.backends.tensorrt.config import BuildConfig
-from lazy_compile.backends.tensorrt.profile import Shape, profile_of
+from lazy_compile.backends.tensorrt.profile import Profile
 from lazy_compile.errors import BackendError, ConfigError
 from lazy_compile.progress import OnProgress
 
@@ -25,14 +26,14 @@ class EngineTensor:
         is_input: an input, else an output.
         dtype: ``"float32"``, ``"bool"`` and so on.
         shape: its sizes, -1 where free.
-        profile: smallest, best and largest shape of an input with free sizes; empty for any other.
+        profiles: smallest, best and largest shape of an input with free sizes in each profile; empty for any other.
     """
 
     name: str
     is_input: bool
     dtype: str
     shape: Shape
-    profile: tuple[Shape, ...] = ()
+    profiles: tuple[tuple[Shape, ...], ...] = ()
 
 
 @dataclass
@@ -44,27 +45,23 @@ class Network:
     network: Any
     parser: Any
 
-    @property
-    def input_sizes(self) -> dict[str, list[int | str]]:
-        """Sizes of every input, free ones by their name in the ONNX file."""
-        return {
-            tensor.name: [
-                size if size >= 0 else tensor.get_dimension_name(axis) or f"{tensor.name}.{axis}"
-                for axis, size in enumerate(tensor.shape)
-            ]
-            for tensor in map(self.network.get_input, range(self.network.num_inputs))
-        }
+    def fix_sizes(self, profiles: Sequence[Profile]) -> None:
+        """Fix what is the same in all profiles, which leaves the builder less to provide for."""
+        for tensor in map(self.network.get_input, range(self.network.num_inputs)):
+            shapes = [shape for profile in profiles for shape in profile.get(tensor.name, ())]
+            if shapes:
+                tensor.shape = [sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True)]
 
-    def tensors(self, profile: dict[str, tuple[Shape, ...]]) -> tuple[EngineTensor, ...]:
+    def tensors(self, profiles: Sequence[Profile]) -> tuple[EngineTensor, ...]:
         found = []
         for is_input, count, get in (
             (True, self.network.num_inputs, self.network.get_input),
             (False, self.network.num_outputs, self.network.get_output),
         ):
             for tensor in map(get, range(count)):
-                sizes = profile.get(tensor.name, ()) if is_input else ()
-                dtype = dtype_name(tensor.dtype)
-                found.append(EngineTensor(tensor.name, is_input, dtype, tuple(tensor.shape), sizes))
+                shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+                sizes = tuple(profile[tensor.name] for profile in profiles) if is_input and -1 in shape else ()
+                found.append(EngineTensor(tensor.name, is_input, dtype, shape, sizes))
         return tuple(found)
 
 
@@ -103,11 +100,11 @@ def parse_network(trt: ModuleType, flavor: Flavor, path: Path, messages: list[Me
     return Network(trt, builder, network, parser)
 
 
-def configure(network: Network, config: BuildConfig, timing_cache: bytes) -> tuple[Any, dict[str, Any]]:
-    """A builder configuration, and the optimization profile in it.
+def configure(network: Network, config: BuildConfig, profiles: Sequence[Profile], timing_cache: bytes) -> Any:
+    """A builder configuration, with optimization profiles.
 
     Raises:
-        ConfigError: a compute capability is not known, or the shapes do not fit the network.
+        ConfigError: a compute capability is not known.
     """
     trt = network.trt
     settings = network.builder.create_builder_config()
@@ -126,14 +123,14 @@ def configure(network: Network, config: BuildConfig, timing_cache: bytes) -> tup
             settings.set_compute_capability(_capability(trt, name), index)
     if config.timing_cache is not None:
         settings.set_timing_cache(settings.create_timing_cache(timing_cache), False)
-    sizes = network.input_sizes
-    profile = profile_of(sizes, config.min_shapes, config.opt_shapes, config.max_shapes)
-    if profile:
+    network.fix_sizes(profiles)
+    free = {tensor.name for tensor in network.tensors(profiles) if tensor.profiles}
+    for profile in profiles if free else ():
         described = network.builder.create_optimization_profile()
-        for name, shapes in profile.items():
-            described.set_shape(name, *shapes)
+        for name in free:
+            described.set_shape(name, *profile[name])
         settings.add_optimization_profile(described)
-    return settings, profile
+    return settings
 
 
 def _capability(trt: ModuleType, name: str) -> Any:

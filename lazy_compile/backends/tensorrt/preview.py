@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,7 +11,9 @@ import torch
 
 from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.metadata import InputSpec, OnnxMetadata, SlotSpec
+from lazy_compile.backends.onnx.sizes import ShapeRange, Sizes, shape_at
 from lazy_compile.backends.tensorrt.network import EngineTensor
+from lazy_compile.backends.tensorrt.profile import SizeRange, size_ranges
 from lazy_compile.backends.tensorrt.source import OnnxSource
 
 REUSE = (0.25, 0.5, 0.75, 1.0)
@@ -30,8 +32,10 @@ class BuildPreview:
         tensors: inputs and outputs of the engine, of the first where there are several.
         roles: what each of them is: ``"model"``, ``"cache"``, ``"invariant"``, ``"gate"`` or ``"decision"``.
         weight_bytes: of all engines together, before TensorRT packs them.
-        cache_bytes: of one stream: two buffers for each slot, of which a step reads one and writes the other.
+        cache_bytes: of one stream: two buffers for each slot, of which a step reads one and writes the other; where
+            sizes are free, of the example call.
         invariant_bytes: of one stream: what a prologue computes for it.
+        memory: the same at the least, the best and the largest sizes of each profile; empty where none is free.
         speedups: share of reuse by the speed-up that the saved MACs allow at most. What the jumps cost is not in it.
             With ``gating="schedule"`` there is one entry, that of the schedule.
     """
@@ -47,13 +51,30 @@ class BuildPreview:
     cache_bytes: int
     invariant_bytes: int
     speedups: dict[float, float]
+    memory: tuple[StreamMemory, ...] = ()
 
 
-def preview(onnx: str | Path) -> BuildPreview:
+@dataclass(frozen=True)
+class StreamMemory:
+    """What one stream takes at some sizes: ``which`` is ``"min"``, ``"opt"`` or ``"max"`` of the profile."""
+
+    profile: int
+    which: str
+    sizes: dict[str, int]
+    cache_bytes: int
+    invariant_bytes: int
+
+
+def preview(onnx: str | Path, profiles: Sequence[ShapeRange] = ()) -> BuildPreview:
     """Look at what ``export_onnx`` wrote, or at any other ONNX file.
+
+    Args:
+        onnx: the file or folder.
+        profiles: the sizes to build for, see :class:`~lazy_compile.backends.tensorrt.BuildConfig`.
 
     Raises:
         ArtifactError: it cannot be read, or its prologue is not beside it.
+        ConfigError: the shapes do not fit the file.
     """
     path = Path(onnx)
     masks = ScheduleVariants.load(path) if path.is_dir() else None
@@ -78,14 +99,21 @@ def preview(onnx: str | Path) -> BuildPreview:
         first.tensors,
         tuple(_role(tensor, model) for tensor in first.tensors),
         sum(source.weight_bytes for source in sources),
-        0 if model is None else 2 * _bytes(model.slots),
-        0 if model is None else _bytes(model.invariants),
+        0 if model is None else 2 * _bytes(model.slots, model.example),
+        0 if model is None else _bytes(model.invariants, model.example),
         speedups,
+        () if model is None else tuple(_memory(model, size_ranges(first.dims, model, profiles))),
     )
 
 
-def _bytes(specs: Sequence[SlotSpec | InputSpec]) -> int:
-    return sum(prod(spec.shape) * int(getattr(torch, spec.dtype).itemsize) for spec in specs)
+def _memory(model: OnnxMetadata, ranges: Sequence[SizeRange]) -> Iterator[StreamMemory]:
+    for index, sizes in enumerate(ranges):
+        for which, at in zip(("min", "opt", "max"), sizes.all, strict=True):
+            yield StreamMemory(index, which, dict(at), 2 * _bytes(model.slots, at), _bytes(model.invariants, at))
+
+
+def _bytes(specs: Sequence[SlotSpec | InputSpec], sizes: Sizes) -> int:
+    return sum(prod(shape_at(spec.shape, sizes)) * int(getattr(torch, spec.dtype).itemsize) for spec in specs)
 
 
 def _role(tensor: EngineTensor, model: OnnxMetadata | None) -> str:

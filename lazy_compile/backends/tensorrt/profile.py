@@ -1,78 +1,113 @@
-"""Optimization profiles: the range of sizes that an engine serves, written as trtexec writes them."""
+"""Optimization profiles: the ranges of sizes that an engine serves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from lazy_compile.backends.onnx.metadata import OnnxMetadata
+from lazy_compile.backends.onnx.sizes import (
+    Shape,
+    ShapeRange,
+    Size,
+    Sizes,
+    bound_sizes,
+    holds,
+    names_in,
+    shape_at,
+    spelled_sizes,
+)
 from lazy_compile.errors import ConfigError
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
-Dims = Sequence[int | str]
-"""Sizes of an ONNX input: numbers, and names where they are free."""
+Dims = Mapping[str, Sequence[Size]]
+"""Shapes of all inputs of a network: numbers, and formulas over the free sizes."""
+
+Profile = dict[str, tuple[Shape, Shape, Shape]]
+"""The smallest, the best and the largest shape of every input that has a free size."""
 
 
-def parse_shapes(option: str, text: str) -> dict[str, Shape]:
-    """``"x:1x4x32x32,t:1"`` as shapes by input name; a name that holds a colon may stand in single quotes.
+@dataclass(frozen=True)
+class SizeRange:
+    """The free sizes of one profile: the least, those to optimize for, and the most."""
 
-    >>> parse_shapes("--minShapes", "x:1x4x32x32,t:1")
-    {'x': (1, 4, 32, 32), 't': (1,)}
-    """
-    shapes = {}
-    for part in text.split(",") if text else ():
-        name, _, sizes = part.strip().rpartition(":")
-        if not name.strip("'") or not all(size.isdecimal() for size in sizes.split("x")):
-            raise ConfigError(f"{option} {part!r} is not NAME:2x4x32x32; separate several by commas")
-        shapes[name.strip("'")] = tuple(map(int, sizes.split("x")))
-    return shapes
+    least: Sizes
+    best: Sizes
+    most: Sizes
+
+    @property
+    def all(self) -> tuple[Sizes, Sizes, Sizes]:
+        return self.least, self.best, self.most
+
+    def profile(self, dims: Dims) -> Profile:
+        """The shapes of every input with a free size, so that the caches of a model follow its own inputs.
+
+        Raises:
+            ConfigError: a free size has no range, or a shape is smaller at most than at least.
+        """
+        found: Profile = {}
+        for name, shape in dims.items():
+            if any(isinstance(size, str) for size in shape):
+                _require_known(name, shape, self.best)
+                least, best, most = (shape_at(shape, sizes) for sizes in self.all)
+                if any(not a <= b <= c for a, b, c in zip(least, best, most, strict=True)):
+                    raise ConfigError(
+                        f"the shapes of {name!r} are {(least, best, most)}; expected min <= opt <= max throughout"
+                    )
+                found[name] = least, best, most
+        return found
 
 
-def profile_of(inputs: Mapping[str, Dims], least: Shapes, best: Shapes, most: Shapes) -> dict[str, tuple[Shape, ...]]:
-    """``(min, opt, max)`` of every input that has a free size; empty if none has.
+def size_ranges(dims: Dims, model: OnnxMetadata | None, profiles: Sequence[ShapeRange]) -> tuple[SizeRange, ...]:
+    """One range for each profile that is asked for.
 
-    A free size has one name wherever it occurs, so that the caches of a model follow the sizes of its own inputs.
+    A size that no shape names has the range that the model was exported with; without one it is what it was in the
+    example call. Where nothing is asked for, there is one profile of such sizes.
 
     Args:
-        inputs: sizes of all inputs of the network.
-        least: the smallest shapes by input; where it says nothing, the best.
-        best: the shapes to optimize for; where it says nothing, the largest.
-        most: the largest shapes by input; where it says nothing, the best.
+        dims: shapes of all inputs.
+        model: the description of the file; None if ``export_onnx`` did not write it.
+        profiles: what is asked for; shapes of the model's own inputs are enough.
 
     Raises:
-        ConfigError: a shape belongs to no input, contradicts its sizes, or a free size has no range.
+        ConfigError: a shape belongs to no input, contradicts its sizes, or the model does not hold for it.
     """
-    best, most = {**most, **best}, {**best, **most}
-    given = ({**best, **least}, best, most)
-    sizes: dict[str, list[int | None]] = {}
-    for position, shapes in enumerate(given):
-        for name, shape in shapes.items():
-            for size, free in _free_sizes(inputs, name, shape):
-                known = sizes.setdefault(free, [None, None, None])
-                if known[position] not in (None, size):
-                    raise ConfigError(f"size {free!r} is {known[position]} in one input and {size} in {name!r}")
-                known[position] = size
-    profile = {}
-    for name, dims in inputs.items():
-        if any(isinstance(size, str) for size in dims):
-            profile[name] = tuple(tuple(_size(name, size, sizes, which) for size in dims) for which in range(3))
-            if any(not a <= b <= c for a, b, c in zip(*profile[name], strict=True)):
-                raise ConfigError(f"the shapes of {name!r} are {profile[name]}; expected min <= opt <= max throughout")
-    return profile
+    if not any(isinstance(size, str) for shape in dims.values() for size in shape):
+        for asked in profiles:  # only to be refused where it does not fit
+            for shapes in asked.complete:
+                _bound(dims, shapes)
+        return ()
+    known = () if model is None else model.sizes
+    example = {size.name: size.example for size in known}
+    least = {size.name: size.least or size.example for size in known}
+    most = {size.name: size.most or size.example for size in known}
+    found = []
+    for asked in profiles or (ShapeRange(),):
+        small, good, large = (_bound(dims, shapes) for shapes in asked.complete)
+        best = {**example, **good}
+        sizes = SizeRange({**least, **small}, best, {**most, **large})
+        if model is not None:
+            _require_conditions(model, sizes)
+        found.append(sizes)
+    return tuple(found)
 
 
-def _free_sizes(inputs: Mapping[str, Dims], name: str, shape: Shape) -> list[tuple[int, str]]:
-    if name not in inputs:
-        raise ConfigError(f"there is no input {name!r}; the inputs are {', '.join(inputs)}")
-    dims = inputs[name]
-    if len(dims) != len(shape) or any(isinstance(a, int) and a != b for a, b in zip(dims, shape, strict=True)):
-        raise ConfigError(f"shape {list(shape)} of {name!r} does not fit the model, in which it is {list(dims)}")
-    return [(size, free) for size, free in zip(shape, dims, strict=True) if isinstance(free, str)]
+def _bound(dims: Dims, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    if unknown := sorted(shapes.keys() - dims.keys()):
+        raise ConfigError(f"there is no input {unknown[0]!r}; the inputs are {', '.join(dims)}")
+    return bound_sizes(dims, shapes)
 
 
-def _size(name: str, size: int | str, sizes: Mapping[str, Sequence[int | None]], which: int) -> int:
-    if isinstance(size, int):
-        return size
-    value = sizes.get(size, (None, None, None))[which]
-    if value is None:
-        raise ConfigError(f"size {size!r} of {name!r} is free: give its range with min, opt and max shapes")
-    return value
+def _require_conditions(model: OnnxMetadata, ranges: SizeRange) -> None:
+    for which, sizes in zip(("min", "opt", "max"), ranges.all, strict=True):
+        for condition in model.conditions:
+            if not holds(condition, sizes):
+                raise ConfigError(
+                    f"the {which} shapes give {spelled_sizes(sizes)}, and the model holds where {condition}: give "
+                    "shapes for which it does"
+                )
+
+
+def _require_known(name: str, shape: Sequence[Size], sizes: Sizes) -> None:
+    for size in shape:
+        if isinstance(size, str) and not names_in(size) <= sizes.keys():
+            raise ConfigError(f"size {size!r} of {name!r} is free: give its range with min, opt and max shapes")

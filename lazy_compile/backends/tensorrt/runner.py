@@ -20,7 +20,7 @@ from lazy_compile.backends.tensorrt.device import ALIGNMENT, CudaDevice
 from lazy_compile.backends.tensorrt.network import dtype_name
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar
 from lazy_compile.digests import verification
-from lazy_compile.errors import ArtifactError, BackendError
+from lazy_compile.errors import ArtifactError, BackendError, ConfigError
 from lazy_compile.policies.policy import Policy
 
 logger = logging.getLogger("lazy_compile")
@@ -170,6 +170,9 @@ class EngineContext:
                 "the GPU, or run fewer streams at once"
             )
         self._decisions = _Decisions(session, sum(item.dtype == torch.bool for item in session.inputs.values()))
+        self._free = {item.name: item for item in session.sidecar.tensors if item.is_input and -1 in item.shape}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._profile = 0
         self._captures = session.cuda_graphs and not session.on_host
         self._static: dict[str, Tensor] = {}
         self._steps: dict[tuple[int, ...], Callable[[], None]] = {}
@@ -179,11 +182,48 @@ class EngineContext:
         with self.queue.ordered():
             staged = self._decisions.stage(inputs)
             given = {name: self.session.place.aligned(tensor) for name, tensor in staged.items()}
+            shapes = {name: tuple(given[name].shape) for name in self._free}
+            if shapes != self._shapes:
+                self._take_shapes(shapes)
             if self._captures:
                 self._repeat(given, outputs)
             else:
                 self._enqueue({**given, **outputs})
             self._decisions.free_when(self.queue.mark)
+
+    def _take_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Prepare for calls of other sizes.
+
+        Raises:
+            ConfigError: the engine was not built for them.
+        """
+        count = max((len(item.profiles) for item in self._free.values()), default=0)
+        found = next((index for index in range(count) if self._fits(index, shapes)), None)
+        if found is None:
+            name = next(iter(shapes))
+            ranges = "; ".join(f"{each[0]} to {each[-1]}" for each in self._free[name].profiles)
+            raise ConfigError(
+                f"{self.session.path} was not built for these sizes: {name!r} is {shapes[name]}, and the profiles hold "
+                f"{ranges}; build it with --minShapes and --maxShapes around them"
+            )
+        self._shapes, self._static, self._steps = {}, {}, {}
+        self._captures = self.session.cuda_graphs and not self.session.on_host
+        self.session.log.errors.clear()
+        if found != self._profile:
+            if not self.context.set_optimization_profile_async(found, self.queue.handle):
+                raise self._failure(f"cannot take profile {found}")
+            self._profile = found
+        for name, shape in shapes.items():
+            if not self.context.set_input_shape(name, shape):
+                raise self._failure(f"does not take {name!r} of shape {shape}")
+        self._shapes = shapes
+
+    def _fits(self, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return all(
+            all(low <= size <= high for low, size, high in zip(least, shapes[name], most, strict=True))
+            for name, item in self._free.items()
+            for least, _, most in [item.profiles[profile]]
+        )
 
     def _enqueue(self, tensors: Mapping[str, Tensor]) -> None:
         self.session.log.errors.clear()

@@ -21,8 +21,11 @@ from lazy_compile.policies.policy import Policy
 from lazy_compile.policies.serialize import from_json
 from lazy_compile.storage import load_json, regular_file, save_sealed_json
 
-FORMAT = 3
-LAST_FORMAT = 2
+FORMAT = 4
+LAST_FORMAT = 3
+"""An engine had one profile at most."""
+
+UNSEALED = 2
 """It wrote the size of a schedule beside it, and named the engine by SHA-256."""
 
 
@@ -108,15 +111,17 @@ class EngineSidecar:
         try:
             values = {name: value for name, value in written.items() if name != DIGEST}
             version, policy = values.pop("format"), values.pop("policy")
-            if version not in (FORMAT, LAST_FORMAT):
+            if version not in (FORMAT, LAST_FORMAT, UNSEALED):
                 raise ValueError(f"its format is not {FORMAT}")
-            if version == LAST_FORMAT and policy["kind"] == "scheduled":
+            if version == UNSEALED and policy["kind"] == "scheduled":
                 policy = {key: value for key, value in policy.items() if key not in ("steps", "branches")}
-            if version == LAST_FORMAT:
+            if version == UNSEALED:
                 values["content"] = values.pop("sha256")
             values["written_policy"] = policy
             model = values["model"]
             values["model"] = None if model is None else OnnxMetadata.parse({KEY: json.dumps(model)})
+            if version != FORMAT:
+                values["tensors"] = [_with_profiles(item) for item in values["tensors"]]
             values["tensors"] = tuple(EngineTensor(**_tuples(item)) for item in values["tensors"])
             values["layers"] = tuple(EngineLayer(*map(_tuple, item)) for item in values["layers"])
             values["nodes"] = _tuples(values["nodes"])
@@ -124,7 +129,7 @@ class EngineSidecar:
             check_types(sidecar)
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise ArtifactError(f"{path} is damaged ({one_line(repr(error))}); build the engine again") from error
-        if version == FORMAT:  # the last format carried none
+        if version != UNSEALED:
             check_digest(written, path)
         return sidecar
 
@@ -171,6 +176,13 @@ def _find(engine: Path) -> Path:
     if not path.is_file():
         raise ArtifactError(f"{engine} has no {path.name} beside it; copy both, or build the engine again")
     return path
+
+
+def _with_profiles(tensor: dict[str, Any]) -> dict[str, Any]:
+    if "profile" not in tensor:
+        return tensor
+    rest = {name: value for name, value in tensor.items() if name != "profile"}
+    return {**rest, "profiles": [tensor["profile"]] if tensor["profile"] else []}
 
 
 def _tuple(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, find_prologue
 from lazy_compile.backends.onnx.seal import DIGEST_KEY, properties_of, read_proto
+from lazy_compile.backends.onnx.sizes import Size, names_in
 from lazy_compile.backends.onnx.structure import heavy_nodes
 from lazy_compile.backends.tensorrt.network import EngineTensor
 from lazy_compile.digests import digest_of, digest_of_file
@@ -23,6 +26,7 @@ class OnnxSource:
     Attributes:
         path: where it lies.
         tensors: its inputs and outputs; free sizes are -1.
+        dims: shapes of its inputs; a free size is a formula over names.
         nodes: names of the heavy nodes by conditional, ``""`` for those in none.
         model: the contract of a lazy model; None if ``export_onnx`` did not write the file, or as a prologue.
         prologue: the digest of a prologue; empty if it is none.
@@ -33,6 +37,7 @@ class OnnxSource:
 
     path: Path
     tensors: tuple[EngineTensor, ...]
+    dims: dict[str, tuple[Size, ...]]
     nodes: dict[str, tuple[str, ...]]
     model: OnnxMetadata | None
     prologue: str
@@ -49,14 +54,14 @@ class OnnxSource:
         proto = read_proto(path)
         try:
             nodes = heavy_nodes(proto)
-            tensors = tuple(_tensors(proto.graph))
+            tensors, dims = tuple(_tensors(proto.graph)), dict(_dims(proto.graph))
             weight_bytes = sum(map(_bytes, proto.graph.initializer))
             digest = _digest(proto, path.parent)
         except Exception as error:  # protobuf's, and the operating system's
             raise ArtifactError(f"cannot read {path} as ONNX ({first_line(error)}); export the model again") from error
         properties = properties_of(proto)
         model = OnnxMetadata.parse(properties) if KEY in properties else None
-        return cls(path, tensors, nodes, model, properties.get(PROLOGUE_KEY, ""), weight_bytes, digest)
+        return cls(path, tensors, dims, nodes, model, properties.get(PROLOGUE_KEY, ""), weight_bytes, digest)
 
     def read_prologue(self) -> OnnxSource | None:
         """The prologue that belongs to this file; None if it needs none.
@@ -83,6 +88,25 @@ class OnnxSource:
                 "model with lazy-compile export, or give --any-onnx to build it as it is"
             )
         return self.model
+
+
+def _dims(graph: Any) -> Iterator[tuple[str, tuple[Size, ...]]]:
+    weights = {item.name for item in graph.initializer}
+    for value in (value for value in graph.input if value.name not in weights):
+        sizes = enumerate(value.type.tensor_type.shape.dim)
+        yield value.name, tuple(_size(size, f"{value.name}_{axis}") for axis, size in sizes)
+
+
+def _size(size: Any, otherwise: str) -> Size:
+    """A number or a formula; what another exporter called a size becomes a name."""
+    if size.HasField("dim_value"):
+        return int(size.dim_value)
+    text = size.dim_param or otherwise
+    try:
+        names_in(text)
+    except ValueError:
+        return f"size_{re.sub(r'[^A-Za-z0-9_]', '_', text)}"
+    return str(text)
 
 
 def _digest(proto: Any, folder: Path) -> str:

@@ -17,13 +17,15 @@ import onnx
 import onnx.parser
 import pytest
 
+from lazy_compile.backends.onnx.sizes import ShapeRange, parse_shapes
 from lazy_compile.backends.tensorrt import api as tensorrt_api
 from lazy_compile.backends.tensorrt import build as tensorrt_build
 from lazy_compile.backends.tensorrt import network as tensorrt_network
 from lazy_compile.backends.tensorrt.api import FLAVORS, first_sentence, load, record
 from lazy_compile.backends.tensorrt.build import build_engine
+from lazy_compile.backends.tensorrt.commands import polygraphy_command, trtexec_command
 from lazy_compile.backends.tensorrt.config import BuildConfig
-from lazy_compile.backends.tensorrt.profile import parse_shapes, profile_of
+from lazy_compile.backends.tensorrt.profile import size_ranges
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, path_beside
 from lazy_compile.errors import ArtifactError, BackendError, ConfigError, LazyCompileError, MissingDependencyError
 from lazy_compile.policies.policy import GateQuery, Policy, Scheduled
@@ -165,12 +167,12 @@ def test_progress_is_reported_phase_by_phase(tmp_path: Path) -> None:
 
 
 def test_free_sizes_get_a_profile(tmp_path: Path) -> None:
-    config = replace(RTX, min_shapes={"x": (1, 8)}, max_shapes={"x": (4, 8)}, opt_shapes={"x": (2, 8)})
+    config = replace(RTX, profiles=(ShapeRange({"x": (1, 8)}, {"x": (2, 8)}, {"x": (4, 8)}),))
     path = written(tmp_path, one_if(batch="batch"))
     build_engine(path, tmp_path / "m.engine", config)
     sidecar = EngineSidecar.load(tmp_path / "m.engine")
-    assert sidecar.tensors[0].profile == ((1, 8), (2, 8), (4, 8))
-    assert sidecar.options["max_shapes"] == {"x": [4, 8]}
+    assert sidecar.tensors[0].profiles == (((1, 8), (2, 8), (4, 8)),)
+    assert sidecar.options["profiles"][0]["max"] == {"x": [4, 8]}
     with pytest.raises(ConfigError, match="size 'batch' of 'x' is free: give its range"):
         build_engine(path, tmp_path / "m.engine", RTX)
 
@@ -212,24 +214,37 @@ def test_shapes_are_written_as_trtexec_writes_them() -> None:
 
 
 def test_caches_follow_the_sizes_of_the_inputs() -> None:
-    inputs = {"x": ["batch", 4], "cache": ["batch", 16, 8], "w": [3]}
-    profile = profile_of(inputs, {"x": (1, 4)}, {}, {"x": (4, 4)})
-    assert profile == {"x": ((1, 4), (4, 4), (4, 4)), "cache": ((1, 16, 8), (4, 16, 8), (4, 16, 8))}
-    assert profile_of({"w": [3]}, {}, {}, {}) == {}
+    inputs: dict[str, list[int | str]] = {"x": ["batch", "width"], "cache": ["batch", "(width//2)*4", 8], "w": [3]}
+    (sizes,) = size_ranges(inputs, None, [ShapeRange({"x": (1, 4)}, {}, {"x": (4, 8)})])
+    assert sizes.profile(inputs) == {
+        "x": ((1, 4), (4, 8), (4, 8)), "cache": ((1, 8, 8), (4, 16, 8), (4, 16, 8)),
+    }  # fmt: skip
+    assert size_ranges({"w": [3]}, None, []) == ()
+
+
+def test_commands_have_the_shapes_of_all_inputs_in_every_profile() -> None:
+    profiles = [{"x": ((1, 8), (2, 8), (4, 8)), "a:b": ((1,), (2,), (4,))}, {"x": ((8, 8),) * 3, "a:b": ((8,),) * 3}]
+    assert trtexec_command(Path("m.onnx"), Path("m.engine"), RTX, profiles)[5:] == [
+        "--profile=0", "--minShapes=x:1x8,'a:b':1", "--optShapes=x:2x8,'a:b':2", "--maxShapes=x:4x8,'a:b':4",
+        "--profile=1", "--minShapes=x:8x8,'a:b':8", "--optShapes=x:8x8,'a:b':8", "--maxShapes=x:8x8,'a:b':8",
+    ]  # fmt: skip
+    options = polygraphy_command(Path("m.onnx"), Path("m.engine"), RTX, profiles[:1])
+    assert options[options.index("--trt-max-shapes") :][:3] == ["--trt-max-shapes", "x:[4,8]", "a:b:[4]"]
 
 
 @pytest.mark.parametrize(
     ("least", "most", "message"),
     [
         ({"z": (1, 4)}, {}, "there is no input 'z'; the inputs are x, t"),
-        ({"x": (1, 5)}, {}, r"shape \[1, 5\] of 'x' does not fit the model, in which it is \['batch', 4\]"),
+        ({"x": (1, 5)}, {}, r"shape \[1, 5\] of 'x' does not fit the model, in which it is \[batch, 4\]"),
         ({"x": (1, 4), "t": (2,)}, {}, "size 'batch' is 1 in one input and 2 in 't'"),
         ({"x": (4, 4)}, {"x": (1, 4)}, "expected min <= opt <= max throughout"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(least: Any, most: Any, message: str) -> None:
+    dims: dict[str, list[int | str]] = {"x": ["batch", 4], "t": ["batch"]}
     with pytest.raises(ConfigError, match=message):
-        profile_of({"x": ["batch", 4], "t": ["batch"]}, least, {}, most)
+        [sizes.profile(dims) for sizes in size_ranges(dims, None, [ShapeRange(least, {}, most)])]
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
@@ -325,7 +340,7 @@ def test_a_damaged_description_is_refused(tmp_path: Path) -> None:
     engine, beside = tmp_path / "m.engine", tmp_path / "m.engine.json"
     build_engine(written(tmp_path, one_if()), engine, RTX)
     good = beside.read_text()
-    for content in (good.replace('"format": 3', '"format": 7'), good.replace('"is_input"', '"input"'), "{}"):
+    for content in (good.replace('"format": 4', '"format": 7'), good.replace('"is_input"', '"input"'), "{}"):
         beside.write_text(content)
         with pytest.raises(ArtifactError, match=r"m.engine.json is damaged .*; build the engine again"):
             EngineSidecar.load(engine)
