@@ -31,14 +31,18 @@ if TYPE_CHECKING:
     from lazy_compile.ir.branch import BranchKind as BranchKind
     from lazy_compile.ir.branch import Refusal as Refusal
     from lazy_compile.ir.branch import ResidualBranch as ResidualBranch
-    from lazy_compile.planning.planner import Budget as Budget
-    from lazy_compile.planning.planner import plan as plan
+    from lazy_compile.planning.budget import Budget as Budget
+    from lazy_compile.planning.estimate import PlanEstimate as PlanEstimate
     from lazy_compile.planning.reuse_effects import measure_effects as measure_effects
+    from lazy_compile.plans import estimate_plan as estimate_plan
+    from lazy_compile.plans import plan as plan
     from lazy_compile.policies.gate_table import GateTable as GateTable
     from lazy_compile.policies.policy import AlwaysCompute as AlwaysCompute
     from lazy_compile.policies.policy import Learned as Learned
     from lazy_compile.policies.policy import Policy as Policy
     from lazy_compile.policies.policy import Scheduled as Scheduled
+    from lazy_compile.policies.presets import PRESETS as PRESETS
+    from lazy_compile.policies.presets import EveryNth as EveryNth
     from lazy_compile.policies.schedule import CacheSchedule as CacheSchedule
     from lazy_compile.reporting.inspection import inspect as inspect
     from lazy_compile.reporting.page import write_report as report
@@ -50,16 +54,19 @@ __version__ = "0.1.0"
 _HOMES = {
     "AlwaysCompute": "lazy_compile.policies.policy",
     "BranchKind": "lazy_compile.ir.branch",
-    "Budget": "lazy_compile.planning.planner",
+    "Budget": "lazy_compile.planning.budget",
     "BuildConfig": "lazy_compile.backends.tensorrt.config",
     "CacheSchedule": "lazy_compile.policies.schedule",
     "CalibrationConfig": "lazy_compile.calibration.calibrator",
     "CalibrationReport": "lazy_compile.calibration.calibrator",
+    "EveryNth": "lazy_compile.policies.presets",
     "GateTable": "lazy_compile.policies.gate_table",
     "LazyCompileError": "lazy_compile.errors",
     "LazyConfig": "lazy_compile.config",
     "LazyModule": "lazy_compile.runtime.module",
     "Learned": "lazy_compile.policies.policy",
+    "PRESETS": "lazy_compile.policies.presets",
+    "PlanEstimate": "lazy_compile.planning.estimate",
     "Policy": "lazy_compile.policies.policy",
     "Refusal": "lazy_compile.ir.branch",
     "ResidualBranch": "lazy_compile.ir.branch",
@@ -70,12 +77,13 @@ _HOMES = {
     "build_engines": "lazy_compile.backends.tensorrt.build",
     "calibrate": "lazy_compile.calibration.calibrator",
     "check_structure": "lazy_compile.backends.onnx.structure",
+    "estimate_plan": "lazy_compile.plans",
     "export_onnx": "lazy_compile.backends.onnx.export",
     "export_triton": "lazy_compile.backends.triton",
     "inspect": "lazy_compile.reporting.inspection",
     "load": "lazy_compile.compiler",
     "measure_effects": "lazy_compile.planning.reuse_effects",
-    "plan": "lazy_compile.planning.planner",
+    "plan": "lazy_compile.plans",
     "report": "lazy_compile.reporting.page:write_report",
     "restore": "lazy_compile.compiler",
     "run": "lazy_compile.execution",
@@ -85,6 +93,7 @@ _HOMES = {
 """Where each public name lies; a name that is another there stands behind a colon."""
 
 __all__ = [
+    "PRESETS",
     "AlwaysCompute",
     "BranchKind",
     "Budget",
@@ -92,11 +101,13 @@ __all__ = [
     "CacheSchedule",
     "CalibrationConfig",
     "CalibrationReport",
+    "EveryNth",
     "GateTable",
     "LazyCompileError",
     "LazyConfig",
     "LazyModule",
     "Learned",
+    "PlanEstimate",
     "Policy",
     "Refusal",
     "ResidualBranch",
@@ -107,6 +118,7 @@ __all__ = [
     "build_engines",
     "calibrate",
     "check_structure",
+    "estimate_plan",
     "export_onnx",
     "export_triton",
     "inspect",

@@ -103,14 +103,19 @@ def digest(schedule: CacheSchedule) -> str:
     return content.hexdigest()[:16]
 
 
-def identity_of(lazy: LazyModule, **options: Any) -> dict[str, Any]:
-    """What a search depends on: the model with its weights, its branches, and the options."""
-    sums = [f"{float(weight.detach().double().abs().sum()):.6e}" for weight in lazy.original.parameters()]
+def identity_of(denoiser: Any, **options: Any) -> dict[str, Any]:
+    """What a search depends on: the model with its weights, its branches, and the options; of an engine, what its file
+    says of itself."""
+    if isinstance(denoiser, LazyModule):
+        sums = [f"{float(weight.detach().double().abs().sum()):.6e}" for weight in denoiser.original.parameters()]
+        model, config = fingerprint(denoiser.original), denoiser.lazy_config
+    else:
+        model, sums, config = repr(denoiser.runner.metadata.fingerprint), [], denoiser.config
     return {
         "kind": "lazy_compile schedule search",
-        "model": fingerprint(lazy.original),
+        "model": model,
         "weights": hashlib.sha256(" ".join(sums).encode()).hexdigest(),
-        "branches": [branch.name for branch in lazy.branches],
-        "lazy_config": repr(sorted(asdict(lazy.lazy_config).items())),
+        "branches": [branch.name for branch in denoiser.branches],
+        "lazy_config": repr(sorted(asdict(config).items())),
         **{name: repr(value) for name, value in options.items()},
     }

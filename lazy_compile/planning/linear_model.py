@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lazy_compile.errors import ConfigError
-from lazy_compile.planning.response import MAX_AGE, Response
+from lazy_compile.planning.response import Response
+from lazy_compile.planning.trace import MAX_AGE
 from lazy_compile.policies.schedule import BoolTable, CacheSchedule
 
 Floats = npt.NDArray[np.float64]

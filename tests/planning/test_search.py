@@ -18,13 +18,13 @@ from lazy_compile.planning.linear_model import around_another, fit_slopes, harm_
 from lazy_compile.planning.response import (
     NoGradientError,
     Response,
-    _Trace,
     cauchy_weights,
     dense_samples,
     measure_response,
 )
 from lazy_compile.planning.reuse_effects import measure_effects
 from lazy_compile.planning.search import ScheduleSearch, SearchOptions
+from lazy_compile.planning.trace import Trace
 from support.sampling import STEPS, inputs, lazy_tiny_dit, sample, start, timesteps
 
 BRANCHES = 4
@@ -226,8 +226,8 @@ def test_effects_of_single_reuses_follow_from_the_answer_of_a_dense_trajectory(r
 
 def test_whether_rows_are_samples_is_found_once_for_a_graph(lazy: LazyModule, monkeypatch: pytest.MonkeyPatch) -> None:
     search = ScheduleSearch(lazy, sample, np.ones(BRANCHES), 12.0, SearchOptions())
-    asked, find = [], _Trace.rows_are_samples
-    monkeypatch.setattr(_Trace, "rows_are_samples", lambda trace, samples: asked.append(1) or find(trace, samples))
+    asked, find = [], Trace.rows_are_samples
+    monkeypatch.setattr(Trace, "rows_are_samples", lambda trace, samples: asked.append(1) or find(trace, samples))
     schedule = CacheSchedule.every(2, STEPS, BRANCHES)
     first, second = search.measure(schedule, 0), search.measure(schedule, 1)
     assert len(first.error) == len(second.error) == 4
@@ -238,20 +238,20 @@ def test_whether_rows_are_samples_is_found_once_for_a_graph(lazy: LazyModule, mo
 
 
 def test_that_is_found_by_going_back_through_one_call(lazy: LazyModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed, find = [0, 0], _Trace.rows_are_samples
+    computed, find = [0, 0], Trace.rows_are_samples
     compute = LazyBranch.compute
 
     def counted(branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         computed[0] += 1
         return compute(branch, inputs)
 
-    def finding(trace: _Trace, samples: Tensor) -> bool:
+    def finding(trace: Trace, samples: Tensor) -> bool:
         before = computed[0]
         found = find(trace, samples)
         computed[1] += computed[0] - before
         return found
 
     monkeypatch.setattr(LazyBranch, "compute", counted)
-    monkeypatch.setattr(_Trace, "rows_are_samples", finding)
+    monkeypatch.setattr(Trace, "rows_are_samples", finding)
     measure_response(lazy, sample, CacheSchedule.every(2, STEPS, BRANCHES), seed=0)
     assert computed[1] == BRANCHES
