@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lazy_compile.errors import LazyCompileError as LazyCompileError
     from lazy_compile.execution import run as run
     from lazy_compile.integrations.diffusers_cache import apply_lazy_cache as apply_lazy_cache
+    from lazy_compile.integrations.diffusers_enable_cache import LazyCacheConfig as LazyCacheConfig
     from lazy_compile.ir.branch import BranchKind as BranchKind
     from lazy_compile.ir.branch import Refusal as Refusal
     from lazy_compile.ir.branch import ResidualBranch as ResidualBranch
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from lazy_compile.plans import estimate_plan as estimate_plan
     from lazy_compile.plans import plan as plan
     from lazy_compile.policies.gate_table import GateTable as GateTable
+    from lazy_compile.policies.learned import Learned as Learned
     from lazy_compile.policies.policy import AlwaysCompute as AlwaysCompute
-    from lazy_compile.policies.policy import Learned as Learned
     from lazy_compile.policies.policy import Policy as Policy
     from lazy_compile.policies.policy import Scheduled as Scheduled
     from lazy_compile.policies.presets import PRESETS as PRESETS
@@ -61,10 +62,11 @@ _HOMES = {
     "CalibrationReport": "lazy_compile.calibration.calibrator",
     "EveryNth": "lazy_compile.policies.presets",
     "GateTable": "lazy_compile.policies.gate_table",
+    "LazyCacheConfig": "lazy_compile.integrations.diffusers_enable_cache",
     "LazyCompileError": "lazy_compile.errors",
     "LazyConfig": "lazy_compile.config",
     "LazyModule": "lazy_compile.runtime.module",
-    "Learned": "lazy_compile.policies.policy",
+    "Learned": "lazy_compile.policies.learned",
     "PRESETS": "lazy_compile.policies.presets",
     "PlanEstimate": "lazy_compile.planning.estimate",
     "Policy": "lazy_compile.policies.policy",
@@ -103,6 +105,7 @@ __all__ = [
     "CalibrationReport",
     "EveryNth",
     "GateTable",
+    "LazyCacheConfig",
     "LazyCompileError",
     "LazyConfig",
     "LazyModule",

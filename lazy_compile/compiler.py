@@ -77,16 +77,22 @@ def transform(
     return diffusers_pipeline.transform_pipeline(model, chosen_config(config, options), components, chosen)
 
 
-def load(directory: str | Path, model: Any, example_inputs: Example = None) -> Any:
+def load(directory: str | Path, model: Any, example_inputs: Example = None, *, verify: bool = True) -> Any:
     """Make a model lazy again, with the options, policy and gates that ``save`` wrote; or the denoisers of a pipeline,
     with those that ``save_pretrained`` of a lazy pipeline wrote beside the weights.
+
+    Args:
+        directory: the folder.
+        model: the model that it was made for.
+        example_inputs: captures now, see :func:`transform`.
+        verify: False reads the files without holding them against their digests.
 
     Raises:
         ArtifactError: the folder is damaged, or was made for another model.
     """
     if diffusers_pipeline.is_pipeline(model):
-        return diffusers_pipeline.load_pipeline(directory, model)
-    artifact = read(directory)
+        return diffusers_pipeline.load_pipeline(directory, model, verify=verify)
+    artifact = read(directory, verify=verify)
     lazy = _transform_model(model, None, artifact.config)
     artifact.check_model(model)
     _capture_example(lazy, example_inputs)

@@ -8,9 +8,20 @@ from typing import Any, Literal, get_args
 
 from lazy_compile.errors import ConfigError
 
-ReuseArm = Literal["last", "linear"]
+ReuseArm = Literal["last", "linear", "taylor"]
 BatchRule = Literal["per_sample", "all_reuse", "majority", "any_reuse"]
 Group = int | Literal["block"]
+Granularity = int | Literal["branch", "block", "model"]
+Probe = Literal["first_block"]
+
+
+MAX_ORDER = 3
+"""Of ``reuse="taylor"``: polynomials of a higher order only amplify noise."""
+
+
+def reuse_order(reuse: ReuseArm, order: int) -> int:
+    """How many computed values before the last one a reuse arm needs."""
+    return {"last": 0, "linear": 1}.get(reuse, order)
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,9 @@ class LazyConfig:
 
     Attributes:
         reuse: what a skipped branch returns. ``"linear"`` extrapolates from its last two computed outputs over the
-            step index, ``"last"`` repeats the last one (LazyDiT). Linear keeps one more tensor per output.
+            step index, ``"last"`` repeats the last one (LazyDiT), ``"taylor"`` follows the polynomial through the last
+            ``order + 1`` (TaylorSeer). One more tensor per output is kept for each order.
+        order: of ``reuse="taylor"``, 1 to 3; where fewer values were computed yet, a lower one is taken.
         warmup_steps: the first steps of a trajectory that always compute; at least 1, since nothing is cached before.
         max_reuse_age: a branch that was reused this many steps in a row computes at the next one. None: no limit.
         batch_rule: ``"per_sample"`` decides for every row of the batch and computes only the rows that need it. The
@@ -28,6 +41,12 @@ class LazyConfig:
             per call, from the mean over the whole batch.
         group: how many consecutive branches share the decision of the first of them; ``"block"`` for all branches of a
             transformer block. Caches stay one per branch.
+        granularity: what is decided and cached as one: every ``"branch"``; every transformer ``"block"``, norms and
+            modulation included; a number of spans of about the same work; or the whole stack of the ``"model"``. Of a
+            block and more, one tensor is kept for each residual stream: the difference from its start to its end.
+            Where a model cannot be cut so, a warning says what is done instead.
+        probe: ``"first_block"`` leaves the first block out of all spans, so that it always computes and a policy can
+            decide by what comes out of it. Needs a granularity other than ``"branch"``.
         conv_branches: also gate residual branches made of dense convolutions (the ResNet blocks of a U-Net).
         timestep_input: the name of the forward argument that carries the timestep. None finds it in the graph.
         hoist_step_invariants: compute what depends only on inputs that stay the same (keys and values of the text, say)
@@ -36,10 +55,13 @@ class LazyConfig:
     """
 
     reuse: ReuseArm = "linear"
+    order: int = 2
     warmup_steps: int = 1
     max_reuse_age: int | None = None
     batch_rule: BatchRule = "per_sample"
     group: Group = 1
+    granularity: Granularity = "branch"
+    probe: Probe | None = None
     conv_branches: bool = False
     timestep_input: str | None = None
     hoist_step_invariants: bool = True
@@ -48,13 +70,30 @@ class LazyConfig:
     def __post_init__(self) -> None:
         _require_one_of("reuse", self.reuse, get_args(ReuseArm))
         _require_one_of("batch_rule", self.batch_rule, get_args(BatchRule))
+        if not 1 <= self.order <= MAX_ORDER:
+            raise ConfigError(f"order is {self.order}; expected 1 to {MAX_ORDER}")
         check_group(self.group)
+        check_granularity(self.granularity)
+        if self.probe is not None:
+            _require_one_of("probe", self.probe, get_args(Probe))
+        if self.probe is not None and self.granularity == "branch":
+            raise ConfigError(f"probe={self.probe!r} needs spans; set granularity to 'block', 'model' or a number too")
         if self.warmup_steps < 1:
             raise ConfigError(f"warmup_steps is {self.warmup_steps}; at least 1 step must compute to fill the caches")
         if self.max_reuse_age is not None and self.max_reuse_age < 1:
             raise ConfigError(f"max_reuse_age is {self.max_reuse_age}; use 1 or more, or None for no limit")
         if self.max_captures < 1:
             raise ConfigError(f"max_captures is {self.max_captures}; use 1 or more")
+
+    @property
+    def values_kept(self) -> int:
+        """How many tensors a cache keeps of each output."""
+        return 1 + reuse_order(self.reuse, self.order)
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """Those options that a captured graph is made for: another value needs another graph."""
+        return self.conv_branches, self.granularity, self.probe
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LazyConfig:
@@ -68,6 +107,12 @@ class LazyConfig:
 def check_group(group: object) -> None:
     if group != "block" and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
         raise ConfigError(f"group is {group!r}; expected the number of branches that share a gate, or 'block'")
+
+
+def check_granularity(granularity: object) -> None:
+    number = isinstance(granularity, int) and not isinstance(granularity, bool) and granularity >= 1
+    if not number and granularity not in ("branch", "block", "model"):
+        raise ConfigError(f"granularity is {granularity!r}; expected 'branch', 'block', 'model', or a number of spans")
 
 
 def _require_one_of(option: str, seen: object, allowed: tuple[str, ...]) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lazy_compile.backends.denoiser import EngineDenoiser, check_same_model
 from lazy_compile.backends.runner import Runner
+from lazy_compile.integrations.engine_module import EngineModule
 from lazy_compile.policies.policy import Policy, Scheduled
 from lazy_compile.processes import Processes
 from lazy_compile.runtime.module import LazyModule
@@ -72,8 +72,9 @@ def run(
     processes = Processes.here()
     denoiser: Any = lazy
     if runner is not None:
-        check_same_model(runner.metadata, lazy.original, "the exported model")
-        denoiser = EngineDenoiser(runner, None if follow_runner else lazy.policy, lazy.lazy_config)
+        denoiser = EngineModule(
+            runner, like=lazy.original, policy=None if follow_runner else lazy.policy, config=lazy.lazy_config
+        )
     mine = seed + processes.rank
     dense_seconds = None
     if dense:
@@ -99,12 +100,14 @@ def _timed(denoiser: Any, sample: Callable[[Any, int], Tensor], seed: int) -> tu
 def _warm_up(model: Any, sample: Callable[[Any, int], Tensor], seed: int) -> None:
     """One call: what a first call costs is of no trajectory."""
 
-    def once(*args: Any, **kwargs: Any) -> Any:
-        model(*args, **kwargs)
+    def stop(*_: Any) -> None:
         raise _Stop
 
+    hook = model.register_forward_hook(stop)
     with torch.no_grad():
         try:
-            sample(once, seed)
+            sample(model, seed)
         except _Stop:
             return
+        finally:
+            hook.remove()

@@ -19,6 +19,7 @@ from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.passes.lower_to_select import LowerToSelect
 from lazy_compile.passes.merge_groups import MergeGroups
 from lazy_compile.passes.merge_repeats import MergeRepeats
+from lazy_compile.passes.merge_spans import MergeSpans
 from lazy_compile.passes.outline_branches import OutlineBranches
 from lazy_compile.passes.split_complex import SplitComplex
 
@@ -41,6 +42,7 @@ def gating(config: LazyConfig, invariants: frozenset[str] = frozenset()) -> Pass
         [
             *hoisting(invariants).passes,
             DiscoverBranches(conv_branches=config.conv_branches),
+            MergeSpans(config.granularity, config.probe),
             OutlineBranches(),
             InsertGates(),
         ]

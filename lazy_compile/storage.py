@@ -7,10 +7,11 @@ import math
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def start_partial(final: Path) -> Path:
     """An empty file beside ``final`` that says which process is at work on it, and under which token.
 
-    Files of ended processes, and whatever they wrote under their token, are removed.
+    Files of ended processes in this folder, and whatever they wrote under their token, are removed.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(final)
+    _remove_abandoned(final.parent)
     # Not tempfile: its files are for the owner alone, and the final one would be too.
     temporary = final.with_name(f".{final.name}.{_HOST}-{os.getpid()}.{secrets.token_hex(4)}.partial")
     temporary.touch(exist_ok=False)
@@ -78,13 +79,16 @@ def token_of(temporary: Path) -> str:
     return found["token"]
 
 
-def _remove_abandoned(final: Path) -> None:
-    for file in final.parent.glob(".*.partial"):
+def _remove_abandoned(folder: Path) -> None:
+    for file in folder.glob(".*.partial"):
         found = _PARTIAL.fullmatch(file.name)
-        if found is not None and found["name"] == final.name and found["host"] == _HOST and _is_gone(int(found["pid"])):
-            for other in final.parent.glob(f"*.{found['token']}.*"):
-                other.unlink(missing_ok=True)
-            file.unlink(missing_ok=True)
+        if found is not None and found["host"] == _HOST and _is_gone(int(found["pid"])):
+            for other in folder.glob(f"*.{found['token']}.*"):
+                if other.is_dir():  # onnx_ir gathers weights in one
+                    shutil.rmtree(other, ignore_errors=True)
+                elif other != file:
+                    other.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)  # last: it is what the others are found by
 
 
 def _is_gone(pid: int) -> bool:
@@ -127,6 +131,40 @@ def locked_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def superseding(final: Path, older: Collection[str], newer: Collection[str] = ()) -> Iterator[None]:
+    """Files that belong to one file are replaced with it: the older ones are removed when the block ends well.
+
+    A note beside ``final`` names all of them meanwhile. Should the process end in between, the next one removes what
+    its own files leave over.
+
+    Args:
+        final: the file that the others belong to; only its name counts, and its folder, which they lie in.
+        older: names of those that belong to it now.
+        newer: names of those that will.
+    """
+    note = final.with_name(f".{final.name}.files")
+    noted = _noted(note)
+    names = {*older, *newer, *noted}
+    if names:
+        save_sealed_json(note, {"files": sorted(names)})
+    try:
+        yield
+    except BaseException:
+        if not any((final.parent / name).exists() for name in noted | {*newer} - {*older}):
+            note.unlink(missing_ok=True)
+        raise
+    if names:
+        remove_files(final.parent, names - set(newer))
+        note.unlink(missing_ok=True)
+
+
+def _noted(note: Path) -> set[str]:
+    with suppress(ArtifactError, KeyError, TypeError):
+        return set(map(str, load_sealed_json(note)["files"]))
+    return set()
 
 
 def remove_files(folder: Path, names: Iterator[str] | list[str] | set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -165,9 +166,10 @@ def _stays_finite(lazy: LazyModule, sample: Sampler, policy: Policy, seed: int) 
 def _exported_like(
     lazy: LazyModule, sample: Sampler, path: Path, policies: Sequence[Policy], seed: int
 ) -> Iterator[Check]:
-    from lazy_compile.backends.denoiser import EngineDenoiser, check_same_model
+    from lazy_compile.backends.denoiser import check_same_model
     from lazy_compile.backends.onnx.structure import check_structure
     from lazy_compile.backends.onnxruntime.runner import OnnxRunner
+    from lazy_compile.integrations.engine_module import EngineModule
 
     structure = check_structure(path)
     expected = f"{len(lazy.branches)} If nodes and no heavy operator outside"
@@ -180,7 +182,7 @@ def _exported_like(
     for policy in policies:
         lazy.policy = policy
         lazy.reset_stats()
-        denoiser = EngineDenoiser(runner, policy, lazy.lazy_config)
+        denoiser = EngineModule(runner, like=lazy.original, policy=policy, config=lazy.lazy_config)
         with torch.no_grad():
             there, here = sample(denoiser, seed), sample(lazy, seed)  # type: ignore[arg-type]
         wrong = int(np.count_nonzero(denoiser.stats.reuse_table != lazy.stats.reuse_table))
@@ -217,15 +219,15 @@ class _Replay:
         limit = self.config.max_reuse_age
         due = not history or step < self.config.warmup_steps or (limit is not None and step - history[-1][0] > limit)
         if due or self.should_compute[step, index]:
-            history.append((step, branch.compute(inputs)))
-            return history[-1][1]
+            outputs = branch.compute(inputs)
+            history.append((step, branch.kept(inputs, outputs)))
+            return outputs
         self.reused[step, index] = 1.0
-        at, values = history[-1]
-        if self.config.reuse == "last" or len(history) == 1:
-            return values
-        before, older = history[-2]
-        factor = (step - at) / (at - before)
-        return tuple(value + factor * (value - old) for value, old in zip(values, older, strict=True))
+        known = history[-self.config.values_kept :]
+        weights = [math.prod((step - other) / (at - other) for other, _ in known if other != at) for at, _ in known]
+        values = zip(*(kept for _, kept in known), strict=True)
+        reused = [sum(weight * value for weight, value in zip(weights, each, strict=True)) for each in values]
+        return branch.restored(inputs, reused)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class ApplySchedule(GraphPass):
        :func:`lazy_compile.ir.branch_arms.state_names`: the caller keeps all others.
     2. Inputs that nothing reads any more are dropped: gates, the slots of branches that compute, the parameters of
        branches that reuse. The user's own inputs stay.
-    3. Linear reuse keeps its clock; the decisions of this step are a constant of the program. Branches that share a
+    3. Extrapolation keeps its clock; the decisions of this step are a constant of the program. Branches that share a
        gate must agree.
 
     The model's own outputs are those of the lifted program for the same decisions, bit for bit.
@@ -78,12 +78,16 @@ class ApplySchedule(GraphPass):
 
 def _keep_one_arm(call: fx.Node, arms: BranchArms, computes: bool) -> None:
     state, inputs = arms.split(call.args[1:])
+    bases = arms.bases(inputs)
     if computes:
         outputs = inline(call, arms.body, inputs)
-        deltas = inline(call, arms.renew, [*state, *outputs]) if arms.renew else ()
+        caches = inline(call, arms.keep, [*outputs, *bases]) if arms.keep else outputs
+        deltas = inline(call, arms.renew, [*state, *caches])
     else:
-        outputs, deltas = inline(call, arms.reuse, state), arms.deltas(state)
-    replace_results(call, [*outputs, *outputs, *deltas])
+        caches = inline(call, arms.move, state)
+        outputs = inline(call, arms.restore, [*caches, *bases]) if arms.restore else caches
+        deltas = arms.deltas(state)
+    replace_results(call, [*outputs, *caches, *deltas])
 
 
 def _fix_decisions(program: Program, call: fx.Node, should_compute: Sequence[bool]) -> None:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from lazy_compile.config import BatchRule, ReuseArm
+from lazy_compile.config import BatchRule, ReuseArm, reuse_order
 from lazy_compile.ir.branch_arms import DECISIONS, STATE_NAMES, BranchArms, formula, inline
+from lazy_compile.ir.extrapolation import SLOPE, advance_clock, clock_names, read_clock
 from lazy_compile.ir.lazy_branch import LazyBranch, lazy_calls
-from lazy_compile.ir.linear_reuse import CLOCK, SLOPE, advance_clock, read_clock
 from lazy_compile.ir.operators import value_of
 from lazy_compile.ir.pass_manager import GraphPass
 from lazy_compile.ir.program import Program, ProgramInput, Role
@@ -37,11 +37,11 @@ class LiftCacheSlots(GraphPass):
         return (%y,)                        |   %out    = getitem(%arms_0, 0)
                                             |   return (%y, getitem(%arms_0, 1), %compute_logits)
 
-    1. Slots are inputs of role SLOT: ``cache_{branch}_{output}``, and with ``reuse="linear"`` also
-       ``delta_{branch}_{output}``. The outputs behind the model's own are the next values of all slots, in the
-       order of the inputs, then ``compute_logits: float32[rows, G]``.
-    2. Linear reuse moves a cache on by a part of its delta. :mod:`lazy_compile.ir.linear_reuse` says how, and names the
-       slots ``float32[G]`` that keep time, and the input ``slope: float32[G]`` of role GATE.
+    1. Slots are inputs of role SLOT: ``cache_{branch}_{output}``, and unless ``reuse="last"`` also
+       ``delta_{branch}_{output}``, with ``"taylor"`` one for each order. The outputs behind the model's own are the
+       next values of all slots, in the order of the inputs, then ``compute_logits: float32[rows, G]``.
+    2. Extrapolation moves a cache on by parts of its differences. :mod:`lazy_compile.ir.extrapolation` says how, and
+       names the slots ``float32[G]`` that keep time, and the input ``slope: float32[G]`` of role GATE.
     3. ``leaders`` says for each branch which one decides for it; G gates belong to those that decide for themselves.
        Empty stands for every branch.
     4. ``gating="predicate"``: inputs of role GATE are one row of a gate table, ``gate_weight: float32[sum of
@@ -62,6 +62,11 @@ class LiftCacheSlots(GraphPass):
     gating: Literal["predicate", "input"] = "predicate"
     leaders: tuple[int, ...] = ()
     predictors: bool = True
+    order: int = 2
+
+    @property
+    def _order(self) -> int:
+        return reuse_order(self.reuse, self.order)
 
     def apply(self, program: Program) -> bool:
         calls = sorted(lazy_calls(program), key=lambda item: item[1].branch.index)
@@ -70,11 +75,12 @@ class LiftCacheSlots(GraphPass):
         _remove_step(program)
         layout = GateLayout.of(program.branches, self.leaders)
         inputs = self._add_inputs(program, [call for call, _ in calls], layout)
-        scalars: tuple[fx.Node, ...] = ()
-        if self.reuse == "linear":
-            clock = [inputs[name] for name in (*CLOCK, SLOPE)]
-            reading = formula([*CLOCK, SLOPE], read_clock)
-            scalars = (inline(_first_operator(program), reading, clock), inputs["moved"])
+        scalars: list[fx.Node] = []
+        order, names = self._order, clock_names(self._order)
+        if order:
+            reading = formula([*names, SLOPE], lambda *given: read_clock(order, given[:-1], given[-1]))
+            shifts = inline(_first_operator(program), reading, [inputs[name] for name in (*names, SLOPE)])
+            scalars = [*shifts, *(inputs[name] for name in names[1 + order :])]
         logits: dict[int, fx.Node] = {}
         decisions: dict[int, fx.Node] = {}
         for call, lazy in lazy_calls(program):
@@ -95,12 +101,12 @@ class LiftCacheSlots(GraphPass):
         gates: dict[str, Any] = {}
         for index, call in enumerate(calls):
             outputs = value_of(call)
-            names = slot_names(index, len(outputs), self.reuse)
+            names = slot_names(index, len(outputs), self._order)
             slots.update(zip(names, outputs * (len(names) // len(outputs)), strict=True))
         sample, count = next(iter(slots.values())), len(layout.gates)
         with sample.fake_mode:
-            if self.reuse == "linear":
-                slots |= {name: torch.empty(count, device=sample.device) for name in CLOCK}
+            if self._order:
+                slots |= {name: torch.empty(count, device=sample.device) for name in clock_names(self._order)}
                 gates[SLOPE] = torch.empty(count, device=sample.device)
             if self.gating == "input":
                 empty = torch.empty((), dtype=torch.bool, device=sample.device)
@@ -128,8 +134,8 @@ class LiftCacheSlots(GraphPass):
     ) -> None:
         """Replace one lazy branch by its arms."""
         branch = lazy.branch
-        slots = [inputs[name] for name in slot_names(branch.index, len(branch.outputs), self.reuse)]
-        program.graph_module.add_submodule(f"arms_{branch.index}", BranchArms(lazy.body, branch, self.reuse))
+        slots = [inputs[name] for name in slot_names(branch.index, len(branch.outputs), self._order)]
+        program.graph_module.add_submodule(f"arms_{branch.index}", BranchArms(lazy.body, branch, self._order))
         program.graph_module.delete_submodule(str(call.target))
         with program.graph.inserting_before(call):
             gate_index = layout.gate_of(branch.index)
@@ -150,17 +156,20 @@ class LiftCacheSlots(GraphPass):
         with program.graph.inserting_before(output):
             for call, lazy in calls:
                 outputs = len(lazy.branch.outputs)
-                names = slot_names(lazy.branch.index, outputs, self.reuse)
+                names = slot_names(lazy.branch.index, outputs, self._order)
                 for position, name in enumerate(names):
                     state[name] = program.graph.call_function(operator.getitem, (call, outputs + position))
                 call.meta["val"] = (*value_of(call), *(value_of(inputs[name]) for name in names))
-            if self.reuse == "linear":
+            if order := self._order:
                 names = [decision_name(index) for index in decisions]
                 program.graph_module.add_submodule(DECISIONS, formula(names, lambda *each: aten.stack.default(each)))
                 computes = program.graph.call_module(DECISIONS, tuple(decisions.values()))
-                clock = formula(["computes", *CLOCK, SLOPE], advance_clock)
-                times = inline(output, clock, [computes, *(inputs[name] for name in (*CLOCK, SLOPE))])
-                state.update(zip(CLOCK, times, strict=True))
+                clock = clock_names(order)
+                advancing = formula(
+                    ["computes", *clock, SLOPE], lambda *given: advance_clock(order, given[0], given[1:-1], given[-1])
+                )
+                times = inline(output, advancing, [computes, *(inputs[name] for name in (*clock, SLOPE))])
+                state.update(zip(clock, times, strict=True))
             if logits:
                 state[LOGITS] = logit_table(program, logits)
         output.args = ((*output.args[0], *state.values()),)  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,8 @@ class LowerToSelect(GraphPass):
     1. Both arms run here; an engine makes one conditional of the selects of a branch, and moves into it what only they
        need. Nothing else in the graph tells it where a branch begins, so this holds for whatever the engine fuses.
     2. Nodes of a body carry the index of their branch, ``node.meta["lazy_branch"]``.
-    3. The next cache is the branch's output itself: one select serves both.
+    3. The next cache is the branch's output itself: one select serves both. Where an output is relative to an input,
+       the cache has a select of its own.
 
     Numerics are preserved bit for bit.
     """
@@ -54,12 +56,22 @@ def _lower(call: fx.Node, arms: BranchArms) -> None:
     index, condition = call.meta[TAG], call.args[0]
     state, inputs = arms.split(call.args[1:])
     computed = inline(call, arms.body, inputs, **{TAG: index})
-    renewed = inline(call, arms.renew, [*state, *computed]) if arms.renew else ()
-    reused = inline(call, arms.reuse, state)
-    with call.graph.inserting_before(call):
-        chosen = [
-            call.graph.call_function(torch.ops.lazy_compile.select.default, (condition, *pair, index))
-            for pair in zip([*computed, *renewed], [*reused, *arms.deltas(state)], strict=True)
-        ]
-    outputs = chosen[: arms.outputs]
-    replace_results(call, [*outputs, *chosen])
+    bases = arms.bases(inputs)
+    kept = inline(call, arms.keep, [*computed, *bases], **{TAG: index}) if arms.keep else computed
+    renewed = inline(call, arms.renew, [*state, *kept])
+    moved = inline(call, arms.move, state)
+    restored = inline(call, arms.restore, [*moved, *bases]) if arms.restore else moved
+
+    def chosen(computing: Sequence[fx.Node], reusing: Sequence[fx.Node]) -> list[fx.Node]:
+        with call.graph.inserting_before(call):
+            return [
+                call.graph.call_function(torch.ops.lazy_compile.select.default, (condition, *pair, index))
+                for pair in zip(computing, reusing, strict=True)
+            ]
+
+    caches = chosen(kept, moved)
+    outputs = [
+        cache if one is other else chosen([one], [restored[position]])[0]
+        for position, (one, other, cache) in enumerate(zip(computed, kept, caches, strict=True))
+    ]
+    replace_results(call, [*outputs, *caches, *chosen(renewed, arms.deltas(state))])

@@ -93,11 +93,12 @@ def _merge(graph: fx.Graph, run: Run, between: Sequence[fx.Node]) -> None:
     number, condition = next(iter(run)), next(iter(run.values()))[0].args[0]
     selects = [node for nodes in run.values() for node in nodes]
     inside = set(between)
-    computed: dict[fx.Node, Any] = {node: node.args[1] for node in selects}
-    reused: dict[fx.Node, Any] = {node: node.args[2] for node in selects}
+    computed: dict[Any, Any] = {node: node.args[1] for node in selects}
+    reused: dict[Any, Any] = {node: node.args[2] for node in selects}
     copies: list[fx.Node] = []
     for node in between:
         if node in reused:
+            reused[node] = reused.get(node.args[2], node.args[2])
             continue
         if _belongs_to_a_body(node, inside, reused):
             _read(node, computed)
@@ -115,8 +116,8 @@ def _merge(graph: fx.Graph, run: Run, between: Sequence[fx.Node]) -> None:
             for reader in readers:
                 reader.replace_input_with(node, choice)
     for select in selects:
-        _read(select, computed)
-        select.args = (*select.args[:3], number)
+        _, computing, reusing, _ = select.args
+        select.args = (condition, computed.get(computing, computing), reused.get(reusing, reusing), number)
     for copy in reversed(copies):
         if not copy.users:
             graph.erase_node(copy)

@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from lazy_compile.analysis.batch_rows import axis_of_size, batch_rows, is_measurable
+from lazy_compile.analysis.branch_borders import inputs_of
 from lazy_compile.analysis.folded_rows import FOLDED, insert_fold, insert_unfold, unfolded
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import TAG
@@ -34,7 +35,8 @@ class OutlineBranches(GraphPass):
         %o = linear(%a, %w_o)                [branch 0]  |   %gated    = mul(%gate_msa, %out)
         %gated = mul(%gate_msa, %o)                      |
 
-    1. Inputs are every tensor that the body reads, parameters included; outputs every tensor that is read outside.
+    1. Inputs are every tensor that the body reads, parameters included, and what an output is relative to; outputs
+       every tensor that is read outside.
     2. A size that the body reads is measured again inside, from its own inputs, so that the body also serves a part of
        the batch. Rows that are folded into an axis are taken out of it at the border.
     3. Nodes are put in a topological order that keeps the old one where it can. The hull is convex, so one exists.
@@ -58,7 +60,7 @@ class OutlineBranches(GraphPass):
 
 def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) -> None:
     inside = set(body)
-    external = dict.fromkeys(node for member in body for node in member.all_input_nodes if node not in inside)
+    external = dict.fromkeys([*inputs_of(body), *_bases(program, branch)])
     tensors = [node for node in external if not isinstance(value_of(node), NUMBERS)]
     by_name = {node.name: node for node in body}
     outputs = [by_name[output.name] for output in branch.outputs]
@@ -114,6 +116,12 @@ def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) 
             user.replace_input_with(node, result)
     for node in reversed(body):
         program.graph.erase_node(node)
+
+
+def _bases(program: Program, branch: ResidualBranch) -> list[fx.Node]:
+    """What its outputs are relative to."""
+    wanted = {output.relative_to for output in branch.outputs} - {None}
+    return [node for node in program.graph.nodes if wanted and node.meta.get(_NAME, node.name) in wanted]
 
 
 def _measure(graph: fx.Graph, size: fx.Node, tensors: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:

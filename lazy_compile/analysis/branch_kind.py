@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, fx
 
 from lazy_compile.analysis.dataflow import Dataflow
 from lazy_compile.ir.branch import BranchKind
+from lazy_compile.ir.opaque import opaque_call
 from lazy_compile.ir.operators import (
     ACTIVATIONS,
     CONVOLUTIONS,
@@ -75,6 +77,8 @@ def classify(
 def _is_attention_core(flow: Dataflow, node: fx.Node, activations: int) -> bool:
     if operator_name(node) in FUSED_ATTENTION:
         return True
+    if (opaque := opaque_call(node)) is not None:
+        return opaque.attends
     operands = node.all_input_nodes
     if is_foreign_kernel(node):
         return sum(activations >> flow.position[operand] & 1 for operand in operands) > 2
@@ -110,7 +114,9 @@ def _reads_a_side_input(flow: Dataflow, core: fx.Node, from_entries: int) -> boo
 
 
 def _attended(core: fx.Node) -> list[fx.Node]:
-    """Query, key and value, without a mask or bias; both factors of a product."""
+    """Query, key and value, without a mask or bias; both factors of a product; what an opaque module is given."""
+    if opaque_call(core) is not None:
+        return list(cast(Sequence[fx.Node], core.args[1]))
     return [argument for argument in core.args[:3] if isinstance(argument, fx.Node)] or core.all_input_nodes
 
 

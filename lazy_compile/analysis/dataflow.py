@@ -68,6 +68,10 @@ class Dataflow:
         """Everything whose values depend on those of ``node``, itself included."""
         return self._informs[self.position[node]]
 
+    def informed_by(self, node: fx.Node) -> int:
+        """Everything whose values those of ``node`` depend on, itself included."""
+        return self._informed_by[self.position[node]]
+
     def depends(self, node: fx.Node, on: fx.Node) -> bool:
         return bool(self.ancestors(node) >> self.position[on] & 1)
 

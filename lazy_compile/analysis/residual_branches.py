@@ -119,11 +119,9 @@ def find_candidates(
     taken = _taken(flow, candidates, owner)
     for candidate in candidates:
         if not candidate.refusal:
-            candidate.body = _with_parts(
-                flow, candidate.body | _exclusive_producers(flow, candidate, heavy_bits, taken)
-            )
+            candidate.body = with_parts(flow, candidate.body | _exclusive_producers(flow, candidate, heavy_bits, taken))
             candidate.body = _until_outputs_meet(flow, candidate, activations, taken)
-            candidate.body = _with_parts(flow, candidate.body | unfolding_views(flow, candidate.body, batch_symbol))
+            candidate.body = with_parts(flow, candidate.body | unfolding_views(flow, candidate.body, batch_symbol))
             taken |= candidate.body
     _join_entangled(flow, candidates, owner)
     return candidates
@@ -303,24 +301,30 @@ def _taken(flow: Dataflow, candidates: list[Candidate], owner: dict[fx.Node, Can
 
 
 def _exclusive_producers(flow: Dataflow, candidate: Candidate, heavy_bits: int, taken: int) -> int:
-    """Heavy operators outside the body that feed only it, and the nodes from them to it."""
     forbidden = taken
     for skip in candidate.skips:
         forbidden |= flow.descendants(skip)
+    return exclusive_producers(flow, candidate.body, forbidden, heavy_bits)
+
+
+def exclusive_producers(flow: Dataflow, body: int, forbidden: int, heavy_bits: int) -> int:
+    """Heavy operators outside a body that feed only it, and the nodes from them to it, as far as they are allowed."""
     exclusive = 0
-    frontier = [argument for node in flow.members(candidate.body) for argument in node.all_input_nodes]
+    frontier = [argument for node in flow.members(body) for argument in node.all_input_nodes]
     while frontier:
         node = frontier.pop()
         bit = 1 << flow.position[node]
-        if node.op != "call_function" or (forbidden | exclusive) & bit or isinstance(value_of(node), torch.SymInt):
+        if node.op != "call_function" or (forbidden | exclusive | body) & bit:
             continue
-        if not flow.bits(node.users) & ~(candidate.body | exclusive):
+        if isinstance(value_of(node), torch.SymInt):
+            continue
+        if not flow.bits(node.users) & ~(body | exclusive):
             exclusive |= bit
             frontier.extend(node.all_input_nodes)
     return flow.bits(node for node in flow.members(exclusive) if flow.ancestors(node) & exclusive & heavy_bits)
 
 
-def _with_parts(flow: Dataflow, body: int) -> int:
+def with_parts(flow: Dataflow, body: int) -> int:
     """The hull of a body with the parts of whatever it makes that is no tensor: only tensors leave a branch."""
     while True:
         hull = flow.hull(body)
@@ -381,7 +385,7 @@ def _join_entangled(flow: Dataflow, candidates: list[Candidate], owner: dict[fx.
         for earlier in branches[:position]:
             if earlier.refusal or later.refusal or not (above & earlier.body and below & earlier.body):
                 continue
-            body = _with_parts(flow, earlier.body | later.body)
+            body = with_parts(flow, earlier.body | later.body)
             if body & _taken(flow, [item for item in branches if item not in (earlier, later)], owner):
                 later.refusal = "entangled: it both feeds and reads the body of another branch"
                 continue

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lazy_compile.analysis.row_places import BATCH, Place, RowPlaces, involves
-from lazy_compile.ir.operators import CONVOLUTIONS, SDPA, einsum_axes, operator_name, value_of
+from lazy_compile.ir.opaque import opaque_call
+from lazy_compile.ir.operators import CONVOLUTIONS, SDPA, argument_of, einsum_axes, operator_name, schema_of, value_of
 
 Rule = Callable[[RowPlaces, fx.Node, Sequence[fx.Node]], Place | None]
 
@@ -59,9 +59,9 @@ def _permute(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Plac
     assert place is not None
     order = list(range(rank))
     if operator_name(node) == "permute":
-        order = [axis % rank for axis in _argument(node, "dims")]
+        order = [axis % rank for axis in argument_of(node, "dims")]
     else:
-        first, second = (0, 1) if operator_name(node) == "t" else (_argument(node, "dim0"), _argument(node, "dim1"))
+        first, second = (0, 1) if operator_name(node) == "t" else (argument_of(node, "dim0"), argument_of(node, "dim1"))
         order[first], order[second] = order[second], order[first]
     return Place(order.index(place.axis), place.outer)
 
@@ -131,7 +131,7 @@ def _contraction(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> 
     place, rank = rows.place(left), _rank(left)
     if node.args[0] is node.args[1]:  # each row with every other
         return None
-    dims = _argument(node, "dims_self")
+    dims = argument_of(node, "dims_self")
     summed = [rank - 1] if dims is None else [axis % rank for axis in dims]
     if place is None or list(batched) != [left] or place.axis in summed:
         return None
@@ -153,7 +153,7 @@ def _attention(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Pl
 def _normalise(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
     """Works over the last axes, as many as ``normalized_shape`` has."""
     place, source = rows.place(batched[0]), batched[0]
-    last = len(_argument(node, "normalized_shape"))
+    last = len(argument_of(node, "normalized_shape"))
     alone = list(batched) == [node.args[0]]
     return place if place is not None and alone and place.axis < _rank(source) - last else None
 
@@ -179,27 +179,27 @@ def _by_channel(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> P
 def _windows(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
     """Takes windows of one axis apart, into a new one at the end."""
     place = rows.place(batched[0])
-    axis = _argument(node, "dimension") % _rank(batched[0])
+    axis = argument_of(node, "dimension") % _rank(batched[0])
     return place if place is not None and place.axis != axis else None
 
 
 def _pad(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
     place = rows.place(batched[0])
-    return place if place is not None and place.axis < _rank(node) - len(_argument(node, "pad")) // 2 else None
+    return place if place is not None and place.axis < _rank(node) - len(argument_of(node, "pad")) // 2 else None
 
 
 def _repeat(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
     place = rows.place(batched[0])
     assert place is not None
     axis = place.axis + _rank(node) - _rank(batched[0])
-    return Place(axis, place.outer) if _argument(node, "repeats")[axis] == 1 else None
+    return Place(axis, place.outer) if argument_of(node, "repeats")[axis] == 1 else None
 
 
 def _repeat_interleave(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
     """Each line as often as the others, one time after another: the lines of a row stay together."""
-    repeats = _argument(node, "repeats")
+    repeats = argument_of(node, "repeats")
     times = value_of(repeats) if isinstance(repeats, fx.Node) else repeats
-    if _argument(node, "dim") is None or isinstance(times, Tensor) or involves([times], rows.symbol):
+    if argument_of(node, "dim") is None or isinstance(times, Tensor) or involves([times], rows.symbol):
         return None
     return rows.place(batched[0])
 
@@ -211,7 +211,7 @@ def _embedding(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Pl
 def _index(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
     """Picks along later axes than that of the rows, by positions that all rows share, or for each row from a table."""
     place = rows.place(batched[0])
-    indices = _argument(node, "indices")
+    indices = argument_of(node, "indices")
     indexed = [axis for axis, index in enumerate(indices) if index is not None]
     if place is None or len(batched) != 1:
         return None
@@ -222,12 +222,21 @@ def _index(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place 
 
 def _index_put(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
     """Writes along later axes than that of the rows, at positions that all rows share."""
-    target, indices, values = (_argument(node, name) for name in ("self", "indices", "values"))
+    target, indices, values = (argument_of(node, name) for name in ("self", "indices", "values"))
     place = rows.place(batched[0])
     indexed = [axis for axis, index in enumerate(indices) if index is not None]
     if place is None or target not in batched or set(batched) - {target, values} or place.axis >= min(indexed):
         return None
     return place if values not in batched or rows.place(values) == place else None
+
+
+def _opaque(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Along the first axis, as far as a module was seen to compute its lines apart."""
+    call, places = opaque_call(node), {rows.place(operand) for operand in batched}
+    place = places.pop()
+    if call is None or places or place is None or place.axis != 0:
+        return None
+    return place if call.rows == "any" or (call.rows == "blocks" and place.outer == 1) else None
 
 
 def _rank(node: fx.Node) -> int:
@@ -240,22 +249,10 @@ def _rank(node: fx.Node) -> int:
 def _dimensions(node: fx.Node) -> Sequence[int] | None:
     """The axes that an operator works along, empty for all of them; None if it has no such argument."""
     for name in ("dim", "dims"):
-        if any(argument.name == name for argument in _schema(node)):
-            dimensions = _argument(node, name)
+        if any(argument.name == name for argument in schema_of(node)):
+            dimensions = argument_of(node, name)
             return [dimensions] if isinstance(dimensions, int) else list(dimensions or [])
     return None
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    for position, argument in enumerate(_schema(node)):
-        if argument.name == name:
-            default = argument.default_value if argument.has_default_value() else None
-            return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
-    return None
-
-
-def _schema(node: fx.Node) -> Sequence[Any]:
-    return node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else ()
 
 
 _RULES: dict[str, Rule] = {
@@ -287,6 +284,7 @@ _RULES: dict[str, Rule] = {
         _first_axis,
     ),
     "linear": _linear,
+    "opaque": _opaque,
     "einsum": _einsum,
     "inner": _contraction,
     "tensordot": _contraction,

@@ -233,7 +233,7 @@ class EngineDenoiser:
                 f"the exported {metadata.model} holds one schedule, so that no other can be tried; export it with "
                 'gating="input"'
             )
-        linear = metadata.reuse == "linear"
+        linear = metadata.reuse != "last"
         return Replayable(
             self, self.branches, metadata.total_macs, metadata.leaders, linear, self.config.warmup_steps, self._driven
         )

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lazy_compile.backends.onnx.metadata import InputSpec, OnnxMetadata, SlotSpec
-from lazy_compile.errors import ConfigError
+from lazy_compile.errors import ArtifactError, ConfigError, shown
 from lazy_compile.ir.branch import ResidualBranch
-from lazy_compile.ir.linear_reuse import SLOPE
+from lazy_compile.ir.extrapolation import SLOPE
 from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, LOGITS, decision_name
 from lazy_compile.policies.gate_graph import decision
 from lazy_compile.policies.gate_layout import GateLayout
@@ -168,7 +168,26 @@ class Runner:
         self.metadata = self._session.metadata
         self.device = self._session.device
         self.layout = GateLayout.of(self.branches, self.metadata.leaders)
+        for session in self.sessions.values():
+            self._check_description(session)
         self._stream = self.new_stream()
+
+    def _check_description(self, session: Session) -> None:
+        """
+        Raises:
+            ArtifactError: a model takes or returns something else than it says of itself.
+        """
+        metadata = self.metadata
+        described = {spec.name for spec in (*metadata.inputs, *metadata.invariants)}
+        described |= {slot.input for slot in metadata.slots} | {GATE_WEIGHT, GATE_BIAS, SLOPE}
+        described |= {decision_name(index) for index in self.layout.gates}
+        unknown = session.inputs.keys() - described
+        lacking = {name for name in metadata.outputs if name is not None} - session.outputs.keys()
+        if unknown or lacking:
+            raise ArtifactError(
+                f"the model is not what it says of itself: {shown(sorted(unknown | lacking)[0])} is not as described; "
+                "export it again"
+            )
 
     @property
     def branches(self) -> tuple[ResidualBranch, ...]:

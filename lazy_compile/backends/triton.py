@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -11,12 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lazy_compile.backends.onnx.embed import NEXT_STEP, START, STEP, add_start, embed_policy
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.save import save_model
-from lazy_compile.backends.onnx.seal import DIGEST_KEY, read_proto
+from lazy_compile.backends.onnx.seal import DIGEST_KEY, data_files, read_proto, seal_of
 from lazy_compile.backends.tensorrt.build import build_engine, builder_for
 from lazy_compile.backends.tensorrt.config import BuildConfig
+from lazy_compile.backends.tensorrt.sidecar import path_beside
+from lazy_compile.digests import digest_of, digest_of_file, verification
 from lazy_compile.errors import ArtifactError, ConfigError, import_optional, shown
 from lazy_compile.policies.policy import AlwaysCompute, Policy
-from lazy_compile.storage import atomic_path
+from lazy_compile.policies.serialize import to_json
+from lazy_compile.storage import atomic_path, locked_folder, regular_file, superseding
 
 if TYPE_CHECKING:
     from onnx_ir import Model, Value
@@ -32,6 +37,10 @@ TYPES = {
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _TENSOR_NAME = re.compile(r"[\w.:/\[\]-]{1,200}", re.ASCII)
 """Nothing that ends a string of config.pbtxt."""
+
+CONFIG = "config.pbtxt"
+VERSION = "1"
+_FILE_NAME = re.compile(r'^default_model_filename: "(?P<name>model\.[0-9a-f]{8}\.(onnx|plan))"$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,9 @@ def export_triton(
     build: BuildConfig | None = None,
     sequences: int = 16,
     idle_seconds: float = 60.0,
+    verify: bool = True,
 ) -> TritonReport:
-    """Write ``repository/name`` for Triton: ``config.pbtxt`` and the model as version 1.
+    """Write ``repository/name`` for Triton: ``config.pbtxt`` and the model that it names, as version 1.
 
     A trajectory is a sequence: its first request has ``sequence_start``, and the server keeps its caches until its
     last one or until it is idle for too long. The start is an input of the model, which forces every branch to compute,
@@ -86,6 +96,7 @@ def export_triton(
         build: options of that build.
         sequences: how many trajectories one instance of the model keeps at once.
         idle_seconds: after which an unfinished trajectory is given up.
+        verify: False reads ``onnx`` without holding it against its digest.
 
     Raises:
         ConfigError: the policy and the gating do not go together, an option is out of range, or the model needs what a
@@ -103,21 +114,30 @@ def export_triton(
         )
     if backend == "tensorrt":
         builder_for(build or BuildConfig())
-    model, metadata = _read(Path(onnx))
+    with verification(verify):
+        model, metadata = _read(Path(onnx))
     add_start(model)
+    content = seal_of(Path(onnx)) or digest_of_file(Path(onnx))
+    made_from = [content, backend, (build or BuildConfig()).options()]
     if embed_gates:
-        embed_policy(model, metadata, policy or _policy_of(metadata))
+        embedded = policy or _policy_of(metadata)
+        embed_policy(model, metadata, embedded)
+        made_from.append(to_json(embedded))
     states = _states(model, metadata)
     folder = Path(repository) / name
-    file = folder / "1" / "model.onnx"
-    if backend == "tensorrt":
-        file = folder / "model.onnx"  # beside the versions, where the server does not look
-    save_model(model, file)
-    if backend == "tensorrt":
-        build_engine(file, folder / "1" / "model.plan", build or BuildConfig())
-    text = "\n".join(_config(name, backend, model, metadata, states, sequences, idle_seconds))
-    with atomic_path(folder / "config.pbtxt") as temporary:
-        temporary.write_text(text + "\n")
+    token = digest_of(json.dumps(made_from, sort_keys=True).encode())[:8]
+    served = folder / VERSION / f"model.{token}{'.plan' if backend == 'tensorrt' else '.onnx'}"
+    lines = _config(name, backend, served.name, model, metadata, states, sequences, idle_seconds)
+    text = "\n".join(lines) + "\n"
+    with locked_folder(folder), superseding(served.with_name(CONFIG), _files_of(folder), _belonging(served)):
+        if backend == "tensorrt":
+            source = folder / "model.onnx"  # beside the versions, where the server does not look
+            save_model(model, source)
+            build_engine(source, served, build or BuildConfig())
+        else:
+            save_model(model, served)
+        with atomic_path(folder / CONFIG) as temporary:
+            temporary.write_text(text)
     kept = {value for pair in states for value in pair}
     return TritonReport(
         folder,
@@ -128,6 +148,35 @@ def export_triton(
         sum(_bytes(value) for value, _ in states),
         embed_gates,
     )
+
+
+def model_file(folder: Path) -> tuple[str, Path]:
+    """``config.pbtxt`` of a model, and the file that the server loads: a new one has a new name, so that the
+    configuration decides at once which of two it is.
+
+    Raises:
+        ArtifactError: there is no configuration that can be read, or it names no file.
+    """
+    try:
+        text = regular_file(folder / CONFIG).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"cannot read {folder / CONFIG}: {shown(error)}; export the model again") from error
+    named = _FILE_NAME.search(text)
+    if named is None:
+        raise ArtifactError(f"{folder / CONFIG} names no file that export_triton wrote; export the model again")
+    return text, folder / VERSION / named["name"]
+
+
+def _files_of(folder: Path) -> set[str]:
+    """The files of the model that is served now; none if that is not one of ours."""
+    with suppress(ArtifactError):
+        return _belonging(model_file(folder)[1])
+    return set()
+
+
+def _belonging(served: Path) -> set[str]:
+    beside = {path_beside(served).name} if served.suffix == ".plan" else data_files(served)
+    return {served.name, *beside}
 
 
 def _read(path: Path) -> tuple[Model, OnnxMetadata]:
@@ -189,6 +238,7 @@ def _states(model: Model, metadata: OnnxMetadata) -> list[tuple[Value, Value]]:
 def _config(
     name: str,
     backend: Backend,
+    file: str,
     model: Model,
     metadata: OnnxMetadata,
     states: Sequence[tuple[Value, Value]],
@@ -199,6 +249,7 @@ def _config(
     kept = {value for pair in states for value in pair}
     yield f'name: "{name}"'
     yield 'platform: "tensorrt_plan"' if backend == "tensorrt" else 'backend: "onnxruntime"'
+    yield f'default_model_filename: "{file}"'
     yield "max_batch_size: 0"
     for role, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
         for value in (value for value in values if value not in kept and value.name != START):

@@ -23,7 +23,8 @@ from lazy_compile.planning.linear_model import swap
 from lazy_compile.planning.planner import plan
 from lazy_compile.planning.response import measure_response
 from lazy_compile.planning.search import SearchOptions
-from lazy_compile.policies.policy import GateQuery, Learned, Policy, Scheduled
+from lazy_compile.policies.learned import Learned
+from lazy_compile.policies.policy import GateQuery, Policy, Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime.module import LazyModule

@@ -14,7 +14,7 @@ from lazy_compile.calibration.trainer import GateTrainer
 from lazy_compile.calibration.trainer import StepPair as StepPair
 from lazy_compile.errors import ConfigError
 from lazy_compile.policies.gate_table import GateTable
-from lazy_compile.policies.policy import Learned
+from lazy_compile.policies.learned import Learned
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime.module import LazyModule

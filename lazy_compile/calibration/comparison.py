@@ -17,7 +17,7 @@ from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.response import dense_samples
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, robust_losses
 from lazy_compile.policies.gate_table import GateTable
-from lazy_compile.policies.policy import Learned
+from lazy_compile.policies.learned import Learned
 from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress
 from lazy_compile.runtime.module import LazyModule

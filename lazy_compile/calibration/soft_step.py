@@ -13,7 +13,7 @@ from torch import Tensor
 from lazy_compile.config import LazyConfig
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.policies.gate_table import compute_logit, pool, should_compute
-from lazy_compile.runtime.cache import CacheSlot, CacheState, extrapolate
+from lazy_compile.runtime.cache import CacheSlot, CacheState
 
 
 @dataclass
@@ -54,7 +54,7 @@ class SoftStep:
         self.reused[index] = 0.0
         self.pooled[index] = pool(branch.branch, branch.entries(inputs)).mean(0)
         if slot is None or self.step < self.config.warmup_steps:
-            self._store(slot, index, fresh, np.ones(rows, dtype=bool), branch)
+            self._store(slot, index, branch.kept(inputs, fresh), np.ones(rows, dtype=bool), branch)
             return fresh
         logit = compute_logit(branch.branch, branch.entries(inputs), *self.gates[index])
         self.logits[index] = logit
@@ -62,31 +62,26 @@ class SoftStep:
         if not branch.branch.row_separable:
             computes = np.full(rows, computes.any())
         self.reused[index] = 1.0 - float(computes.mean())
+        reused = branch.restored(inputs, self._reuse(slot, branch))
         mixed = tuple(
             _mix(old, new, torch.sigmoid(logit), output.batch_axis)
-            for old, new, output in zip(self._reuse(slot, branch), fresh, branch.branch.outputs, strict=True)
+            for old, new, output in zip(reused, fresh, branch.branch.outputs, strict=True)
         )
-        self._store(slot, index, fresh, computes, branch)
+        self._store(slot, index, branch.kept(inputs, fresh), computes, branch)
         return mixed
 
     def _reuse(self, slot: CacheSlot, branch: LazyBranch) -> tuple[Tensor, ...]:
-        if slot.previous is None:
-            return slot.values
-        distance = np.where(slot.computed_before < 0, np.inf, slot.computed_at - slot.computed_before)
         slope = 1.0 if self.slopes is None else self.slopes[branch.branch.index]
-        factors = slope * (self.step - slot.computed_at) / distance
-        return tuple(
-            extrapolate(value, previous, factors, output.batch_axis)
-            for value, previous, output in zip(slot.values, slot.previous, branch.branch.outputs, strict=True)
-        )
+        rows = len(slot.computed_at)
+        return slot.extrapolated(np.full(rows, self.step), np.full(rows, slope), branch.branch)
 
     def _store(
-        self, slot: CacheSlot | None, index: int, fresh: tuple[Tensor, ...], computes: Any, branch: LazyBranch
+        self, slot: CacheSlot | None, index: int, kept: tuple[Tensor, ...], computes: Any, branch: LazyBranch
     ) -> None:
-        values = tuple(output.detach() for output in fresh)
+        values = tuple(value.detach() for value in kept)
         now = np.full(len(computes), self.step, dtype=np.int64)
         if slot is None:
-            self.caches.slots[index] = CacheSlot(values, None, now, np.full_like(now, -1), ())
+            self.caches.slots[index] = CacheSlot.first(values, now)
             return
         axes = [output.batch_axis for output in branch.branch.outputs]
         rows = torch.from_numpy(computes).to(values[0].device)
@@ -94,16 +89,8 @@ class SoftStep:
         def choose(new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return tuple(torch.where(_along(rows, a, axis), a, b) for a, b, axis in zip(new, old, axes, strict=True))
 
-        previous = None
-        if self.config.reuse == "linear":
-            previous = choose(slot.values, slot.previous or slot.values)
-        self.caches.slots[index] = CacheSlot(
-            choose(values, slot.values),
-            previous,
-            np.where(computes, now, slot.computed_at),
-            np.where(computes, slot.computed_at, slot.computed_before),
-            (),
-        )
+        order = self.config.values_kept - 1
+        self.caches.slots[index] = slot.renewed(choose(values, slot.values), now, order, computes, choose)
 
 
 def _mix(reused: Tensor, fresh: Tensor, share: Tensor, batch_axis: int | None) -> Tensor:

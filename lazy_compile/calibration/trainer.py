@@ -20,7 +20,7 @@ from lazy_compile.calibration.soft_step import SoftStep
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.planning.budget import Budget
 from lazy_compile.policies.gate_table import GateTable
-from lazy_compile.policies.policy import split_row
+from lazy_compile.policies.learned import split_row
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -36,10 +37,15 @@ def load_exported(path: Path) -> torch.export.ExportedProgram:
         ArtifactError: it is not a file of ``torch.export.save``, or holds more than a graph and tensors.
     """
     check_exported(path)
+    log = logging.getLogger("torch.export")
+    before = log.disabled
     try:
+        log.disabled = True  # it writes a traceback of its own
         return torch.export.load(path)
     except Exception as error:  # torch raises whatever its reader trips over
         raise _unreadable(path, error) from error
+    finally:
+        log.disabled = before
 
 
 def check_exported(path: Path) -> None:
@@ -50,6 +56,9 @@ def check_exported(path: Path) -> None:
             members = [member for member in archive.infolist() if not member.is_dir()]
             if len(members) > MAX_MEMBERS:
                 raise ArtifactError(f"{path} has {len(members)} members, more than {MAX_MEMBERS}; it was refused")
+            for member in members:
+                if member.compress_type != zipfile.ZIP_STORED:  # so that nothing is larger than it looks
+                    raise _refused(path, member.filename, "is compressed, as torch writes none")
             pickled = set(_pickled(archive, members, path))
             for member in members:
                 _check_member(archive, member, path, member.filename in pickled)

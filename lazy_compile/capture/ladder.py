@@ -9,22 +9,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.comparison import ExampleResult, register_dataclasses
+from lazy_compile.capture.comparison import ExampleResult
 from lazy_compile.capture.evaluation import comparable_evaluation, first_line, quiet_evaluation
-from lazy_compile.capture.export_mode import ExportAid
+from lazy_compile.capture.opaque_modules import NotOneOperator, OpaqueModules, culprit, parent_of
+from lazy_compile.capture.opaque_modules import scripted_modules as scripted
 from lazy_compile.capture.refusals import require_capturable
 from lazy_compile.capture.restored_state import left_as_it_was
-from lazy_compile.capture.value_guards import StateGuards, StateTape, Tape, ValueGuards
+from lazy_compile.capture.rungs import (
+    LADDER,
+    WITHOUT_FIXING,
+    FlatModel,
+    Rung,
+    inputs_with_rows,
+    with_batch_of_two,
+)
+from lazy_compile.capture.value_guards import StateGuards, ValueGuards
 from lazy_compile.errors import CaptureError, LazyCompileError
+from lazy_compile.ir.opaque import OpaqueCall
 from lazy_compile.ir.operators import is_random, note_example_sizes, size_text, value_of
 from lazy_compile.ir.program import Program, Role, module_state
 
@@ -43,6 +53,7 @@ class Capture:
         values: what the model read from its inputs on the way, and must read again for the program to be right.
         state: what it read from its weights and buffers.
         specialised_size: where the model made a Python number of a size, which this way of export fixes.
+        opaque: the modules that it does not look into.
     """
 
     program: Program
@@ -52,6 +63,7 @@ class Capture:
     values: ValueGuards = field(default_factory=ValueGuards)
     state: StateGuards = field(default_factory=StateGuards)
     specialised_size: str = ""
+    opaque: tuple[OpaqueCall, ...] = ()
     _guards: CodeType | None = None
     _verdicts: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
 
@@ -95,46 +107,6 @@ class Capture:
         return bool(eval(self._guards, {"L": arguments, "math": math, "torch": torch}))
 
 
-@dataclass(frozen=True)
-class Rung:
-    """One way to export a model.
-
-    Attributes:
-        dynamic: which sizes stay symbolic where the model allows it: all, that of the first axis, or none.
-        strict: read the model's byte code instead of running it.
-        reads_values: let the model read its inputs, and guard what it read.
-    """
-
-    dynamic: Literal["sizes", "batch", "nothing"]
-    strict: bool = False
-    reads_values: bool = False
-
-    @property
-    def name(self) -> str:
-        way = "strict export" if self.strict else "export"
-        return f"{way}, fixed sizes" if self.dynamic == "nothing" else f"{way}, dynamic {self.dynamic}"
-
-    def export(self, flat: FlatModel, example: Sequence[Tensor]) -> ExportedProgram:
-        tapes = (Tape(example), StateTape(flat.model)) if self.reads_values else ()
-        flat.aid = None if self.strict else ExportAid(*tapes)
-        flat.rows_of = _inputs_with_rows(example) if self.dynamic != "nothing" else []
-        axes = {"sizes": None, "batch": 1, "nothing": 0}[self.dynamic]
-        shapes = tuple(dict.fromkeys(range(tensor.dim())[:axes], Dim.AUTO) for tensor in example)
-        return torch.export.export(flat, tuple(example), dynamic_shapes=(shapes,), strict=self.strict)
-
-
-WITHOUT_FIXING = Rung("batch", strict=True)
-"""For a model that makes a Python number of a size, which fixes it unless export is strict."""
-
-LADDER = (
-    Rung("sizes"),
-    Rung("sizes", strict=True),
-    Rung("sizes", reads_values=True),
-    Rung("batch", reads_values=True),
-    Rung("nothing", reads_values=True),
-)
-
-
 def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, reads_values: bool = False) -> Capture:
     """Capture ``model`` as it runs in evaluation mode on a call like this one.
 
@@ -144,7 +116,9 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
     3. A model that writes ``len(x)``, or ``int(windows / (height * width / 16))``, fixes its sizes in a plain export; a
        strict one, of which only the batch is dynamic, is tried before that is accepted.
     4. With ``reads_values`` only those rungs are tried that read values: then no size depends on a value.
-    5. A decision by a value that depends on inputs and weights ends the search: it could not be checked beforehand.
+    5. A decision by a value that depends on inputs and weights could not be checked beforehand. Where it is taken in a
+       module inside the model, that becomes *opaque*: one operator that calls it as it is. So does a module whose code
+       no rung can follow (NumPy, a kernel that torch knows no shapes of); then the ladder is climbed again.
     6. The model is called on the example before, and the graph behind: a graph that returns something else is none.
        On the meta device, where there is nothing to compare, ``attempts`` says so.
     7. Whatever comes of it, the model is left as it was.
@@ -154,66 +128,153 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
             the weights while the model runs, or the model fails on the example.
     """
     require_capturable(model)
+    rungs = [rung for rung in LADDER if rung.reads_values or not reads_values]
     with left_as_it_was(model):
-        expected = ExampleResult.of(model, layout, tensors)
-        attempts = [expected.reason] if expected.reason else []
-        failed = len(attempts)
-        for rung in [rung for rung in LADDER if rung.reads_values or not reads_values]:
-            found = _try_rung(rung, model, layout, tensors, expected, attempts)
-            if found is not None and found.specialised_size and not rung.reads_values and _fixes_rows(found, tensors):
-                attempts.append(f"{found.rung}: a size is fixed by {found.specialised_size}")
-                return _try_rung(WITHOUT_FIXING, model, layout, tensors, expected, attempts) or found
-            if found is not None:
-                return found
-    reason = attempts[failed].rstrip(".")
-    advice = _advice(model, _TRACED if _OTHERWISE in reason else _CHECK)
-    raise CaptureError(f"{type(model).__name__} could not be captured; {reason}. {advice}")
+        search = _Search(model, layout, tensors, ExampleResult.of(model, layout, tensors))
+        while (found := search.climb(rungs)) is None:
+            if not search.look_away():
+                raise search.refusal()
+    return found
 
 
-def _try_rung(
-    rung: Rung,
-    model: nn.Module,
-    layout: CallLayout,
-    tensors: Sequence[Tensor],
-    expected: ExampleResult,
-    attempts: list[str],
-) -> Capture | None:
-    """What one way of export gives; None if it fails, with the reason added to ``attempts``."""
-    doubled = _with_batch_of_two(tensors)
-    for example in ([doubled] if doubled is not None else []) + [tuple(tensors)]:
-        flat = FlatModel(model, layout)
-        label = f"{rung.name}, guarded values" if rung.reads_values else rung.name
+@dataclass
+class _Search:
+    """A climb of the ladder, and what was learned from those before.
+
+    Attributes:
+        attempts: one line for each way that failed.
+        opaque: the modules that are not looked into.
+        error: what the last export failed with; None if it was the comparison.
+        unguardable_read: where the model decided by a value that could not be checked beforehand; empty if it did not.
+    """
+
+    model: nn.Module
+    layout: CallLayout
+    tensors: Sequence[Tensor]
+    expected: ExampleResult
+    attempts: list[str] = field(default_factory=list)
+    error: Exception | None = None
+    unguardable_read: str = ""
+    _failed_first: str = ""
+
+    def __post_init__(self) -> None:
+        self.opaque = OpaqueModules(self.model)
+        if self.expected.reason:
+            self.attempts.append(self.expected.reason)
+
+    def climb(self, rungs: Sequence[Rung]) -> Capture | None:
+        """The capture of the first rung that works; None if none does."""
+        for rung in rungs:
+            if rung.strict and self.opaque:
+                continue
+            found = self._try(rung)
+            if found is None and (self.unguardable_read or self._scripted()):
+                return None
+            if found is None:
+                continue
+            if found.specialised_size and not rung.reads_values and not self.opaque and self._fixes_rows(found):
+                self._note(f"{found.rung}: a size is fixed by {found.specialised_size}")
+                return self._try(WITHOUT_FIXING) or found
+            return found
+        return None
+
+    def look_away(self) -> bool:
+        """Make the module that the climb failed in opaque, or the one around it; whether there is one."""
+        paths = self._not_understood()
+        while paths and not self.expected.reason:
+            opaque = self.opaque
+            for path, reason in paths.items():
+                opaque = opaque.with_module(path, reason)
+            try:
+                opaque.learn(self.layout, self.tensors)
+            except NotOneOperator as error:
+                self._note(str(error))
+                paths = {around: reason} if (around := parent_of(self.model, error.path)) else {}
+                continue
+            self.opaque, self.unguardable_read = opaque, ""
+            logger.info("%s: %s, since %s", type(self.model).__name__, opaque, next(iter(paths.values())))
+            return True
+        return False
+
+    def _not_understood(self) -> dict[str, str]:
+        """The modules that the last climb failed in, and why; empty if it was the model itself."""
+        if _OTHERWISE in self.attempts[-1]:
+            return self._scripted()
+        path = culprit(self.model, self.error)
+        while path and path in self.opaque.reasons:
+            path = parent_of(self.model, path)
+        if self.unguardable_read:
+            reason = f"it decides by a value that depends on its weights, {self.unguardable_read}"
+        else:
+            reason = self.attempts[-1].partition(": ")[2].rstrip(".")
+        return {path: reason} if path else {}
+
+    def _scripted(self) -> dict[str, str]:
+        """Where a graph does otherwise than the model, the modules whose code is not what runs."""
+        if not self.attempts or _OTHERWISE not in self.attempts[-1]:
+            return {}
+        found = {path: f"it calls {name}, which torch.jit compiled" for path, name in scripted(self.model).items()}
+        return {} if "" in found or found.keys() <= self.opaque.reasons.keys() else found
+
+    def refusal(self) -> CaptureError:
+        name = type(self.model).__name__
+        if self.unguardable_read:
+            reason = f"it decides by a value that depends on its weights, {self.unguardable_read}"
+            return CaptureError(f"{name} could not be captured: {reason}. {_advice(self.model, _DECIDES)}")
+        reason = self._failed_first.rstrip(".")
+        advice = _advice(self.model, _TRACED if _OTHERWISE in reason else _CHECK)
+        return CaptureError(f"{name} could not be captured; {reason}. {advice}")
+
+    def _note(self, attempt: str) -> None:
+        self._failed_first = self._failed_first or attempt
+        self.attempts.append(attempt)
+
+    def _try(self, rung: Rung) -> Capture | None:
+        """What one way of export gives; None if it fails, with the reason added to ``attempts``."""
+        doubled = with_batch_of_two(self.tensors)
+        for example in ([doubled] if doubled is not None else []) + [tuple(self.tensors)]:
+            label = f"{rung.name}, guarded values" if rung.reads_values else rung.name
+            found = self._export(rung, label, example)
+            if found is None:
+                if self.unguardable_read:
+                    return None
+            elif not found.accepts(self.tensors):
+                self._note(f"{label}: the graph of a batch of 2 serves no other")
+            else:
+                for fake, tensor in zip(found.fake_tensors, self.tensors, strict=True):
+                    note_example_sizes(fake.shape, tensor.shape)
+                if not (trouble := _why_not_equal(found, self.model, self.tensors, self.expected)):
+                    return found
+                self._note(f"{label}: {trouble}")
+        return None
+
+    def _export(self, rung: Rung, label: str, example: Sequence[Tensor]) -> Capture | None:
+        flat = FlatModel(self.model, self.layout)
         try:
-            with quiet_evaluation(model), left_as_it_was(model):
+            with quiet_evaluation(self.model), left_as_it_was(self.model), self.opaque.installed() as called:
                 exported = rung.export(flat, example).run_decompositions({})
             program = Program.from_exported(exported, parameter_prefix="model.")
-            program.name_users(layout.names)
+            program.name_users(self.layout.names)
         except LazyCompileError:
             raise
         except Exception as error:
-            attempts.append(f"{label}: {first_line(error)}")
-            if flat.unguardable_read:
-                raise CaptureError(
-                    f"{type(model).__name__} could not be captured: it decides by a value that depends on its "
-                    f"weights, {flat.unguardable_read}. {_advice(model, _DECIDES)}"
-                ) from error
-            continue
+            self._note(f"{label}: {first_line(error)}")
+            self.error, self.unguardable_read = error, flat.unguardable_read
+            return None
         output_spec = exported.call_spec.out_spec
         assert output_spec is not None
         values, state = flat.values_read
-        found = Capture(
-            program, label if values or state.guards else rung.name, tuple(attempts), output_spec,
-            values=values, state=state, specialised_size=flat.specialised_size, _guards=_compile_guards(exported),
+        name = label if values or state.guards else rung.name
+        return Capture(
+            program, f"{name}, {self.opaque}" if self.opaque else name, tuple(self.attempts), output_spec,
+            values=values, state=state, specialised_size=flat.specialised_size, opaque=tuple(dict.fromkeys(called)),
+            _guards=_compile_guards(exported),
         )  # fmt: skip
-        if found.accepts(tensors):
-            for fake, tensor in zip(found.fake_tensors, tensors, strict=True):
-                note_example_sizes(fake.shape, tensor.shape)
-            if not (trouble := _why_not_equal(found, model, tensors, expected)):
-                return found
-            attempts.append(f"{label}: {trouble}")
-            continue
-        attempts.append(f"{label}: the graph of a batch of 2 serves no other")
-    return None
+
+    def _fixes_rows(self, found: Capture) -> bool:
+        """Whether a batch of this size has a graph of its own, as one of 1 often has whatever the model does."""
+        rows = [index for index in inputs_with_rows(self.tensors) if len(self.tensors[index]) > 1]
+        return any(size_text(found.fake_tensors[index].shape[0]).isdigit() for index in rows)
 
 
 def _why_not_equal(found: Capture, model: nn.Module, tensors: Sequence[Tensor], expected: ExampleResult) -> str:
@@ -274,67 +335,6 @@ class _NoteSizes(fx.Interpreter):
         elif isinstance(value, torch.SymInt):
             note_example_sizes([value], [result])
         return result
-
-
-class FlatModel(nn.Module):
-    """The model as a function of flat tensors.
-
-    Attributes:
-        aid: what its calls to torch go through; None for none.
-        rows_of: which tensors have a line for each row of the batch: their lengths are one symbol.
-    """
-
-    def __init__(self, model: nn.Module, layout: CallLayout) -> None:
-        super().__init__()
-        self.model = model
-        self.layout = layout
-        self.aid: ExportAid | None = None
-        self.rows_of: list[int] = []
-
-    def forward(self, *tensors: Tensor) -> Any:
-        for index in self.rows_of[1:]:
-            torch._check(tensors[index].shape[0] == tensors[self.rows_of[0]].shape[0])
-        args, kwargs = self.layout.rebuild(tensors)
-        if self.aid is None:
-            return self.model(*args, **kwargs)
-        self.aid.begin(tensors, self.layout.stand_ins(tensors))
-        with self.aid:
-            result = self.model(*args, **kwargs)
-            register_dataclasses(result)
-            return self.aid.detached(result)
-
-    @property
-    def values_read(self) -> tuple[ValueGuards, StateGuards]:
-        if self.aid is None or self.aid.inputs is None or self.aid.state is None:
-            return ValueGuards(), StateGuards()
-        return self.aid.inputs.guards(), self.aid.state.state_guards()
-
-    @property
-    def unguardable_read(self) -> str:
-        return "" if self.aid is None else self.aid.stuck
-
-    @property
-    def specialised_size(self) -> str:
-        return "" if self.aid is None else self.aid.fixed
-
-
-def _with_batch_of_two(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    batches = [t.shape[0] for t in tensors if t.dim() >= 3 and t.is_floating_point()]
-    if not batches or batches[0] != 1:
-        return None
-    return tuple(t.expand(2, *t.shape[1:]).contiguous() if t.dim() > 0 and t.shape[0] == 1 else t for t in tensors)
-
-
-def _inputs_with_rows(tensors: Sequence[Tensor]) -> list[int]:
-    """Those as long as the first tensor of tokens or pixels; a model need not say itself that they go together."""
-    rows = next((t.shape[0] for t in tensors if t.dim() >= 3 and t.is_floating_point()), None)
-    return [index for index, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == rows]
-
-
-def _fixes_rows(found: Capture, tensors: Sequence[Tensor]) -> bool:
-    """Whether a batch of this size has a graph of its own, as one of 1 often has whatever the model does."""
-    rows = [index for index in _inputs_with_rows(tensors) if len(tensors[index]) > 1]
-    return any(size_text(found.fake_tensors[index].shape[0]).isdigit() for index in rows)
 
 
 def _compile_guards(exported: ExportedProgram) -> CodeType | None:

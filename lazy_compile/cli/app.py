@@ -37,7 +37,7 @@ app = typer.Typer(
         "3. lazy-compile verify MODEL --gates gates\n\n"
         "4. lazy-compile export MODEL --gates gates --output model.onnx\n\n"
         "MODEL is package.module:factory (a function that returns a torch.nn.Module, or the module and a dict of "
-        "example inputs), a diffusers folder (dir or dir#subfolder), or a .pt2 file."
+        "example inputs), a diffusers folder (dir or dir#subfolder), owner/name of the Hub, or a .pt2 file."
     ),
     epilog="\n\n".join(["Exit codes:", *(f"{code} - {meaning}" for code, meaning in exit_codes().items())]),
 )

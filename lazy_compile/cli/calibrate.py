@@ -53,7 +53,7 @@ def calibrate(options: CalibrateOptions) -> None:
     from lazy_compile.calibration import calibrator as calibration
     from lazy_compile.cli.models import find_function, load_lazy, load_model, load_sampler
     from lazy_compile.policies.gate_table import GateTable
-    from lazy_compile.policies.policy import Learned
+    from lazy_compile.policies.learned import Learned
     from lazy_compile.processes import launched_processes, local_device
     from lazy_compile.progress import progress_bars
     from lazy_compile.reporting.tables import facts, plain, show

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,9 @@ NOISE_PREDICTING = (
 )  # fmt: skip
 """How those begin that DDIM samples."""
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""How the Hub names a repository."""
+
 Sampler = Callable[[Any, int], "Tensor"]
 
 
@@ -59,7 +63,8 @@ class NamedModel:
 
 
 def load_model(spec: str, shapes: Sequence[str] = (), device: str = "cpu") -> NamedModel:
-    """``package.module:factory``, a diffusers folder (``dir`` or ``dir#subfolder``), or a ``.pt2`` file.
+    """``package.module:factory``, a diffusers folder (``dir`` or ``dir#subfolder``), the ``owner/name`` of a repository
+    of the Hub (with ``#subfolder`` too), or a ``.pt2`` file.
 
     Args:
         spec: the model.
@@ -78,16 +83,18 @@ def load_model(spec: str, shapes: Sequence[str] = (), device: str = "cpu") -> Na
     if spec.endswith(".pt2"):
         named = _load_exported(spec)
     elif Path(folder).is_dir():
-        from lazy_compile.integrations.diffusers import load_denoiser
+        named = _load_folder(spec, Path(folder), subfolder)
+    elif HUB_NAME.fullmatch(folder):
+        from lazy_compile.integrations.diffusers import download_denoiser
 
-        scheduler = Path(folder) / "scheduler"
-        model = load_denoiser(Path(folder, subfolder))
-        named = NamedModel(spec, model, {}, scheduler if scheduler.is_dir() else None)
+        announce(f"looking for {folder} in the cache of the Hub, and on the Hub")
+        named = _load_folder(spec, *download_denoiser(folder, subfolder))
     elif ":" in spec:
         named = _call_factory(spec)
     else:
         raise ConfigError(
-            f"{spec!r} is neither a folder nor a .pt2 file nor package.module:factory; give one of these as MODEL"
+            f"{spec!r} is neither a folder nor a .pt2 file nor package.module:factory nor owner/name of the Hub; "
+            "give one of these as MODEL"
         )
     try:
         target = torch.device(device)
@@ -301,6 +308,13 @@ def _call_factory(spec: str) -> NamedModel:
             f"{spec} returned {type(made).__name__}; expected a torch.nn.Module, or (module, {{name: example input}})"
         )
     return NamedModel(spec, model, dict(inputs))
+
+
+def _load_folder(spec: str, folder: Path, subfolder: str) -> NamedModel:
+    from lazy_compile.integrations.diffusers import load_denoiser
+
+    scheduler = folder / "scheduler"
+    return NamedModel(spec, load_denoiser(folder / subfolder), {}, scheduler if scheduler.is_dir() else None)
 
 
 def _load_exported(spec: str) -> NamedModel:

@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="package.module:factory, a diffusers folder or a .pt2 file.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="package.module:factory, a diffusers folder, owner/name of the Hub, or a .pt2 file."
+    ),
 ]
 Shapes = Annotated[
     list[str] | None,

@@ -20,6 +20,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _SAMPLE_NAMES = ("hidden_states", "sample", "latents", "x")
+_DENOISERS = ("transformer", "unet")
 _TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
 
 
@@ -127,6 +128,37 @@ def load_denoiser(folder: Path) -> nn.Module:
     except Exception as error:  # diffusers raises whatever a strange configuration leads to
         raise ArtifactError(f"cannot load {name} from {folder}: {type(error).__name__}: {shown(error)}") from error
     return model.eval()
+
+
+def download_denoiser(name: str, subfolder: str = "") -> tuple[Path, str]:
+    """The folder of a repository of the Hub, in the cache that diffusers uses, with one model and its scheduler.
+
+    What is there already is not downloaded again; without a network, or with ``HF_HUB_OFFLINE=1``, it is all there is.
+
+    Args:
+        name: ``owner/name``.
+        subfolder: of the model. Empty takes the ``transformer`` or ``unet`` of a pipeline, else the repository itself.
+
+    Returns:
+        The folder, and the model's subfolder in it.
+
+    Raises:
+        ArtifactError: there is no such repository, or it cannot be reached and is not in the cache.
+    """
+    hub = import_optional("huggingface_hub", "diffusers")
+    try:
+        folder = Path(hub.snapshot_download(name, allow_patterns=["*.json"]))
+        if not subfolder and not (folder / "config.json").exists():
+            subfolder = next((part for part in _DENOISERS if (folder / part / "config.json").exists()), "")
+        where = f"{subfolder}/" if subfolder else ""
+        weights = [f"{where}diffusion_pytorch_model*{ending}" for ending in (".safetensors", ".safetensors.index.json")]
+        folder = Path(hub.snapshot_download(name, allow_patterns=["*.json", *weights]))
+    except Exception as error:  # each release has more classes for what can go wrong on a network
+        raise ArtifactError(
+            f"cannot get {name} from the Hub: {type(error).__name__}: {shown(error)}; expected the owner/name of a "
+            "public repository, or one in the local cache, or a folder"
+        ) from error
+    return folder, subfolder
 
 
 def _class_name(config: Path) -> str:

@@ -1,8 +1,8 @@
 """A front door in the manner of diffusers' ``enable_cache``: the module stays, and its ``forward`` becomes lazy.
 
->>> lazy_compile.apply_lazy_cache(pipe.transformer, LazyConfig(max_reuse_age=2))  # doctest: +SKIP
->>> pipe.transformer.lazy.policy = Scheduled(schedule)                            # doctest: +SKIP
->>> pipe.transformer.disable_lazy_cache()                                         # doctest: +SKIP
+>>> lazy_compile.apply_lazy_cache(pipe.transformer, policy="balanced")  # doctest: +SKIP
+>>> pipe.transformer.lazy.policy = Scheduled(schedule)                  # doctest: +SKIP
+>>> pipe.transformer.disable_lazy_cache()                               # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from torch import nn
 from lazy_compile.config import LazyConfig, chosen_config
 from lazy_compile.errors import ConfigError
 from lazy_compile.integrations.diffusers_pipeline import LazyDenoiser
+from lazy_compile.policies.presets import PolicyLike
 from lazy_compile.runtime.module import LazyModule
 
 _HANDLE = "lazy"
 _TAKEN_OVER = ("forward", "cache_context", "_reset_stateful_cache", "save_pretrained")
 
 
-def apply_lazy_cache(module: nn.Module, config: LazyConfig | None = None, **options: Any) -> LazyModule:
+def apply_lazy_cache(
+    module: nn.Module, config: LazyConfig | None = None, *, policy: PolicyLike | None = None, **options: Any
+) -> LazyModule:
     """Make a model lazy in place: the same object, called as before.
 
     Its weights, submodules and hooks are untouched. ``module.lazy`` is the lazy model, with its branches, policy and
@@ -30,6 +33,7 @@ def apply_lazy_cache(module: nn.Module, config: LazyConfig | None = None, **opti
     Args:
         module: any denoiser, with or without diffusers' ``cache_context``.
         config: all options; or give them by name.
+        policy: as in :func:`lazy_compile.transform`; ``"balanced"``, say, acts at once. None computes everything.
 
     Returns:
         ``module.lazy``.
@@ -44,6 +48,8 @@ def apply_lazy_cache(module: nn.Module, config: LazyConfig | None = None, **opti
     chosen = chosen_config(config, options)
     inner = copy.copy(module)  # has the same dictionaries of parameters and submodules, and keeps the dense forward
     lazy = LazyDenoiser(inner, chosen)
+    if policy is not None:
+        lazy.policy = policy
     own = vars(module)
     before = {name: own[name] for name in _TAKEN_OVER if name in own}
 

@@ -162,14 +162,14 @@ def restore_pipeline(pipe: Any) -> Any:
     return pipe
 
 
-def load_pipeline(directory: str | Path, pipe: Any) -> Any:
+def load_pipeline(directory: str | Path, pipe: Any, *, verify: bool = True) -> Any:
     """Make those denoisers lazy whose gates ``pipe.save_pretrained(directory)`` wrote. Returns the pipeline.
 
     Raises:
         ArtifactError: the folder holds no gates, or they were made for another model.
     """
     folders = {name: Path(directory) / name / GATES for name in pipe.components}
-    artifacts = {name: read(folder) for name, folder in folders.items() if (folder / MANIFEST).exists()}
+    artifacts = {name: read(folder, verify=verify) for name, folder in folders.items() if (folder / MANIFEST).exists()}
     if not artifacts:
         raise ArtifactError(
             f"{directory} holds no gates; expected a folder that save_pretrained() of a lazy pipeline wrote, "

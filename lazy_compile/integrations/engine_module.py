@@ -41,9 +41,10 @@ class EngineModule(nn.Module):
         like: the original, or the lazy model that was exported.
         policy: see :class:`~lazy_compile.backends.denoiser.EngineDenoiser`.
         config: as there.
+        verify: False reads the files without holding them against their digests.
 
     Raises:
-        ArtifactError: it was exported from another model.
+        ArtifactError: it was exported from another model, or is damaged.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class EngineModule(nn.Module):
         like: nn.Module,
         policy: PolicyLike | None = None,
         config: LazyConfig | None = None,
+        verify: bool = True,
     ) -> None:
         original = like.original if isinstance(like, LazyModule) else like
         self.__dict__["_imitated"] = type(original)
         super().__init__()
-        runner = source if isinstance(source, Runner) else open_runner(source)
+        runner = source if isinstance(source, Runner) else open_runner(source, verify=verify)
         check_same_model(runner.metadata, original, "this" if isinstance(source, Runner) else source)
         self.denoiser = EngineDenoiser(runner, policy, config)
         self.config = getattr(original, "config", None)
@@ -91,6 +93,10 @@ class EngineModule(nn.Module):
     def stats(self) -> LazyStats:
         """What was reused; see :attr:`~lazy_compile.backends.denoiser.EngineDenoiser.stats`."""
         return self.denoiser.stats
+
+    def reset_stats(self) -> None:
+        """Count from here on."""
+        self.denoiser.reset_stats()
 
     def reset(self) -> None:
         """Forget all caches: the next call starts a trajectory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,6 +16,8 @@ class BranchKind(Enum):
     MLP = "mlp"
     PARALLEL = "parallel"
     CONV = "conv"
+    SPAN = "span"
+    """A run of blocks between two cuts, see :mod:`lazy_compile.analysis.spans`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class BranchTensor:
         batch_axis: the axis along which the rows of the batch lie, or None.
         channel_axis: the axis that a gate keeps when it pools an entry over its tokens.
         bytes: its size in memory at the captured shape.
+        relative_to: of an output: the input of the branch, of the same shape and dtype, that a cache keeps the
+            difference from. A branch that is reused returns this input as it is now, plus what was kept. None: the
+            output itself is kept.
     """
 
     name: str
@@ -36,11 +42,12 @@ class BranchTensor:
     batch_axis: int | None
     channel_axis: int
     bytes: int
+    relative_to: str | None = None
 
 
 @dataclass(frozen=True)
 class ResidualBranch:
-    """One attention or MLP body that can be computed, or reused from an earlier denoising step.
+    """One attention or MLP body, or a span of several, that can be computed, or reused from an earlier denoising step.
 
     Attributes:
         index: position in execution order; column of a schedule and of a gate table.
@@ -72,6 +79,21 @@ class ResidualBranch:
     @property
     def output_bytes(self) -> int:
         return sum(output.bytes for output in self.outputs)
+
+
+_ALONE = (BranchKind.PARALLEL, BranchKind.CONV, BranchKind.SPAN)
+
+
+def block_starts(branches: Sequence[ResidualBranch]) -> Iterator[bool]:
+    """Whether a transformer block begins with each branch, in the order in which they run.
+
+    A block is a run of attention branches with the run of MLPs behind it. A branch that holds both stands alone.
+    """
+    before: BranchKind | None = None
+    for branch in branches:
+        kind = branch.kind
+        yield before is None or kind in _ALONE or before in _ALONE or (before is BranchKind.MLP and kind is not before)
+        before = kind
 
 
 @dataclass(frozen=True)

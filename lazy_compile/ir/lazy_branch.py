@@ -34,6 +34,7 @@ class LazyBranch(nn.Module):
         branch: its description.
         row_axes: for each input, the axis that holds the rows of the batch; None for an input that all rows share.
         entry_positions: which inputs are the entries.
+        base_positions: for each output the input that it is kept relative to; None where it is kept itself.
     """
 
     def __init__(self, body: fx.GraphModule, branch: ResidualBranch, row_axes: tuple[int | None, ...]) -> None:
@@ -43,6 +44,9 @@ class LazyBranch(nn.Module):
         self.row_axes = row_axes
         names = [node.name for node in body.graph.find_nodes(op="placeholder")]
         self.entry_positions = tuple(names.index(entry.name) for entry in branch.entries)
+        self.base_positions = tuple(
+            None if output.relative_to is None else names.index(output.relative_to) for output in branch.outputs
+        )
         self._run: Callable[..., tuple[Tensor, ...]] = body
 
     def forward(self, step: LazyStep, *inputs: Any) -> tuple[Tensor, ...]:
@@ -55,14 +59,26 @@ class LazyBranch(nn.Module):
         """Let ``torch.compile`` make what computes the body, with these options."""
         self._run = torch.compile(self.body, *args, **kwargs)
 
-    def compute_rows(self, inputs: Sequence[Any], rows: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of some rows only: ``rows`` is ``int64[R]`` on the device of the inputs."""
-        return self.compute(
-            [
-                value if axis is None else value.index_select(axis, rows)
-                for value, axis in zip(inputs, self.row_axes, strict=True)
-            ]
+    def kept(self, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What a cache keeps of computed outputs: a relative one less the input that it is relative to."""
+        return tuple(
+            output if base is None else output - inputs[base]
+            for output, base in zip(outputs, self.base_positions, strict=True)
         )
+
+    def restored(self, inputs: Sequence[Any], kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs of a branch that is reused, from what a cache holds, or what was extrapolated from it."""
+        return tuple(
+            value if base is None else inputs[base] + value
+            for value, base in zip(kept, self.base_positions, strict=True)
+        )
+
+    def picked(self, inputs: Sequence[Any], rows: Tensor) -> list[Any]:
+        """The inputs of some rows only: ``rows`` is ``int64[R]`` on their device."""
+        return [
+            value if axis is None else value.index_select(axis, rows)
+            for value, axis in zip(inputs, self.row_axes, strict=True)
+        ]
 
     def entries(self, inputs: Sequence[Any]) -> list[Tensor]:
         return [inputs[position] for position in self.entry_positions]

@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from torch.utils._sympy.functions import FloatTrueDiv, FloorToInt, IntTrueDiv, ToFloat, TruncToInt
 from torch.utils.flop_counter import flop_registry
 
+from lazy_compile.ir.opaque import opaque_call
+
 aten = torch.ops.aten
 
 SDPA = frozenset({"scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"})
@@ -76,6 +78,8 @@ def origins(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def is_heavy(node: fx.Node) -> bool:
+    if (opaque := opaque_call(node)) is not None:
+        return opaque.macs > 0
     return (operator_name(node) in HEAVY and not _sums_nothing(node)) or is_foreign_kernel(node)
 
 
@@ -99,9 +103,27 @@ _OWN = frozenset({"aten", "prim", "prims", "lazy_compile"})
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether another call with the same arguments may give other values."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or operator_name(node) in ("dropout", "empty", "empty_like")
+    """Whether another call with the same arguments may give other values; one that drops a share of 0 may not."""
+    if operator_name(node) in ("empty", "empty_like"):
+        return True
+    if operator_name(node) != "dropout" and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    shares = [argument_of(node, name) for name in ("dropout_p", "dropout", "p")]
+    return argument_of(node, "train") is not False and all(share is None or share != 0 for share in shares)
+
+
+def argument_of(node: fx.Node, name: str) -> Any:
+    """An argument of an operator call by its name; its default where the call has none, None if there is no such."""
+    for position, argument in enumerate(schema_of(node)):
+        if argument.name == name:
+            default = argument.default_value if argument.has_default_value() else None
+            return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+    return None
+
+
+def schema_of(node: fx.Node) -> Sequence[Any]:
+    """What an operator takes; empty for what is no call of one."""
+    return node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else ()
 
 
 def is_quantiser(node: fx.Node) -> bool:
@@ -209,6 +231,8 @@ def macs(node: fx.Node) -> int:
 
     A kernel from outside of PyTorch costs what its formula in ``torch.utils.flop_counter`` says, and 0 without one.
     """
+    if (opaque := opaque_call(node)) is not None:
+        return opaque.macs
     if is_foreign_kernel(node):
         return _registered_macs(node) if has_formula(node) else 0
     return _MACS.get(operator_name(node), _product_macs)(node) if is_heavy(node) else 0

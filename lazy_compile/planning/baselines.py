@@ -123,7 +123,7 @@ class _Watching(DenseStep):
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         fresh = branch.compute(inputs)
-        self.outputs[branch.branch.index] = fresh
+        self.outputs[branch.branch.index] = branch.kept(inputs, fresh)
         return fresh
 
 
@@ -144,14 +144,15 @@ class TaylorStep:
         known = self.history.setdefault(branch.branch.index, [])
         if self.schedule.should_compute[self.step, branch.branch.index]:
             fresh = branch.compute(inputs)
-            known.insert(0, (self.step, fresh))
+            known.insert(0, (self.step, branch.kept(inputs, fresh)))
             del known[self.order + 1 :]
             return fresh
         weights = _lagrange([at for at, _ in known], self.step)
-        return tuple(
+        reused = [
             torch.stack([weight * output for weight, output in zip(weights, outputs, strict=True)]).sum(0)
             for outputs in zip(*(values for _, values in known), strict=True)
-        )
+        ]
+        return branch.restored(inputs, reused)
 
 
 def taylor_samples(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, order: int, seed: int) -> Tensor:

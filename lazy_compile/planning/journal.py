@@ -57,11 +57,19 @@ class Journal:
             save_json(folder / IDENTITY, dict(identity))
         processes.wait()
 
-    def recall(self, name: str) -> Arrays | None:
-        """A measurement of an earlier run."""
+    def recall(self, name: str, *keys: str) -> Arrays | None:
+        """A measurement of an earlier run, with these arrays at least.
+
+        Raises:
+            ArtifactError: it is damaged, or lacks one of them.
+        """
         if self.folder is None or name not in self.known:
             return None
-        tensors, _ = load_tensors(self.folder / f"{name}.safetensors")
+        path = self.folder / f"{name}.safetensors"
+        tensors, _ = load_tensors(path)
+        for key in keys:
+            if key not in tensors:
+                raise ArtifactError(f"{path} lacks {key!r}; delete it, and it is measured again")
         return {key: tensor.numpy() for key, tensor in tensors.items()}
 
     def write(self, name: str, arrays: Arrays) -> None:
@@ -71,21 +79,20 @@ class Journal:
 
     def array(self, name: str, measure: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """One array, measured unless it is known."""
-        known = self.recall(name)
+        known = self.recall(name, "values")
         if known is not None:
             return known["values"]
         values = measure()
         self.write(name, {"values": values})
         return values
 
-    def response(self, schedule: CacheSchedule, seed: int, measure: Callable[[], Response]) -> Response:
-        """A response around a schedule, measured unless it is known."""
+    def response(self, schedule: CacheSchedule, seed: int, order: int, measure: Callable[[], Response]) -> Response:
+        """A response around a schedule, for reuse of an order, measured unless it is known."""
         name = f"response-{seed}-{digest(schedule)}"
-        known = self.recall(name)
+        known = self.recall(name, "size", *RESPONSE[:2])
         if known is not None:
-            return Response(
-                schedule, size=known["size"].item(), **{key: known[key] for key in RESPONSE if key in known}
-            )
+            arrays = {key: known[key] for key in RESPONSE if key in known}
+            return Response(schedule, size=known["size"].item(), order=order, **arrays)
         response = measure()
         arrays = {key: getattr(response, key) for key in RESPONSE if getattr(response, key) is not None}
         self.write(name, {"size": np.array([response.size]), **arrays})

@@ -218,7 +218,7 @@ def _by_single_reuses(search: ScheduleSearch, budget: Budget, steps: int, seed: 
     branches = len(search.cost)
     if len(set(search.leaders)) < branches:
         return []
-    final = search.measure(CacheSchedule.always_compute(steps, branches), seed).of_single_reuses(search.linear)
+    final = search.measure(CacheSchedule.always_compute(steps, branches), seed).of_single_reuses()
     effects = EffectTable(final, final, np.zeros(steps), np.maximum(search.cost, 1e-9), 1)
     planned = plan_reuse(effects, budget).schedule
-    return [planned if search.linear else CacheSchedule(planned.should_compute, np.zeros(final.shape))]
+    return [planned if search.order else CacheSchedule(planned.should_compute, np.zeros(final.shape))]

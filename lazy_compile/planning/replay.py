@@ -74,7 +74,7 @@ def replayable(denoiser: Any) -> Replayable:
             return denoiser.call_handler(lambda call: driver(_LazyCall(denoiser, call)))
 
         return Replayable(
-            denoiser, graph.branches, graph.total_macs, graph.leaders(config.group), config.reuse == "linear",
+            denoiser, graph.branches, graph.total_macs, graph.leaders(config.group), config.values_kept > 1,
             config.warmup_steps, call_handler,
         )  # fmt: skip
     if hasattr(denoiser, "replayable"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.output_store import Streaming
-from lazy_compile.planning.trace import Trace
+from lazy_compile.planning.trace import Trace, polynomial_weights
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.module import LazyModule
 from lazy_compile.runtime.sampling import DenseStep, Sampler, Samplers, parts_of, require_finite
@@ -46,6 +46,7 @@ class Response:
         timesteps: ``float64[T]``, the time input at each step.
         sensitivity: ``float64[T]``, squared change of the samples per squared change of the model's output at a step.
         weight: ``float64[N]``, how much each direction counts, see :func:`cauchy_weights`; None: all alike.
+        order: of the polynomial that reuse follows.
     """
 
     schedule: CacheSchedule
@@ -53,18 +54,22 @@ class Response:
     error: Floats
     size: int
     weight: Floats | None = None
+    order: int = 1
     timesteps: Floats | None = None
     sensitivity: Floats | None = None
 
-    def of_single_reuses(self, linear: bool) -> Floats:
+    def of_single_reuses(self) -> Floats:
         """``float64[T, G]``: mean squared change of the final samples if one branch reuses at one step.
 
         Of an otherwise dense trajectory; NaN at step 0.
         """
-        now, before = self.directional_derivatives[..., 0], self.directional_derivatives[..., 1]
-        line = 2 * before - self.directional_derivatives[..., 2] if linear else before
-        line[:, :2] = before[:, :2]
-        effect: Floats = np.square(line - now, dtype=np.float64).mean(axis=0) / self.size
+        answer = self.directional_derivatives
+        reused = answer[..., 1].astype(np.float64)
+        for step in range(2, answer.shape[1]):
+            computed = tuple(range(step - 1, max(step - 2 - self.order, -1), -1))
+            for age, weight in enumerate(polynomial_weights(step, computed), start=2):
+                reused[:, step] += weight * (answer[:, step, :, age] - answer[:, step, :, 1])
+        effect: Floats = np.square(reused - answer[..., 0]).mean(axis=0) / self.size
         effect[0] = np.nan
         return effect
 
@@ -85,7 +90,7 @@ class Response:
             np.concatenate([getattr(response, name) for response in responses])
             for name in ("directional_derivatives", "error", "weights")
         )
-        return cls(responses[0].schedule, answer, error, responses[0].size, weight)
+        return cls(responses[0].schedule, answer, error, responses[0].size, weight, responses[0].order)
 
 
 def dense_samples(lazy: LazyModule, sample: Sampler, seed: int) -> Tensor:
@@ -139,13 +144,14 @@ def measure_response(
         NoGradientError: the sampler detaches its samples or runs in inference mode.
         ConfigError: samples or their gradients are not finite.
     """
+    samplers = parts_of(sample)
+    dense = [dense_samples(lazy, sampler, seed) for sampler in samplers]
+    drawn = _directions(dense, seed, directions)
     parts: list[_Part] = []
-    rows = 0
-    for sampler in parts_of(sample):
-        part = _measure_part(
-            lazy, sampler, schedule, seed, directions, rows_are_samples, streaming or Streaming(), rows
-        )
-        parts, rows, rows_are_samples = [*parts, part], rows + part.rows, part.by_sample
+    for sampler, expected, along in zip(samplers, dense, drawn, strict=True):
+        part = _measure_part(lazy, sampler, schedule, seed, expected, along, rows_are_samples, streaming or Streaming())
+        parts, rows_are_samples = [*parts, part], part.by_sample
+    rows = sum(map(len, dense))
     by_sample = all(part.by_sample for part in parts)
     numbers = sum(part.numbers for part in parts)
     squared = np.concatenate([part.squared for part in parts])
@@ -155,6 +161,7 @@ def measure_response(
         np.concatenate([part.errors[place] for place in range(directions) for part in parts]),
         numbers // rows if by_sample else numbers // len(parts),
         weight=np.tile(cauchy_weights(squared), directions),
+        order=lazy.lazy_config.values_kept - 1,
         timesteps=parts[0].timesteps,
         sensitivity=np.sum([part.sensitivity for part in parts], axis=0) / (directions * numbers),
     )
@@ -175,7 +182,6 @@ class _Part:
     squared: Floats
     timesteps: Floats
     sensitivity: Floats
-    rows: int
     numbers: int
     by_sample: bool
 
@@ -185,13 +191,12 @@ def _measure_part(
     sample: Sampler,
     schedule: CacheSchedule,
     seed: int,
-    directions: int,
+    dense: Tensor,
+    directions: Tensor,
     by_sample: bool | None,
     streaming: Streaming,
-    first_row: int,
 ) -> _Part:
-    dense = dense_samples(lazy, sample, seed)
-    with Trace(schedule, streaming) as trace:
+    with Trace(schedule, streaming, lazy.lazy_config.values_kept - 1) as trace:
         with torch.enable_grad(), lazy.call_handler(trace.drive):
             samples = sample(lazy, seed)
         if not samples.requires_grad:
@@ -203,9 +208,8 @@ def _measure_part(
         if by_sample is None:
             by_sample = trace.rows_are_samples(samples)
         answers, errors = [], []
-        for place in range(directions):
-            direction = _direction(error, seed, place, first_row)
-            answers.append(trace.answer(samples, direction, by_sample, keep=place < directions - 1))
+        for place, direction in enumerate(directions.to(error)):
+            answers.append(trace.answer(samples, direction, by_sample, keep=place < len(directions) - 1))
             along = (direction * error).flatten(1).sum(1)
             errors.append(along if by_sample else along.sum(0, keepdim=True))
     if not all(torch.isfinite(each).all() for each in (error, *answers)):
@@ -220,18 +224,24 @@ def _measure_part(
         squared.double().cpu().numpy(),
         np.array([trace.timesteps[step] for step in sorted(trace.timesteps)]),
         trace.sensitivity,
-        len(error),
         error.numel(),
         by_sample,
     )
 
 
-def _direction(like: Tensor, seed: int, place: int, first_row: int) -> Tensor:
-    """Normal noise that a row has whatever batch it is in."""
-    rows = [
-        torch.randn(
-            like.shape[1:], generator=torch.Generator().manual_seed(((seed * 1009 + place) * 100_003 + row) % 2**63)
+def _directions(dense: Sequence[Tensor], seed: int, directions: int) -> Sequence[Tensor]:
+    """For each part ``float[directions, B, ...]``, the rows that they would have in one batch.
+
+    Raises:
+        ConfigError: samples of the parts have different sizes.
+    """
+    shapes = {samples.shape[1:] for samples in dense}
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"the samplers draw samples of {len(shapes)} sizes; plan for one size, or for each of them with one sampler"
         )
-        for row in range(first_row, first_row + len(like))
-    ]
-    return torch.stack(rows).to(like)
+    generator, rows = torch.Generator().manual_seed(seed), [len(samples) for samples in dense]
+    drawn = torch.stack(
+        [torch.randn((sum(rows), *shapes.copy().pop()), generator=generator) for _ in range(directions)]
+    )
+    return torch.split(drawn, rows, dim=1)

@@ -80,7 +80,7 @@ class ScheduleSearch:
         self.streaming = streaming
         self.journal = journal or Journal(None, {})
         self.leaders = lazy.graph.leaders(lazy.lazy_config.group)
-        self.linear = lazy.lazy_config.reuse == "linear"
+        self.order = lazy.lazy_config.values_kept - 1
         self.finalists: list[CacheSchedule] = []
         self._rows_are_samples: tuple[LazyGraph, bool] | None = None
         self._samples = 0
@@ -106,7 +106,7 @@ class ScheduleSearch:
         def measured() -> Floats:
             always = CacheSchedule.always_compute(steps, len(self.cost))
             dense = [run_trajectory(replayable(self.lazy), each, seed, always, keep=False) for each in self.samplers]
-            return StepCosts.of(dense, self.linear).miss
+            return StepCosts.of(dense, self.order > 0).miss
 
         return StepCosts(self.journal.array(f"step-costs-{seed}", measured))
 
@@ -131,7 +131,7 @@ class ScheduleSearch:
             computes = fitting(rule, count, self.lazy.lazy_config.warmup_steps)
             if computes is not None:
                 table = np.repeat(computes[:, None], len(self.leaders), axis=1)
-                slopes = None if self.linear else np.zeros(table.shape)
+                slopes = None if self.order else np.zeros(table.shape)
                 found.setdefault(computes.tobytes(), (CacheSchedule(table, slopes), rule))
         return list(found.values())
 
@@ -161,7 +161,7 @@ class ScheduleSearch:
         held_out = [seed + 2 * HELD_OUT_SEED_OFFSET + place for place in range(self._final_sets)]
         finalists = [best, *starts, *(each for each in self.finalists if each not in starts)]
         best = finalists[self._ranked(finalists, held_out)[0][0]]
-        return best if self.linear else CacheSchedule(best.should_compute)
+        return best if self.order else CacheSchedule(best.should_compute)
 
     @property
     def _final_sets(self) -> int:
@@ -173,12 +173,12 @@ class ScheduleSearch:
         for leaders in (self.leaders, [0] * len(self.leaders))[: 1 + bool(whole)]:
             rules = {**self._rules, "leaders": leaders}
             found = swap(response, response.schedule, self.cost, self.spend, swaps, **rules)
-            if not self.linear:
+            if not self.order:
                 yield found
                 continue
             for ridge in RIDGES:
                 yield fit_slopes(response, found, ridge, self.leaders)
-        if self.linear:
+        if self.order:
             yield fit_slopes(response, response.schedule, RIDGES[-1], self.leaders)
 
     def measure(self, schedule: CacheSchedule, seed: int) -> Response:
@@ -191,7 +191,7 @@ class ScheduleSearch:
                 streaming=self.streaming,
             )  # fmt: skip
 
-        response = self.journal.response(schedule, seed, measured)
+        response = self.journal.response(schedule, seed, self.order, measured)
         self._rows_are_samples = (graph, len(response.error) > directions)
         return response
 

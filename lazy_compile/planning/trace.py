@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import numpy as np
@@ -18,17 +18,25 @@ from torch.utils.hooks import RemovableHandle
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.planning.output_store import OutputStore, Streaming
 from lazy_compile.policies.schedule import CacheSchedule
-from lazy_compile.runtime.cache import CacheState
+from lazy_compile.runtime.cache import CacheState, lagrange_weights
 from lazy_compile.runtime.module import ModelCall
 
 Floats = npt.NDArray[np.float64]
 
-MAX_AGE = 10
+MAX_AGE = 12
 """Steps that are looked back: an older output counts as one of this age."""
 
 Computed = tuple[int, tuple[Tensor, ...], tuple[int, ...]]
-"""A computation that is reused: its step, stand-ins of its outputs that carry their gradients, and their numbers in the
-store."""
+"""A computation that is reused: its step, stand-ins of what a cache keeps of its outputs, which carry the gradients,
+and the numbers of these in the store."""
+
+
+@cache
+def polynomial_weights(step: int, computed: tuple[int, ...]) -> tuple[float, ...]:
+    """How much of each value that was computed before the last, less the last, is followed at a step."""
+    at, *before = computed
+    weights = lagrange_weights(np.array([step]), np.array([at]), np.array(before, dtype=np.int64).reshape(-1, 1))
+    return tuple(weights[:, 0].tolist())
 
 
 @dataclass
@@ -47,6 +55,7 @@ class Trace:
     """The way through a trajectory, and back; a context that lets go of what it keeps.
 
     Attributes:
+        order: of the polynomial that reuse follows.
         first: what the branches returned where nothing came before that can be differentiated.
         on_gradient: called with the gradient of each output on the way back:
             ``(stream, step, branch, output, gradient)``.
@@ -54,6 +63,7 @@ class Trace:
 
     schedule: CacheSchedule
     streaming: Streaming = field(default_factory=Streaming)
+    order: int = 1
     streams: dict[int, _Stream] = field(default_factory=dict)
     axes: dict[int, list[int | None]] = field(default_factory=dict)
     first: list[Tensor] = field(default_factory=list)
@@ -152,16 +162,17 @@ class _TracedStep:
         if not known or schedule.should_compute[self.step, index]:
             returned = self._compute(branch, inputs)
             if not again:
-                self._note(branch, numbers := self._keep(returned))
-                stand_ins = tuple(stand_in(output) for output in returned)
-                self.stream.known[index] = ((self.step, stand_ins, numbers), *known[:1])
+                kept = branch.kept(inputs, returned)
+                self._note(branch, numbers := self._keep(kept))
+                latest = (self.step, tuple(stand_in(value) for value in kept), numbers)
+                self.stream.known[index] = (latest, *known[: self.trace.order])
             returned = tuple(output.view_as(output) for output in returned)
         else:
             if not again:  # only its values are asked for
                 with torch.no_grad():
-                    self._note(branch, self._keep(branch.compute(inputs)))
+                    self._note(branch, self._keep(branch.kept(inputs, branch.compute(inputs))))
             slope = 1.0 if schedule.slopes is None else float(schedule.slopes[self.step, index])
-            returned = self._reuse(known, slope)
+            returned = branch.restored(inputs, self._reuse(known, slope))
         returned = tuple(value if value.requires_grad else value.detach().requires_grad_() for value in returned)
         if not again:
             self.traced.add(index)
@@ -192,9 +203,12 @@ class _TracedStep:
         values = [self._values(each) for each in known]
         if len(known) == 1:
             return values[0]
-        (at, *_), (before, *_) = known
-        moved = slope * (self.step - at) / (at - before)
-        return tuple(value + moved * (value - old) for value, old in zip(*values, strict=True))
+        weights = polynomial_weights(self.step, tuple(step for step, *_ in known))
+        latest, *earlier = values
+        return tuple(
+            value + sum(slope * weight * (old - value) for weight, old in zip(weights, before, strict=True))
+            for value, *before in zip(latest, *earlier, strict=True)
+        )
 
     def _values(self, computed: Computed) -> tuple[Tensor, ...]:
         _, stand_ins, numbers = computed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from lazy_compile.config import Group
-from lazy_compile.ir.branch import BranchKind, ResidualBranch
+from lazy_compile.ir.branch import ResidualBranch, block_starts
 from lazy_compile.policies.gate_table import GateRow
-
-_ALONE = (BranchKind.PARALLEL, BranchKind.CONV)
 
 
 def leaders_of(branches: Sequence[ResidualBranch], group: Group) -> tuple[int, ...]:
@@ -23,23 +21,15 @@ def leaders_of(branches: Sequence[ResidualBranch], group: Group) -> tuple[int, .
     Args:
         branches: all of them, in the order in which they run.
         group: how many consecutive branches share a gate; ``"block"`` puts the branches of one transformer block under
-            one: a run of attention branches with the run of MLPs behind it. A branch that holds both stands alone.
+            one, see :func:`lazy_compile.ir.branch.block_starts`.
     """
     leaders = dict.fromkeys((branch.index for branch in branches), 0)
     leader = 0
-    for position, (branch, begins) in enumerate(zip(branches, _block_starts(branches), strict=True)):
+    for position, (branch, begins) in enumerate(zip(branches, block_starts(branches), strict=True)):
         if begins if group == "block" else position % group == 0:
             leader = branch.index
         leaders[branch.index] = leader
     return tuple(leaders[index] for index in sorted(leaders))
-
-
-def _block_starts(branches: Sequence[ResidualBranch]) -> Iterator[bool]:
-    before: BranchKind | None = None
-    for branch in branches:
-        kind = branch.kind
-        yield before is None or kind in _ALONE or before in _ALONE or (before is BranchKind.MLP and kind is not before)
-        before = kind
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 from torch import Tensor
 
-from lazy_compile.errors import ArtifactError, ConfigError
-from lazy_compile.policies.policy import Policy
+from lazy_compile.errors import ArtifactError, ConfigError, shown
+from lazy_compile.policies.learned import Learned
+from lazy_compile.policies.policy import AlwaysCompute, Policy, Scheduled
 from lazy_compile.policies.presets import EveryNth
 
 KIND = "kind"
 TENSORS = "tensors"
 
-BUILT_IN = ("always_compute", "scheduled", "learned", EveryNth.kind)
+BUILT_IN = tuple(policy.kind for policy in (AlwaysCompute, Scheduled, Learned, EveryNth))
 
 
 def to_parts(policy: Policy) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -61,13 +62,17 @@ def from_parts(values: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
     if not isinstance(kind, str) or kind not in Policy.kinds:
         module = kind.partition(":")[0] if isinstance(kind, str) and ":" in kind else "the module that defines it"
         raise ArtifactError(
-            f"{where} names the policy {kind!r}; expected one of {', '.join(BUILT_IN)}, or one of your own: import "
-            f"{module} before, since a file imports nothing by itself"
+            f"{where} names the policy {shown(kind)}; expected one of {', '.join(BUILT_IN)}, or one of your own: "
+            f"import {module} before, since a file imports nothing by itself"
         )
     try:
         return Policy.kinds[kind].from_dict({key: value for key, value in values.items() if key != KIND}, tensors)
     except ConfigError as error:
         raise ArtifactError(f"{where}: {error}; undo the edit, or make it again") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{where} holds no policy {shown(kind)} ({shown(error)}); undo the edit, or make it again"
+        ) from error
 
 
 def to_json(policy: Policy) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from lazy_compile.errors import ArtifactError, shown
 from lazy_compile.reporting.figures import LABELS, gate_biases, picture, pixels, quality_against_compute, reuse_maps
 from lazy_compile.reporting.markup import Markup, join, render
+from lazy_compile.reporting.samples import load_samples
 from lazy_compile.runtime.artifact import MANIFEST, read
 from lazy_compile.storage import atomic_path, load_sealed_json
 
@@ -54,7 +54,7 @@ def summary_page(summary: Any, source: Path) -> str:
 
 def _summary_page(summary: Any, source: Path) -> str:
     rows = summary["rows"]
-    arrays = _load_samples(source.with_name(SAMPLES))
+    arrays = load_samples(source.with_name(SAMPLES))
     parts = [
         render(
             "<p class=lead>{{ model }}, {{ steps }} denoising steps. Every method starts from the same noise; a lazy "
@@ -208,16 +208,6 @@ def _method(summary: Mapping[str, Any]) -> Markup:
         "the samples {{ error }}.</li></ul>",
         seeds=seeds, steps=summary["steps"], error=f"{summary['onnx']['max_abs_error']:.1e}",
     )  # fmt: skip
-
-
-def _load_samples(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        with path.open("rb") as file, np.load(file) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"cannot read {path} ({shown(error)}); run the demo again, or delete it") from error
 
 
 def _require(values: Any, keys: Sequence[str], where: str) -> None:

@@ -46,7 +46,7 @@ def _plain(value: Any) -> Any:
 
 def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
     graph = lazy.graph
-    kept = 2 if lazy.lazy_config.reuse == "linear" else 1
+    kept = lazy.lazy_config.values_kept
     in_branches = sum(branch.macs for branch in lazy.branches)
     return {
         "model": name,

@@ -31,8 +31,8 @@ from lazy_compile.storage import (
     load_sealed_json,
     load_tensors,
     locked_folder,
-    remove_files,
     save_sealed_json,
+    superseding,
 )
 
 FORMAT = 4
@@ -123,7 +123,7 @@ def write(directory: str | Path, artifact: Artifact) -> None:
         ArtifactError: the folder cannot be written to.
     """
     folder = Path(directory)
-    policy = _write_policy(artifact.policy, folder)
+    policy, gates = _write_policy(artifact.policy)
     manifest = {
         "format": FORMAT,
         "config": asdict(artifact.config),
@@ -136,10 +136,12 @@ def write(directory: str | Path, artifact: Artifact) -> None:
         },
         "branches": [dict(zip(_BRANCH, branch, strict=True)) for branch in artifact.branches],
     }
-    with locked_folder(folder):
-        older = _gates_of(folder / MANIFEST)
-        save_sealed_json(folder / MANIFEST, manifest)
-        remove_files(folder, older - {str(policy.get(GATES))})
+    path = folder / MANIFEST
+    with locked_folder(folder), superseding(path, _gates_of(path), gates):
+        for name, content in gates.items():
+            with atomic_path(folder / name) as temporary:
+                temporary.write_bytes(content)
+        save_sealed_json(path, manifest)
 
 
 def _gates_of(manifest: Path) -> set[str]:
@@ -204,19 +206,16 @@ def _from_last_format(values: Any) -> None:
         policy["features"] = [item.get("gate_features") for item in branches if isinstance(item, dict)]
 
 
-def _write_policy(policy: Policy, folder: Path) -> dict[str, Any]:
+def _write_policy(policy: Policy) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What the manifest says of a policy, and the file of its tensors, by name."""
     values, tensors = to_parts(policy)
     if GATES in values:
         raise ConfigError(f"a policy of class {type(policy).__name__} has a value {GATES!r}; name it otherwise")
-    return {**values, GATES: _write_tensors(tensors, folder)} if tensors else values
-
-
-def _write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> str:
+    if not tensors:
+        return values, {}
     content = serialize(dict(tensors))
     name = f"gates.{_digest(content)}.safetensors"
-    with atomic_path(folder / name) as temporary:
-        temporary.write_bytes(content)
-    return name
+    return {**values, GATES: name}, {name: content}
 
 
 def _digest(content: bytes) -> str:

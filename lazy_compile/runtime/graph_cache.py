@@ -84,11 +84,11 @@ class GraphCache:
         if self.model.training:
             self._warn_of_dropout()
         call = _Call.of(args, kwargs, self._numbers)
-        graph = self._lookup(call)
+        graph = self._lookup(call, config)
         if graph is None:
             with CAPTURE_LOCK.capturing():
                 call = _Call.of(args, kwargs, self._numbers)
-                graph = self._lookup(call)  # another thread may have made it in the meantime
+                graph = self._lookup(call, config)  # another thread may have made it in the meantime
                 if graph is None:
                     return self._capture(call, config)
         return graph, call.tensors
@@ -146,9 +146,10 @@ class GraphCache:
                 arguments.update(sorted(arguments.pop(name).items()))
         return (), arguments
 
-    def _lookup(self, call: _Call) -> LazyGraph | None:
+    def _lookup(self, call: _Call, config: LazyConfig) -> LazyGraph | None:
         with self._mutex:
-            found = next((graph for graph in reversed(self.graphs) if _serves(graph, call)), None)
+            graphs = [graph for graph in reversed(self.graphs) if graph.config.structure == config.structure]
+            found = next((graph for graph in graphs if _serves(graph, call)), None)
             if found is not None and found is not self.graphs[-1]:
                 self.graphs = [*(graph for graph in self.graphs if graph is not found), found]
         return found
@@ -212,6 +213,9 @@ class GraphCache:
                 f"{self._name} has no residual branch that could be gated "
                 f"({reasons or 'no addition joins a skip connection with heavy operators'})"
             )
+        for refusal in program.refusals:
+            if not refusal.node:  # of the model as a whole
+                self.warn_once(f"{self._name}, granularity={config.granularity!r}: {refusal.reason}")
         sources = tuple(sources_of(self.model, program))
         graph = LazyGraph(call.layout, captured, program, timestep, call.types, total, sources, config)
         self._admit(graph)

@@ -220,8 +220,7 @@ class LazyModule(nn.Module):
     @property
     def expected_cache_bytes(self) -> int:
         """Memory that what branches may reuse will take in one stream, at the captured sizes."""
-        tensors_kept = 2 if self.lazy_config.reuse == "linear" else 1
-        return tensors_kept * sum(branch.output_bytes for branch in self.branches)
+        return self.lazy_config.values_kept * sum(branch.output_bytes for branch in self.branches)
 
     # What can be changed ------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.policies.policy import GateQuery, Policy
-from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, extrapolate, usable
+from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, usable
 from lazy_compile.runtime.model_call import RowGroup
 from lazy_compile.runtime.stats import LazyStats, Rows
 
@@ -58,15 +58,17 @@ class PolicyStep:
         self._note(index, computes)
         if slot is None or computes.all():
             outputs = branch.compute(inputs)
-            self.state.slots[index] = self._computed(slot, outputs, len(computes), signature)
+            kept = branch.kept(inputs, outputs)
+            self.state.slots[index] = self._computed(slot, kept, len(computes), signature)
             return outputs
-        reused = self._reuse(branch, slot)
+        reused = branch.restored(inputs, self._reuse(branch, slot))
         if not computes.any():
             return reused
         rows = torch.from_numpy(np.flatnonzero(computes)).to(reused[0].device)
-        fresh = branch.compute_rows(inputs, rows)
+        picked = branch.picked(inputs, rows)
+        fresh = branch.compute(picked)
         axes = [output.batch_axis or 0 for output in branch.branch.outputs]
-        self.state.slots[index] = self._computed_rows(slot, fresh, rows, computes, axes)
+        self.state.slots[index] = self._computed_rows(slot, branch.kept(picked, fresh), rows, computes, axes)
         return tuple(
             old.index_copy(axis, rows, new.to(old.dtype)) for old, new, axis in zip(reused, fresh, axes, strict=True)
         )
@@ -189,41 +191,31 @@ class PolicyStep:
         return steps
 
     def _computed(
-        self, slot: CacheSlot | None, outputs: tuple[Tensor, ...], rows: int, signature: tuple[Any, ...]
+        self, slot: CacheSlot | None, kept: tuple[Tensor, ...], rows: int, signature: tuple[Any, ...]
     ) -> CacheSlot:
-        values = tuple(output.detach() for output in outputs)
-        now = self._steps(rows)
-        if slot is None or self.config.reuse == "last":
-            return CacheSlot(values, None, now, np.full(rows, -1, dtype=np.int64), signature)
-        return CacheSlot(values, slot.values, now, slot.computed_at, signature)
+        values, now = tuple(value.detach() for value in kept), self._steps(rows)
+        if slot is None:
+            return CacheSlot.first(values, now, signature)
+        return slot.renewed(values, now, self.config.values_kept - 1, np.ones(rows, dtype=bool), None)
 
     def _computed_rows(
-        self, slot: CacheSlot, fresh: tuple[Tensor, ...], rows: Tensor, computes: Rows, axes: Sequence[int]
+        self, slot: CacheSlot, kept: tuple[Tensor, ...], rows: Tensor, computes: Rows, axes: Sequence[int]
     ) -> CacheSlot:
-        def replace(old: tuple[Tensor, ...], new: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        def choose(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return replaced(old, [value.index_select(axis, rows) for value, axis in zip(new, axes, strict=True)])
+
+        def replaced(old: tuple[Tensor, ...], new: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return tuple(
                 usable(a).index_copy(axis, rows, b.detach().to(a.dtype))
                 for a, b, axis in zip(old, new, axes, strict=True)
             )
 
-        previous, before = slot.previous, slot.computed_before
-        if self.config.reuse == "linear":
-            kept = [value.index_select(axis, rows) for value, axis in zip(slot.values, axes, strict=True)]
-            previous = replace(slot.previous or slot.values, kept)
-            before = np.where(computes, slot.computed_at, slot.computed_before)
-        now = np.where(computes, self._steps(len(computes)), slot.computed_at)
-        return CacheSlot(replace(slot.values, fresh), previous, now, before, slot.signature)
+        now, order = self._steps(len(computes)), self.config.values_kept - 1
+        return slot.renewed(replaced(slot.values, kept), now, order, computes, choose)
 
     def _reuse(self, branch: LazyBranch, slot: CacheSlot) -> tuple[Tensor, ...]:
-        if slot.previous is None:
-            return tuple(usable(value) for value in slot.values)
-        distance = np.where(slot.computed_before < 0, np.inf, slot.computed_at - slot.computed_before)
-        age = self._steps(len(slot.computed_at)) - slot.computed_at
-        factors = self._slopes[branch.branch.index] * age / distance
-        return tuple(
-            extrapolate(usable(value), usable(previous), factors, output.batch_axis)
-            for value, previous, output in zip(slot.values, slot.previous, branch.branch.outputs, strict=True)
-        )
+        steps = self._steps(len(slot.computed_at))
+        return slot.extrapolated(steps, self._slopes[branch.branch.index], branch.branch)
 
 
 def _signature(branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Any, ...]:

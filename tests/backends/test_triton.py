@@ -26,7 +26,7 @@ from lazy_compile.backends.onnx.metadata import KEY
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.backends.tensorrt.build import build_engine
 from lazy_compile.backends.tensorrt.config import BuildConfig
-from lazy_compile.backends.triton import export_triton
+from lazy_compile.backends.triton import export_triton, model_file
 from lazy_compile.digests import verification
 from lazy_compile.errors import ArtifactError, ConfigError
 from support.command_line import answer, refusal
@@ -88,7 +88,7 @@ class Server:
         self.config = read_config(self.folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        self.session = onnxruntime.InferenceSession(str(self.folder / "1" / "model.onnx"), options)
+        self.session = onnxruntime.InferenceSession(str(model_file(self.folder)[1]), options)
 
     def infer(self, sequence: int, start: bool, inputs: dict[str, Any]) -> dict[str, Any]:
         (control,) = self.config.sequence_batching.control_input
@@ -207,7 +207,7 @@ def test_the_configuration_says_what_the_model_has(models: Models, tmp_path: Pat
     assert batching.oldest.max_candidate_sequences == 5
     assert batching.max_sequence_idle_microseconds == 2_500_000
     assert not any(state.use_same_buffer_for_input_output for state in batching.state)
-    graph = onnx.load(report.path / "1" / "model.onnx").graph
+    graph = onnx.load(model_file(report.path)[1]).graph
     shapes = {item.name: [size.dim_value for size in item.type.tensor_type.shape.dim] for item in graph.input}
     states = {state.input_name: list(state.dims) for state in batching.state}
     own = {item.name: list(item.dims) for item in config.input}
@@ -217,7 +217,7 @@ def test_the_configuration_says_what_the_model_has(models: Models, tmp_path: Pat
     }
     sizes = sum(np.prod(state.dims) * np.dtype(NUMPY[state.data_type]).itemsize for state in batching.state)
     assert report.cache_bytes == sizes
-    onnx.checker.check_model(str(report.path / "1" / "model.onnx"), full_check=True)
+    onnx.checker.check_model(str(model_file(report.path)[1]), full_check=True)
 
 
 def test_the_model_of_a_server_becomes_an_engine_with_real_branches(
@@ -228,11 +228,13 @@ def test_the_model_of_a_server_becomes_an_engine_with_real_branches(
         report = export_triton(
             models.path[gating], tmp_path, gating, policy=policy, backend="tensorrt", build=BuildConfig(flavor="rtx")
         )
-        assert (report.path / "1" / "model.plan").is_file()
+        plan = model_file(report.path)[1]
+        assert plan.is_file()
+        assert plan.suffix == ".plan"
         assert read_config(report.path).platform == "tensorrt_plan"
-        structure = build_engine(
-            report.path / "model.onnx", report.path / "1" / "model.plan", BuildConfig(flavor="rtx")
-        ).structure
+        again = build_engine(report.path / "model.onnx", plan, BuildConfig(flavor="rtx"))
+        assert again.skipped
+        structure = again.structure
         assert (len(structure.branches), structure.problems) == (jumps, ())
 
 

@@ -11,6 +11,7 @@ from lazy_compile.ir.operators import (
     exact,
     is_dense_convolution,
     is_heavy,
+    is_random,
     macs,
     note_example_sizes,
     operator_name,
@@ -133,6 +134,21 @@ def test_origins_go_back_through_casts_and_views() -> None:
 )
 def test_a_dense_convolution_mixes_channels_over_positions(line: str, dense: bool) -> None:
     assert is_dense_convolution(last(line)) == dense
+
+
+@pytest.mark.parametrize(
+    ("line", "random"),
+    [
+        ("y = scaled_dot_product_attention(x, x, x)", False),
+        ("y = scaled_dot_product_attention(x, x, x, None, 0.1)", True),
+        ("y = dropout(x, 0.1, False)", False),
+        ("y = dropout(x, 0.1, True)", True),
+        ("y = randn_like(x)", True),
+        ("y = linear(x, w)", False),
+    ],
+)
+def test_what_drops_nothing_is_not_random(line: str, random: bool) -> None:
+    assert is_random(last(line)) == random
 
 
 N, M = sympy.symbols("n m", integer=True, positive=True)

@@ -28,6 +28,7 @@ from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 from lazy_compile.passes.lower_to_select import LowerToSelect
 from lazy_compile.passes.merge_groups import MergeGroups
 from lazy_compile.passes.merge_repeats import MergeRepeats
+from lazy_compile.passes.merge_spans import MergeSpans
 from lazy_compile.passes.outline_branches import OutlineBranches
 from lazy_compile.passes.split_complex import SplitComplex
 from support.graph_text import program
@@ -42,6 +43,8 @@ GATING = [
     *[DiscoverBranches(), OutlineBranches(), InsertGates()],
 ]
 
+SPANNING = [*GATING[:-2], MergeSpans(2), *GATING[-2:]]
+
 
 class Compute:
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -53,6 +56,7 @@ def lowerings(branches: int) -> list[list[GraphPass]]:
     return [
         [LiftCacheSlots("linear", leaders=(0,) * branches), LowerToSelect(), MergeGroups(), SplitComplex()],
         [LiftCacheSlots("last"), ApplySchedule(decisions)],
+        [LiftCacheSlots("taylor"), LowerToSelect()],
     ]
 
 
@@ -88,9 +92,18 @@ def hold_to_contract(graph_pass: GraphPass, before: Program) -> Program:
 
 @pytest.mark.parametrize("toy", TOYS)
 def test_every_pass_keeps_its_contract(toy: str, captured: Captured) -> None:
+    check_passes(GATING, toy, captured)
+
+
+@pytest.mark.parametrize("toy", ["mmdit", "parallel", "uvit", "windowed"])
+def test_passes_keep_their_contract_on_spans(toy: str, captured: Captured) -> None:
+    check_passes(SPANNING, toy, captured)
+
+
+def check_passes(gating: Sequence[GraphPass], toy: str, captured: Captured) -> None:
     gated = captured(toy)
     expected = run(gated, toy)
-    for graph_pass in GATING:
+    for graph_pass in gating:
         gated = hold_to_contract(graph_pass, gated)
         for seen, wanted in zip(run(gated, toy), expected, strict=True):
             assert torch.equal(seen, wanted), f"{graph_pass.name} changed the numerics"
@@ -101,7 +114,7 @@ def test_every_pass_keeps_its_contract(toy: str, captured: Captured) -> None:
 
 
 def test_every_pass_there_is_takes_part() -> None:
-    taking_part = {type(item) for item in [*GATING, *(item for passes in lowerings(1) for item in passes)]}
+    taking_part = {type(item) for item in [*SPANNING, *(item for passes in lowerings(1) for item in passes)]}
     modules = [
         import_module(f"lazy_compile.passes.{item.name}") for item in pkgutil.iter_modules(lazy_compile.passes.__path__)
     ]

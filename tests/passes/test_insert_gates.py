@@ -113,7 +113,7 @@ def test_single_rows_can_be_computed_wherever_the_batch_lies() -> None:
     assert branch.row_axes == (1, None)  # t is float[N, B, 8], the weight has no rows
     inputs = [torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)), torch.eye(8)]
     assert branch.rows(inputs) == 3
-    (some,), (all_rows,) = branch.compute_rows(inputs, torch.tensor([2, 0])), branch.compute(inputs)
+    (some,), (all_rows,) = branch.compute(branch.picked(inputs, torch.tensor([2, 0]))), branch.compute(inputs)
     assert torch.equal(some, all_rows[:, [2, 0]])
 
 

@@ -8,7 +8,8 @@ import torch
 
 from lazy_compile import AlwaysCompute, CacheSchedule, GateTable, Learned, Policy, Scheduled
 from lazy_compile.errors import ConfigError
-from lazy_compile.policies.policy import GateQuery, split_row
+from lazy_compile.policies.learned import split_row
+from lazy_compile.policies.policy import GateQuery
 from support.branches import branch
 
 BRANCHES = (branch(0), branch(1, 3))

@@ -71,7 +71,7 @@ def evaluate(answers: Sequence[Any], values: Sequence[Sequence[float]], **option
 def test_the_last_output_is_repeated() -> None:
     outputs, state = evaluate([True, False, True, False, False], [[1.0], [2.0], [4.0], [5.0], [6.0]], reuse="last")
     assert outputs == [[1.0], [1.0], [4.0], [4.0], [4.0]]
-    assert state.slots[0].previous is None
+    assert not state.slots[0].earlier
 
 
 def test_the_line_through_the_last_two_outputs_is_followed() -> None:
@@ -95,7 +95,7 @@ def test_every_row_follows_its_own_line() -> None:
     ]
     slot = state.slots[0]
     assert slot.computed_at.tolist() == [1, 2, 2]
-    assert slot.computed_before.tolist() == [0, 0, 1]
+    assert slot.computed_before.tolist() == [[0, 0, 1]]
 
 
 def test_rows_that_compute_are_given_to_the_body_and_no_others() -> None:
@@ -148,14 +148,14 @@ def test_what_another_graph_cached_is_reused_only_if_it_agrees() -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
 def test_what_only_counts_is_repeated(dtype: torch.dtype) -> None:
     value, previous = torch.ones(2, 3).to(dtype), torch.zeros(2, 3).to(dtype)
-    assert torch.equal(extrapolate(value, previous, np.array([2.0, 3.0]), 0), value)
+    assert torch.equal(extrapolate(value, [previous], np.array([[-2.0, -3.0]]), 0), value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_extrapolation_keeps_the_type(dtype: torch.dtype) -> None:
     value, previous = torch.full((2, 3), 4.0, dtype=dtype), torch.full((2, 3), 3.0, dtype=dtype)
     for axis, result in ((0, [6.0, 7.0]), (None, [6.0, 6.0])):
-        output = extrapolate(value, previous, np.array([2.0, 3.0]), axis)
+        output = extrapolate(value, [previous], np.array([[-2.0, -3.0]]), axis)
         assert output.dtype == dtype
         assert output[:, 0].tolist() == result
 

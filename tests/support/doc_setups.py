@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from support.diffusers_pipelines import dit, random_weights, sd3
+from support.comfy_stand_in import BaseModel, ModelPatcher, Sampler, diffusion_model
+from support.diffusers_pipelines import dit, flux, random_weights, sd3
 from support.layers import TOKENS, WIDTH
 from support.small_model import Small
+from support.toy_server import Request
 
 Setup = Callable[[], dict[str, Any]]
 
@@ -60,6 +63,11 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
         case.pipe.set_progress_bar_config(disable=True)
         return {"pipe": case.pipe, "model": copy.deepcopy(case.model)}
 
+    def flux_pipeline() -> dict[str, Any]:
+        """A tiny pipeline of Flux, as ``pipe``, and ``draw``, a call of it."""
+        case = flux()
+        return {"pipe": case.pipe, "draw": lambda pipe: case.sample()}
+
     def dit_inputs() -> dict[str, Any]:
         """Arguments of one call of its transformer."""
         torch.compiler.reset()
@@ -71,4 +79,15 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
             }
         }
 
-    return {setup.__name__: setup for setup in (stable_diffusion_3, small_model, dit_pipeline, dit_inputs)}
+    def server() -> dict[str, Any]:
+        """The small model, also as ``pipeline.transformer``, and a class ``Request`` of noise and steps."""
+        model = Small().eval()
+        return {"model": model, "pipeline": SimpleNamespace(transformer=model), "Request": Request}
+
+    def comfy_model() -> dict[str, Any]:
+        """A MODEL of the stand-in of ComfyUI, and a sampler of seven steps."""
+        sampler = Sampler()
+        return {"model": ModelPatcher(BaseModel(diffusion_model())), "sample": sampler.sample}
+
+    setups = (stable_diffusion_3, small_model, dit_pipeline, flux_pipeline, dit_inputs, server, comfy_model)
+    return {setup.__name__: setup for setup in setups}

@@ -190,7 +190,7 @@ def separate_rows(subject: Subject) -> int:
                 found += 1
                 axes = [item.batch_axis or 0 for item in branch.branch.outputs]
                 for row in range(BATCH):
-                    alone = branch.compute_rows(inputs, torch.tensor([row]))
+                    alone = branch.compute(branch.picked(inputs, torch.tensor([row])))
                     both = [item.narrow(axis, row, 1) for item, axis in zip(outputs, axes, strict=True)]
                     worst = difference(list(alone), both)
                     name = branch.branch.name

@@ -10,7 +10,7 @@ import torch
 
 from lazy_compile.backends.onnx.metadata import OnnxMetadata
 from lazy_compile.errors import ConfigError, import_optional
-from lazy_compile.ir.linear_reuse import CLOCK, SLOPE
+from lazy_compile.ir.extrapolation import CLOCK, SLOPE
 from lazy_compile.ir.state_tensors import GATE_BIAS, GATE_WEIGHT, decision_name
 from lazy_compile.policies.gate_layout import GateLayout
 from lazy_compile.policies.gate_table import GateRow, GateTable

@@ -13,6 +13,7 @@ from lazy_compile.errors import BackendError, CaptureError
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.ir.operators import size_hint, value_of
 from lazy_compile.ir.program import Program, Role
+from lazy_compile.ir.state_tensors import output_of_slot
 from lazy_compile.runtime.module import LazyGraph, LazyModule
 
 
@@ -22,15 +23,19 @@ def example_call(
     """The graph for a call, and its tensors; zeros of the captured sizes if no call is given.
 
     Raises:
-        BackendError: a size depends on what is in a tensor, and no call says what that is, or weights decide it.
+        BackendError: a size depends on what is in a tensor, and no call says what that is, or weights decide it. Or a
+            module runs as it is, in Python.
     """
     name = type(lazy.original).__name__
     if inputs is not None:
         call = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         try:
-            return lazy._store.find_with_known_sizes(*call, lazy.lazy_config)
+            graph, tensors = lazy._store.find_with_known_sizes(*call, lazy.lazy_config)
         except CaptureError as error:
             raise BackendError(f"{name} cannot be converted to ONNX: {error}") from error
+        _require_operators(name, graph)
+        return graph, tensors
+    _require_operators(name, lazy.graph)
     if lazy.graph.captured.has_open_sizes:
         raise BackendError(
             f"{name} cannot be converted to ONNX without an example call: sizes in it depend on the values of tensors; "
@@ -45,6 +50,14 @@ def example_call(
     return lazy.graph, [
         torch.zeros([size_hint(size) for size in fake.shape], dtype=fake.dtype, device=fake.device) for fake in fakes
     ]
+
+
+def _require_operators(name: str, graph: LazyGraph) -> None:
+    for call in graph.captured.opaque:
+        raise BackendError(
+            f"{name} cannot be converted to ONNX: {call.path} runs as it is, in Python, since {call.reason}; write it "
+            "in tensor operations, or stay in PyTorch"
+        )
 
 
 class _Observe:
@@ -75,9 +88,9 @@ def all_inputs(
         elif item.role in (Role.INVARIANT, Role.SLOT, Role.GATE):
             if item.role is Role.INVARIANT:
                 fake = next(hoisted)
-            elif item.name.startswith(("cache_", "delta_")):
-                _, branch, output = item.name.split("_")
-                fake = observed.outputs[int(branch)][int(output)]
+            elif item.role is Role.SLOT and (place := output_of_slot(item.name)) is not None:
+                branch, output = place
+                fake = observed.outputs[branch][output]
             example.append((item.name, torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)))
     names = [name for name, _ in example]
     if len(set(names)) < len(names):

@@ -289,7 +289,12 @@ class _Export:
             predictors = lazy.policy.reads_gates
         predictors = gating == "predicate" or (gating == "input" and predictors)
         lift = LiftCacheSlots(
-            config.reuse, rule, "predicate" if gating == "predicate" else "input", leaders, predictors
+            config.reuse,
+            rule,
+            "predicate" if gating == "predicate" else "input",
+            leaders,
+            predictors,
+            config.order,
         )
         lifted = without_prologue(pipelines.lifting(lift).run(graph.program))
         example = dict(all_inputs(lazy, graph, lifted, tensors))

@@ -21,6 +21,7 @@ from lazy_compile.storage import (
     remove_files,
     save_sealed_json,
     start_partial,
+    superseding,
     token_of,
 )
 
@@ -67,10 +68,11 @@ class ScheduleVariants:
             "digests": {file.name: _content(file) for file in self.files.values()},
         }
         path = folder / MANIFEST
-        with locked_folder(folder):
-            older = _listed(path)
+        with (
+            locked_folder(folder),
+            superseding(path, _listed(path), _with_descriptions([*names.values(), *companions])),
+        ):
             save_sealed_json(path, values)
-            remove_files(folder, older - {*names.values(), *companions})
 
     @classmethod
     def load(cls, folder: str | Path) -> ScheduleVariants:
@@ -109,9 +111,13 @@ def _listed(manifest: Path) -> set[str]:
     names: set[str] = set()
     with suppress(ArtifactError, KeyError, TypeError, AttributeError):
         values: Any = load_sealed_json(manifest)
-        for name in [*values["files"].values(), *values["companions"]]:
-            names |= {str(name), f"{name}.json"} if str(name).endswith(".engine") else {str(name)}
+        names = _with_descriptions(map(str, [*values["files"].values(), *values["companions"]]))
     return names
+
+
+def _with_descriptions(names: Iterable[str]) -> set[str]:
+    """Names of files; an engine has its description beside it."""
+    return {name for file in names for name in ((file, f"{file}.json") if file.endswith(".engine") else (file,))}
 
 
 class SharedWeights:

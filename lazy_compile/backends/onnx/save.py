@@ -13,7 +13,7 @@ from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, prologue_path, wai
 from lazy_compile.backends.onnx.seal import data_files, seal
 from lazy_compile.digests import RangeDigests
 from lazy_compile.errors import ArtifactError, BackendError, import_optional
-from lazy_compile.storage import atomic_path, locked_folder, remove_files, token_of
+from lazy_compile.storage import atomic_path, locked_folder, remove_files, superseding, token_of
 
 if TYPE_CHECKING:
     from onnx_ir import Model
@@ -46,16 +46,14 @@ def save_pair(model: Model, prologue: Model | None, path: Path, gating: Gating) 
         return save_model(model, path)
     waiting = waiting_path(path, gating, prologue.metadata_props[PROLOGUE_KEY])
     beside = prologue_path(path, gating)
-    older = data_files(beside)
-    try:
-        with locked_folder(path.parent), written_model(model, path) as size:
-            size += save_model(prologue, waiting)
-    except BaseException:
-        remove_files(path.parent, {waiting.name, *data_files(waiting)})
-        raise
-    with locked_folder(path.parent):
+    with locked_folder(path.parent), superseding(beside, _own_data(beside, data_files(beside)), [waiting.name]):
+        try:
+            with written_model(model, path) as size:
+                size += save_model(prologue, waiting)
+        except BaseException:
+            remove_files(path.parent, {waiting.name, *data_files(waiting)})
+            raise
         put_in_place(waiting, beside)
-        remove_files(path.parent, _own_data(beside, older) - data_files(beside))
     return size
 
 
@@ -80,8 +78,7 @@ def written_model(model: Model, path: Path, places: RangeDigests | None = None) 
     external = sum(tensor.nbytes for tensor in weights if not isinstance(tensor, ir.ExternalTensor)) > EXTERNAL_BYTES
     data: Path | None = None
     try:
-        with atomic_path(path) as temporary:
-            older = _own_data(path, data_files(path))
+        with superseding(path, _own_data(path, data_files(path))), atomic_path(path) as temporary:
             data = path.with_name(f"{path.stem}.{token_of(temporary)}.data") if external else None
             ir.save(model, temporary, external_data=None if data is None else data.name)
             onnx.checker.check_model(str(temporary), full_check=True)
@@ -96,7 +93,6 @@ def written_model(model: Model, path: Path, places: RangeDigests | None = None) 
                 "it), or another dtype"
             ) from error
         raise
-    remove_files(path.parent, older - ({data.name} if data is not None else set()))
 
 
 def _own_data(path: Path, names: set[str]) -> set[str]:

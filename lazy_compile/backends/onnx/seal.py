@@ -131,9 +131,13 @@ def properties_of(proto: Any) -> dict[str, str]:
 def _parse(path: Path) -> Any:
     onnx = import_optional("onnx", "onnx")
     try:
-        return onnx.load(str(path), load_external_data=False)
+        proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's, and the operating system's
         raise ArtifactError(f"cannot read {path} as ONNX ({shown(error)}); export the model again") from error
+    entries = [*proto.metadata_props, *(entry for tensor in _tensors(proto) for entry in tensor.external_data)]
+    if any(isinstance(text, bytes) for entry in entries for text in (entry.key, entry.value)):
+        raise ArtifactError(f"cannot read {path} as ONNX (it holds text that is not UTF-8); export the model again")
+    return proto
 
 
 def _check_seal(path: Path, ranges: list[Range], places: RangeDigests | None, *, required: bool) -> None:

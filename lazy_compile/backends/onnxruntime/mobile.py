@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
-from lazy_compile.backends.onnx.prologue import find_prologue, prologue_path
-from lazy_compile.backends.onnx.seal import check_file, seal_opaque
+from lazy_compile.backends.onnx.prologue import find_prologue, prologue_path, waiting_path
+from lazy_compile.backends.onnx.save import put_in_place
+from lazy_compile.backends.onnx.seal import check_file, properties_of, read_proto, seal_opaque
 from lazy_compile.backends.onnxruntime.runner import open_session
 from lazy_compile.errors import BackendError, import_optional
-from lazy_compile.storage import atomic_path
+from lazy_compile.storage import atomic_path, locked_folder, superseding
 
 
 def convert_to_ort(onnx: str | Path, path: str | Path) -> int:
@@ -25,17 +25,22 @@ def convert_to_ort(onnx: str | Path, path: str | Path) -> int:
         MissingDependencyError: ONNX Runtime is not installed.
     """
     onnx, path = Path(onnx), Path(path)
-    properties = _convert(onnx, path)
+    properties = properties_of(read_proto(onnx))
     metadata = OnnxMetadata.parse(properties) if KEY in properties else None
     if metadata is None or (prologue := find_prologue(onnx, metadata)) is None:
+        _convert(onnx, path)
         return path.stat().st_size
     beside = prologue_path(path, metadata.gating)
-    _convert(prologue, beside)
+    waiting = waiting_path(path, metadata.gating, metadata.prologue)
+    with locked_folder(path.parent), superseding(beside, (), [waiting.name]):
+        _convert(prologue, waiting)
+        _convert(onnx, path)
+        put_in_place(waiting, beside)
     return path.stat().st_size + beside.stat().st_size
 
 
-def _convert(onnx: Path, path: Path) -> Mapping[str, str]:
-    """Write one file; what it says about itself."""
+def _convert(onnx: Path, path: Path) -> None:
+    """Write one file."""
     ort = import_optional("onnxruntime", "onnx")
     check_file(onnx)
     with atomic_path(path) as temporary:
@@ -45,11 +50,9 @@ def _convert(onnx: Path, path: Path) -> Mapping[str, str]:
         options.optimized_model_filepath = str(temporary)
         options.add_session_config_entry("session.save_model_format", "ORT")
         try:
-            session = open_session(onnx, options, ["CPUExecutionProvider"])
+            open_session(onnx, options, ["CPUExecutionProvider"])
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime cannot convert {onnx} ({first_line(error)}); export with --target onnx and run that"
             ) from error
         seal_opaque(temporary)
-    properties: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
-    return properties

@@ -43,8 +43,8 @@ class OnnxRunner(Runner):
         threads: int | None = None,
         verify: bool = True,
     ) -> None:
-        masks = ScheduleVariants.load(path) if Path(path).is_dir() else None
         with verification(verify):
+            masks = ScheduleVariants.load(path) if Path(path).is_dir() else None
             sessions, prologue = _load(Path(path), providers, threads)
         super().__init__(sessions, prologue)
         if masks is not None and self.metadata.policy is None:  # of the last release: its manifest holds the schedule

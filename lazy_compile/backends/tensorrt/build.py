@@ -6,6 +6,8 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +32,7 @@ from lazy_compile.errors import ArtifactError, BackendError, ConfigError, import
 from lazy_compile.policies.policy import AlwaysCompute, Policy, Scheduled
 from lazy_compile.policies.serialize import to_json
 from lazy_compile.progress import OnProgress, no_progress
-from lazy_compile.storage import atomic_path, locked_folder
+from lazy_compile.storage import atomic_path, locked_folder, remove_files, superseding
 
 logger = logging.getLogger("lazy_compile")
 
@@ -90,8 +92,12 @@ def build_engine(
     source, target, config = OnnxSource.read(onnx), Path(engine), config or BuildConfig()
     prologue = source.read_prologue()
     made = _make(source, target, config, policy or _policy_of(source), on_progress)
-    beside = None if prologue is None else _make_prologue(prologue, source, target, config, on_progress).write()
-    return replace(made.write(), prologue=beside)
+    if prologue is None:
+        return made.write()
+    beside = _make_prologue(prologue, source, target, config, on_progress)
+    with beside.at_hand(prologue.prologue) as waiting, superseding(target, waiting):
+        report = made.write()
+        return replace(report, prologue=beside.write())
 
 
 @dataclass(frozen=True)
@@ -111,21 +117,47 @@ class _Made:
     policy: str
 
     def write(self) -> BuildReport:
-        if self.plan is not None:
-            waiting = waiting_path(self.target, self.sidecar.content)
-            try:
-                with locked_folder(self.target.parent), atomic_path(self.target) as temporary:
-                    self.sidecar.save(self.target, waiting)
-                    temporary.write_bytes(self.plan)
-            except BaseException:
-                waiting.unlink(missing_ok=True)
-                raise
-            with locked_folder(self.target.parent):
-                put_in_place(waiting, path_beside(self.target))
-            for problem in self.structure.problems:
-                logger.warning("%s is right but not as lazy as it could be: %s", self.target, problem)
+        beside, waiting = path_beside(self.target), waiting_path(self.target, self.sidecar.content)
+        if self.plan is not None or waiting.is_file():
+            with locked_folder(self.target.parent), superseding(beside, (), [waiting.name]):
+                if self.plan is not None:
+                    self._write_engine(waiting)
+                put_in_place(waiting, beside)
         size, skipped = self.target.stat().st_size, self.plan is None
         return BuildReport(self.target, self.title, size, self.structure, skipped, self.seconds, self.policy)
+
+    def _write_engine(self, waiting: Path) -> None:
+        try:
+            with atomic_path(self.target) as temporary:
+                self.sidecar.save(self.target, waiting)
+                temporary.write_bytes(self.plan)
+        except BaseException:
+            waiting.unlink(missing_ok=True)
+            raise
+        for problem in self.structure.problems:
+            logger.warning("%s is right but not as lazy as it could be: %s", self.target, problem)
+
+    @contextmanager
+    def at_hand(self, digest: str) -> Iterator[list[str]]:
+        """While a model takes the place of an older one, its prologue lies where the older model does not look.
+
+        Args:
+            digest: by which the model knows its prologue.
+
+        Yields:
+            Names of the files there; they are useless once the prologue stands in its own place.
+        """
+        held = self.target.with_name(f".{self.target.stem}.{digest[:16]}{self.target.suffix}")
+        names = [held.name, path_beside(held).name]
+        if self.plan is None:  # it is the one of the older model
+            yield names
+            return
+        try:
+            replace(self, target=held).write()
+            yield names
+        except BaseException:
+            remove_files(held.parent, names)
+            raise
 
 
 def _policy_of(source: OnnxSource) -> Policy:
@@ -212,19 +244,25 @@ def build_engines(
         ArtifactError: the folder holds no such set, or see :func:`build_engine`.
     """
     masks = ScheduleVariants.load(onnx)
-    config, keep = config or BuildConfig(), []
-    first, reports = OnnxSource.read(next(iter(masks.files.values()))), []
+    config, reports = config or BuildConfig(), []
+    first = OnnxSource.read(next(iter(masks.files.values())))
     policy = (first.model.read_policy() if first.model is not None else None) or Scheduled(masks.schedule)
     prologue = first.read_prologue()
     # The same set under the same name is not built again; another set lies beside this one until it is complete.
-    token = digest_of(*(OnnxSource.read(file).content.encode() for file in masks.files.values()))[:8]
-    result = ScheduleVariants.of(masks.schedule, Path(engines), ".engine", token)
-    for mask, file in masks.files.items():
-        reports.append(_make(OnnxSource.read(file), result.files[mask], config, policy, on_progress).write())
-    if prologue is not None:
-        beside = _make_prologue(prologue, first, reports[0].path, config, on_progress).write()
-        reports[0], keep = replace(reports[0], prologue=beside), [beside.path.name, path_beside(beside.path).name]
-    result.save(Path(engines), keep)
+    _, trt, device = builder_for(config)
+    sources = {mask: OnnxSource.read(file) for mask, file in masks.files.items()}
+    keys = [_key(source, config, policy, str(trt.__version__), device) for source in sources.values()]
+    result = ScheduleVariants.of(masks.schedule, Path(engines), ".engine", digest_of("".join(keys).encode())[:8])
+    for mask, source in sources.items():
+        reports.append(_make(source, result.files[mask], config, policy, on_progress).write())
+    if prologue is None:
+        result.save(Path(engines))
+        return reports
+    beside = _make_prologue(prologue, first, reports[0].path, config, on_progress)
+    with beside.at_hand(prologue.prologue) as waiting:
+        result.save(Path(engines), [beside.target.name, waiting[0]])
+        reports[0] = replace(reports[0], prologue=beside.write())
+        remove_files(Path(engines), waiting)
     return reports
 
 
