@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from lazy_compile.policies.schedule import CacheSchedule as CacheSchedule
     from lazy_compile.reporting.inspection import inspect as inspect
     from lazy_compile.reporting.page import write_report as report
+    from lazy_compile.reporting.summary import summary as summary
     from lazy_compile.runtime.module import LazyModule as LazyModule
+    from lazy_compile.side_by_side import compare as compare
     from lazy_compile.verification import compare as verify
 
 __version__ = "0.1.0"
@@ -79,6 +81,7 @@ _HOMES = {
     "build_engines": "lazy_compile.backends.tensorrt.build",
     "calibrate": "lazy_compile.calibration.calibrator",
     "check_structure": "lazy_compile.backends.onnx.structure",
+    "compare": "lazy_compile.side_by_side",
     "estimate_plan": "lazy_compile.plans",
     "export_onnx": "lazy_compile.backends.onnx.export",
     "export_triton": "lazy_compile.backends.triton",
@@ -89,6 +92,7 @@ _HOMES = {
     "report": "lazy_compile.reporting.page:write_report",
     "restore": "lazy_compile.compiler",
     "run": "lazy_compile.execution",
+    "summary": "lazy_compile.reporting.summary",
     "transform": "lazy_compile.compiler",
     "verify": "lazy_compile.verification:compare",
 }
@@ -121,6 +125,7 @@ __all__ = [
     "build_engines",
     "calibrate",
     "check_structure",
+    "compare",
     "estimate_plan",
     "export_onnx",
     "export_triton",
@@ -131,6 +136,7 @@ __all__ = [
     "report",
     "restore",
     "run",
+    "summary",
     "transform",
     "verify",
 ]
