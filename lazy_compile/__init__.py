@@ -32,18 +32,24 @@ if TYPE_CHECKING:
     from lazy_compile.ir.branch import BranchKind as BranchKind
     from lazy_compile.ir.branch import Refusal as Refusal
     from lazy_compile.ir.branch import ResidualBranch as ResidualBranch
-    from lazy_compile.planning.planner import Budget as Budget
-    from lazy_compile.planning.planner import plan as plan
+    from lazy_compile.planning.budget import Budget as Budget
+    from lazy_compile.planning.estimate import PlanEstimate as PlanEstimate
     from lazy_compile.planning.reuse_effects import measure_effects as measure_effects
+    from lazy_compile.plans import estimate_plan as estimate_plan
+    from lazy_compile.plans import plan as plan
     from lazy_compile.policies.gate_table import GateTable as GateTable
     from lazy_compile.policies.learned import Learned as Learned
     from lazy_compile.policies.policy import AlwaysCompute as AlwaysCompute
     from lazy_compile.policies.policy import Policy as Policy
     from lazy_compile.policies.policy import Scheduled as Scheduled
+    from lazy_compile.policies.presets import PRESETS as PRESETS
+    from lazy_compile.policies.presets import EveryNth as EveryNth
     from lazy_compile.policies.schedule import CacheSchedule as CacheSchedule
     from lazy_compile.reporting.inspection import inspect as inspect
     from lazy_compile.reporting.page import write_report as report
+    from lazy_compile.reporting.summary import summary as summary
     from lazy_compile.runtime.module import LazyModule as LazyModule
+    from lazy_compile.side_by_side import compare as compare
     from lazy_compile.verification import compare as verify
 
 __version__ = "0.1.0"
@@ -51,17 +57,20 @@ __version__ = "0.1.0"
 _HOMES = {
     "AlwaysCompute": "lazy_compile.policies.policy",
     "BranchKind": "lazy_compile.ir.branch",
-    "Budget": "lazy_compile.planning.planner",
+    "Budget": "lazy_compile.planning.budget",
     "BuildConfig": "lazy_compile.backends.tensorrt.config",
     "CacheSchedule": "lazy_compile.policies.schedule",
     "CalibrationConfig": "lazy_compile.calibration.calibrator",
     "CalibrationReport": "lazy_compile.calibration.calibrator",
+    "EveryNth": "lazy_compile.policies.presets",
     "GateTable": "lazy_compile.policies.gate_table",
     "LazyCacheConfig": "lazy_compile.integrations.diffusers_enable_cache",
     "LazyCompileError": "lazy_compile.errors",
     "LazyConfig": "lazy_compile.config",
     "LazyModule": "lazy_compile.runtime.module",
     "Learned": "lazy_compile.policies.learned",
+    "PRESETS": "lazy_compile.policies.presets",
+    "PlanEstimate": "lazy_compile.planning.estimate",
     "Policy": "lazy_compile.policies.policy",
     "Refusal": "lazy_compile.ir.branch",
     "ResidualBranch": "lazy_compile.ir.branch",
@@ -72,21 +81,25 @@ _HOMES = {
     "build_engines": "lazy_compile.backends.tensorrt.build",
     "calibrate": "lazy_compile.calibration.calibrator",
     "check_structure": "lazy_compile.backends.onnx.structure",
+    "compare": "lazy_compile.side_by_side",
+    "estimate_plan": "lazy_compile.plans",
     "export_onnx": "lazy_compile.backends.onnx.export",
     "export_triton": "lazy_compile.backends.triton",
     "inspect": "lazy_compile.reporting.inspection",
     "load": "lazy_compile.compiler",
     "measure_effects": "lazy_compile.planning.reuse_effects",
-    "plan": "lazy_compile.planning.planner",
+    "plan": "lazy_compile.plans",
     "report": "lazy_compile.reporting.page:write_report",
     "restore": "lazy_compile.compiler",
     "run": "lazy_compile.execution",
+    "summary": "lazy_compile.reporting.summary",
     "transform": "lazy_compile.compiler",
     "verify": "lazy_compile.verification:compare",
 }
 """Where each public name lies; a name that is another there stands behind a colon."""
 
 __all__ = [
+    "PRESETS",
     "AlwaysCompute",
     "BranchKind",
     "Budget",
@@ -94,12 +107,14 @@ __all__ = [
     "CacheSchedule",
     "CalibrationConfig",
     "CalibrationReport",
+    "EveryNth",
     "GateTable",
     "LazyCacheConfig",
     "LazyCompileError",
     "LazyConfig",
     "LazyModule",
     "Learned",
+    "PlanEstimate",
     "Policy",
     "Refusal",
     "ResidualBranch",
@@ -110,6 +125,8 @@ __all__ = [
     "build_engines",
     "calibrate",
     "check_structure",
+    "compare",
+    "estimate_plan",
     "export_onnx",
     "export_triton",
     "inspect",
@@ -119,6 +136,7 @@ __all__ = [
     "report",
     "restore",
     "run",
+    "summary",
     "transform",
     "verify",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,14 +17,16 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile.backends.onnx.metadata import BATCH, OnnxMetadata
 from lazy_compile.backends.onnx.sizes import shape_at
-from lazy_compile.backends.runner import Force, Mask, Runner, Stream
+from lazy_compile.backends.runner import Force, Mask, Runner, Stream, StreamSnapshot
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.planning.replay import Driver, Replayable
 from lazy_compile.policies.gate_table import GateRow
-from lazy_compile.policies.policy import GATES, AlwaysCompute, Policy, spread
+from lazy_compile.policies.policy import GATES, AlwaysCompute, Policy, Scheduled, spread
 from lazy_compile.policies.presets import PolicyLike, as_policy
+from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.cache import CacheState
 from lazy_compile.runtime.fingerprint import Latents, moving_pair, samples_of
@@ -52,6 +55,44 @@ class _Place:
     computed_at: npt.NDArray[np.int64]
     last_step: int = -1
     logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a :class:`_Place` held."""
+
+    stream: StreamSnapshot
+    computed_at: npt.NDArray[np.int64]
+    last_step: int
+
+
+@dataclass(frozen=True)
+class _EngineCall:
+    """A call that a driver answers; implements :class:`~lazy_compile.planning.replay.ReplayableCall`."""
+
+    denoiser: EngineDenoiser
+    inputs: Mapping[str, Tensor]
+    placed: Placed
+
+    @property
+    def step(self) -> int:
+        return self.placed.step
+
+    def follow(self, schedule: CacheSchedule) -> tuple[Tensor, ...]:
+        return self.denoiser._follow(Scheduled(schedule), self.inputs, self.placed)
+
+    def state(self) -> _Kept | None:
+        place = self.placed.state.memory.get("engine")
+        if not isinstance(place, _Place):
+            return None
+        return _Kept(place.stream.snapshot(), place.computed_at.copy(), place.last_step)
+
+    def restore(self, state: _Kept) -> None:
+        stream = self.denoiser.runner.new_stream()
+        stream.restore(state.stream)
+        self.placed.state.memory["engine"] = _Place(
+            stream, state.computed_at.copy(), state.last_step, state.stream.logits
+        )
 
 
 class EngineDenoiser:
@@ -85,6 +126,7 @@ class EngineDenoiser:
         self._counting = threading.RLock()
         self._policy_number = 0
         self._told: set[str] = set()
+        self._driver: Driver | None = None
         self.policy = self._own_policy() if policy is None else policy
 
     @property
@@ -181,7 +223,40 @@ class EngineDenoiser:
         size = min(shapes[position][axis], outputs[index][axis])
         return Latents(position, 0, index, 0, axis, size)
 
+    def replayable(self) -> Replayable:
+        """For :func:`lazy_compile.plan`.
+
+        Raises:
+            ConfigError: the model was exported for one schedule.
+        """
+        metadata = self.runner.metadata
+        if metadata.gating == "schedule":
+            raise ConfigError(
+                f"the exported {metadata.model} holds one schedule, so that no other can be tried; export it with "
+                'gating="input"'
+            )
+        linear = metadata.reuse != "last"
+        return Replayable(
+            self, self.branches, metadata.total_macs, metadata.leaders, linear, self.config.warmup_steps, self._driven
+        )
+
+    @contextmanager
+    def _driven(self, driver: Driver) -> Iterator[None]:
+        self.reset()
+        self._driver = driver
+        try:
+            yield
+        finally:
+            self._driver = None
+            self.reset()
+
     def _run(self, inputs: Mapping[str, Tensor], placed: Placed) -> tuple[Tensor, ...]:
+        if self._driver is not None:
+            outputs: tuple[Tensor, ...] = self._driver(_EngineCall(self, inputs, placed))
+            return outputs
+        return self._follow(self._policy, inputs, placed)
+
+    def _follow(self, policy: Policy, inputs: Mapping[str, Tensor], placed: Placed) -> tuple[Tensor, ...]:
         state, groups = placed.state, groups_of(placed)
         step, now, before = groups[0].step, groups[0].timestep, groups[0].before
         place = state.memory.get("engine")
@@ -190,12 +265,12 @@ class EngineDenoiser:
                 self.runner.new_stream(), np.full(len(self.branches), step)
             )
             state.memory["engine"] = place
-        if (mismatch_reason := self._policy.mismatch_reason(step, now, before)) and mismatch_reason not in self._told:
+        if (mismatch_reason := policy.mismatch_reason(step, now, before)) and mismatch_reason not in self._told:
             self._told.add(mismatch_reason)
             logger.warning("%s", mismatch_reason)
-        row, force = self._decide(place, state, step, now, before)
+        row, force = self._decide(policy, place, state, step, now, before)
         place.stream.skip(max(step - place.last_step - 1, 0))
-        slopes = self._policy.slopes(step, now, before)
+        slopes = policy.slopes(step, now, before)
         outputs = self.runner.run(inputs, row, force, slopes=slopes, stream=place.stream)
         place.last_step, place.logits = step, place.stream.logits
         self._note(step, place)
@@ -230,9 +305,8 @@ class EngineDenoiser:
         return dict(zip(layout.names, tensors, strict=True))
 
     def _decide(
-        self, place: _Place, state: CacheState, step: int, timestep: float, before: float | None
+        self, policy: Policy, place: _Place, state: CacheState, step: int, timestep: float, before: float | None
     ) -> tuple[GateRow | None, Force]:
-        policy = self._policy
         if policy.reads_gates and policy.known_before_step and place.logits is not None:
             state.memory[GATES] = self.runner.decided_by(None, place.logits).tolist()
         row, decided = policy.row(timestep, before), policy.decisions(step, timestep, before, state.memory)

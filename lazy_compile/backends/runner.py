@@ -101,6 +101,17 @@ class BufferPool:
                 self._idle += _bytes(buffer)
 
 
+@dataclass(frozen=True)
+class StreamSnapshot:
+    """What a :class:`Stream` held: the buffers that the next call reads, and the attributes of the same names."""
+
+    buffers: Mapping[str, Tensor]
+    invariants: Mapping[str, Tensor]
+    seen: dict[str, TensorSnapshot] | None
+    logits: Tensor | None
+    filled: bool
+
+
 class Stream:
     """The caches of one trajectory: two buffers for each slot, of which a call reads one and writes the other.
 
@@ -177,6 +188,19 @@ class Stream:
         """Steps of the trajectory passed in which this stream was not called."""
         if steps and "age" in self.buffers:
             self.buffers["age"][0].add_(steps)
+
+    def snapshot(self) -> StreamSnapshot:
+        """What it holds now, to which :meth:`restore` gets back."""
+        read = {name: pair[0].clone() for name, pair in self.buffers.items()}
+        kept = {name: tensor.clone() for name, tensor in self.invariants.items()}
+        return StreamSnapshot(read, kept, self.seen, self.logits, self.filled)
+
+    def restore(self, snapshot: StreamSnapshot) -> None:
+        for name, tensor in snapshot.buffers.items():
+            self.buffers[name][0].copy_(tensor)
+        for name, tensor in snapshot.invariants.items():
+            self.invariants[name].copy_(tensor)
+        self.seen, self.logits, self.filled = snapshot.seen, snapshot.logits, snapshot.filled
 
     @property
     def bytes(self) -> int:

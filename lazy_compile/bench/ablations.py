@@ -19,9 +19,10 @@ from lazy_compile.calibration.calibrator import CalibrationConfig, CalibrationRe
 from lazy_compile.calibration.initial_gates import gate_start, initial_gates
 from lazy_compile.compiler import transform
 from lazy_compile.ir.branch import BranchKind
+from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.import_schedule import freeze
 from lazy_compile.planning.linear_model import flips_of
-from lazy_compile.planning.planner import Budget, plan
+from lazy_compile.planning.planner import plan
 from lazy_compile.planning.response import cauchy_weights, dense_samples, measure_response
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.policies.gate_table import GateTable, pool

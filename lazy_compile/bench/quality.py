@@ -17,9 +17,10 @@ from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
 from lazy_compile.compiler import transform
 from lazy_compile.config import ReuseArm
 from lazy_compile.planning import baselines
+from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.import_schedule import freeze
 from lazy_compile.planning.linear_model import swap
-from lazy_compile.planning.planner import Budget, plan
+from lazy_compile.planning.planner import plan
 from lazy_compile.planning.response import measure_response
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.policies.learned import Learned

@@ -18,7 +18,7 @@ from lazy_compile.calibration.comparison import SHIFTS as SHIFTS
 from lazy_compile.calibration.initial_gates import GateStart, branch_cost, gate_start, initial_gates
 from lazy_compile.calibration.soft_step import SoftStep
 from lazy_compile.errors import ArtifactError, ConfigError
-from lazy_compile.planning.planner import Budget
+from lazy_compile.planning.budget import Budget
 from lazy_compile.policies.gate_table import GateTable
 from lazy_compile.policies.learned import split_row
 from lazy_compile.policies.schedule import CacheSchedule

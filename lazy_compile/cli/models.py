@@ -34,6 +34,11 @@ FLOW_MATCHING = (
 )  # fmt: skip
 """How the names of diffusers' flow-matching models begin."""
 
+NOISE_PREDICTING = (
+    "Allegro", "CogVideoX", "ConsisID", "DiT", "HunyuanDiT", "I2VGen", "Latte", "PixArt", "Transformer2D", "UNet",
+)  # fmt: skip
+"""How those begin that DDIM samples."""
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """How the Hub names a repository."""
 
@@ -182,15 +187,29 @@ def load_sampler(
 
 
 def choose_scheduler(named: NamedModel, name: str | None) -> Any:
-    """The scheduler of that name; else the one in the model's own folder, or that its class was trained for."""
+    """The scheduler of that name; else the one in the model's own folder, or that its class was trained for.
+
+    Raises:
+        ConfigError: it is not known, or the one named does not fit what the model predicts.
+    """
     from lazy_compile.integrations.diffusers import make_scheduler
 
+    kind = type(named.model)
+    known = kind.__name__ if kind.__module__.startswith("diffusers.") else ""
     if name is not None:
+        if known.startswith(FLOW_MATCHING) and name == "ddim":
+            raise ConfigError(
+                f"{known} predicts a velocity, which DDIM takes for noise; leave --scheduler out, or give flow-match"
+            )
         return make_scheduler(name)
     if named.scheduler_folder is not None:
         return make_scheduler("", named.scheduler_folder)
-    kind = type(named.model)
-    if kind.__module__.startswith("diffusers.") and kind.__name__.startswith(FLOW_MATCHING):
+    if known and not known.startswith((*FLOW_MATCHING, *NOISE_PREDICTING)):
+        raise ConfigError(
+            f"how {known} is sampled is not known here, and another scheduler gives nothing like its samples; give "
+            "--scheduler ddim or flow-match, a --sampler, or the pipeline's folder with --prompts"
+        )
+    if known.startswith(FLOW_MATCHING):
         announce(f"sampling with flow-match, which {kind.__name__} was trained for")
         return make_scheduler("flow-match")
     announce("sampling with ddim: the model does not say; else give --scheduler flow-match, or a --sampler")

@@ -19,7 +19,8 @@ from lazy_compile.bench.timing import one_thread
 from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
 from lazy_compile.compiler import transform
 from lazy_compile.demo.comparison import FIRST_EVALUATION_SEED, Comparison, DemoSettings
-from lazy_compile.planning.planner import Budget, plan
+from lazy_compile.planning.budget import Budget
+from lazy_compile.planning.planner import plan
 from lazy_compile.policies.policy import Policy, Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, progress_bars

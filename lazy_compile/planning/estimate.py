@@ -1,76 +1,246 @@
-"""What a search will take, before it is begun."""
+"""What a plan will take, before it is begun; and how to keep to a limit of memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from lazy_compile.errors import ConfigError
 from lazy_compile.ir.lazy_branch import LazyBranch
+from lazy_compile.planning.output_store import Place, Streaming
 from lazy_compile.planning.search import SearchOptions
+from lazy_compile.planning.trace import MAX_AGE
 from lazy_compile.runtime.module import LazyModule, ModelCall
-from lazy_compile.runtime.sampling import DenseStep, Sampler
+from lazy_compile.runtime.sampling import DenseStep, Samplers, parts_of
+
+FORWARD_STEPS = 3
+"""Sets of outputs of one call that are in memory at once, wherever they are kept: those of the first step, of the
+latest, and what they are made of."""
+
+GRADIENTS = 1.3
+"""Memory of a call on the way back, over what it saves for its gradients."""
 
 
 @dataclass(frozen=True)
-class SearchEstimate:
-    """What a search takes at most.
+class PlanEstimate:
+    """What making a plan takes at most, beside the model itself.
 
     Attributes:
         steps: calls of one trajectory at different times.
         model_calls: evaluations of the whole model, those on the way back counted by their time.
         seconds: as many times what one dense call took.
-        peak_bytes: memory beside the model, of which most holds the outputs of every branch at every step. Measured on
-            ten small transformers on a CPU, within 6 %.
+        device_bytes: on the device of the model.
+        host_bytes: in the memory of the host; the same memory where the model is on the CPU, and counted once.
+        disk_bytes: in a temporary file.
+        streaming: how memory is spared.
     """
 
     steps: int
     model_calls: int
     seconds: float
-    peak_bytes: int
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    streaming: Streaming
 
 
-def estimate_search(
-    lazy: LazyModule, sample: Sampler, options: SearchOptions | None = None, *, seed: int = 0
-) -> SearchEstimate:
-    """Run the model once at the sizes of ``sample``, timed; later calls of the trajectory repeat its answer."""
+def estimate_plan(
+    lazy: LazyModule,
+    sample: Samplers,
+    *,
+    options: SearchOptions | None = None,
+    calls: int | None = None,
+    max_memory: int | None = None,
+    seed: int = 0,
+) -> PlanEstimate:
+    """Run the model once at the sizes of ``sample``, timed; later calls of the trajectory repeat its answer.
+
+    Args:
+        lazy, sample, options, calls, seed: as for :func:`lazy_compile.plan`.
+        max_memory: bytes on the device of the model, beside the model.
+
+    Raises:
+        ConfigError: no way to plan keeps to ``max_memory``.
+    """
+    samplers = parts_of(sample)
+    costs = [_measure(lazy, each, seed) for each in samplers]
+    largest = max(costs, key=lambda each: each.output_bytes)
+    trajectory = sum(each.calls for each in costs)
+    seconds = sum(each.calls * each.seconds for each in costs) / trajectory
+    model_calls = calls if calls is not None else (options or SearchOptions()).trajectories * trajectory
+    estimates = [
+        _estimate(largest, streaming, calls is not None, model_calls, seconds, lazy, options)
+        for streaming in _ways(largest.device)
+    ]
+    if max_memory is None:
+        return estimates[0]
+    for estimate in estimates:
+        if estimate.device_bytes <= max_memory:
+            return estimate
+    least = min(estimate.device_bytes for estimate in estimates)
+    raise ConfigError(
+        f"a plan takes at least {_gigabytes(least)} of memory beside the model, and {_gigabytes(max_memory)} are "
+        "allowed; draw fewer samples at once (give several samplers), or allow more"
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """``"4GB"``, ``"512 MiB"`` or a number of bytes.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    units = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    number = text.strip().rstrip("BbIiKkMmGgTt ")
+    unit = text.strip()[len(number) :].strip().lower()
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise ConfigError(f"{text!r} is no size of memory; expected one such as 4GB or 512MiB") from None
+    return int(size)
+
+
+def _ways(device: torch.device) -> Iterator[Streaming]:
+    """From the fastest to the one that takes least memory."""
+    kept: tuple[Place, ...] = ("device", "disk") if device.type == "cpu" else ("device", "host", "disk")
+    for repeat in (False, True):
+        for keep in kept:
+            yield Streaming(keep, repeat_branches=repeat)
+
+
+def _estimate(
+    costs: _CallCosts,
+    streaming: Streaming,
+    without_gradient: bool,
+    model_calls: int,
+    seconds: float,
+    lazy: LazyModule,
+    options: SearchOptions | None,
+) -> PlanEstimate:
+    outputs, on_cpu = costs.output_bytes * costs.calls // costs.steps, costs.device.type == "cpu"
+    kept = outputs * costs.steps
+    if without_gradient:  # caches of every step, of the dense and the best trajectory
+        device, host = 2 * kept, 0
+        streaming = Streaming()
+    else:
+        saved = costs.outside + costs.largest_branch if streaming.repeat_branches else costs.outside + costs.inside
+        device = int(FORWARD_STEPS * outputs + GRADIENTS * saved)
+        device += kept if streaming.keep == "device" or (streaming.keep == "host" and on_cpu) else 0
+        answers = 4 * costs.rows * costs.steps * len(lazy.branches) * (MAX_AGE + 1)
+        host = 3 * (options or SearchOptions()).remembered * answers + (kept if streaming.keep == "host" else 0)
+    if on_cpu:
+        device, host = device + host, device + host
+    disk = kept if streaming.keep == "disk" else 0
+    return PlanEstimate(costs.steps, model_calls, model_calls * seconds, device, host, disk, streaming)
+
+
+@dataclass
+class _CallCosts:
+    """One call, in bytes and seconds.
+
+    Attributes:
+        output_bytes: what all branches return.
+        inside, outside: what is saved for gradients in branches, and between them.
+        largest_branch: of one branch.
+        rows: samples.
+        steps, calls: of the trajectory.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    output_bytes: int = 0
+    inside: int = 0
+    outside: int = 0
+    largest_branch: int = 0
+    seconds: float = 0.0
+    rows: int = 1
+    steps: int = 0
+    calls: int = 0
+
+
+def _measure(lazy: LazyModule, sample: Any, seed: int) -> _CallCosts:
+    costs = _CallCosts()
     answers: list[Any] = []
-    seconds, steps, calls, branch_bytes = 0.0, 0, 0, 0
 
     def answer(call: ModelCall) -> Any:
-        nonlocal seconds, steps, calls, branch_bytes
-        steps, calls = max(steps, call.step + 1), calls + 1
+        costs.steps, costs.calls = max(costs.steps, call.step + 1), costs.calls + 1
         if not answers:
-            counting = _Counting()
-            call.run(counting)  # the first one prepares kernels
-            branch_bytes = counting.bytes
+            _count(call, costs)  # the first one prepares kernels
             begun = time.perf_counter()
             answers.append(call.run(DenseStep()))
-            seconds = time.perf_counter() - begun
+            _wait_for(costs.device)
+            costs.seconds = time.perf_counter() - begun
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, answers[0])
 
     with torch.no_grad(), lazy.call_handler(answer):
-        sample(lazy, seed)
-    # A guided sampler that calls twice a step keeps the outputs of both calls.
-    branch_bytes *= calls // steps
-    model_calls = (options or SearchOptions()).trajectories * calls
-    fixed = 0.07e6 * len(lazy.branches) * steps
-    peak = 0.90 * steps * branch_bytes + 9.6 * branch_bytes + fixed
-    return SearchEstimate(steps, model_calls, model_calls * seconds, int(peak))
+        costs.rows = len(sample(lazy, seed))
+    return costs
+
+
+def _count(call: ModelCall, costs: _CallCosts) -> None:
+    """Run forward as on the way back, and count what is saved instead of saving it."""
+    counting = _Counting(costs)
+    given = [each.detach().requires_grad_(each.is_floating_point()) for each in call.tensors]
+    held = [*call.state, *given, *call.invariants]
+    for each in held:
+        counting.is_new(each)
+    costs.device = given[0].device
+    with torch.enable_grad(), counting.hooks():
+        replace(call, tensors=given, state=[each.detach() for each in call.state]).run(counting)
 
 
 @dataclass
 class _Counting(DenseStep):
-    """Sizes of what the branches return in one call."""
-
-    bytes: int = 0
+    costs: _CallCosts
+    seen: dict[int, StorageWeakRef] = field(default_factory=dict)
+    within: int | None = None
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        self.within = 0
         outputs = branch.compute(inputs)
-        self.bytes += sum(output.numel() * output.element_size() for output in outputs)
+        self.costs.inside += self.within
+        self.costs.largest_branch = max(self.costs.largest_branch, self.within)
+        self.within = None
+        self.costs.output_bytes += sum(output.numel() * output.element_size() for output in outputs)
         return outputs
+
+    def is_new(self, tensor: Tensor) -> bool:
+        """Whether its memory was not counted; that of a tensor which is gone may be another's now."""
+        reference = StorageWeakRef(tensor.untyped_storage())
+        known = self.seen.get(reference.cdata)
+        if known is not None and not known.expired():
+            return False
+        self.seen[reference.cdata] = reference
+        return True
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        def pack(tensor: Tensor) -> None:
+            size = tensor.untyped_storage().nbytes() if self.is_new(tensor) else 0
+            if self.within is None:
+                self.costs.outside += size
+            else:
+                self.within += size
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _never):
+            yield
+
+
+def _never(_: object) -> Tensor:
+    raise AssertionError("nothing goes back while it is counted")
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu" and torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

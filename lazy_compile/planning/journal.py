@@ -86,14 +86,13 @@ class Journal:
         self.write(name, {"values": values})
         return values
 
-    def response(self, schedule: CacheSchedule, seed: int, measure: Callable[[], Response]) -> Response:
-        """A response around a schedule, measured unless it is known."""
+    def response(self, schedule: CacheSchedule, seed: int, order: int, measure: Callable[[], Response]) -> Response:
+        """A response around a schedule, for reuse of an order, measured unless it is known."""
         name = f"response-{seed}-{digest(schedule)}"
         known = self.recall(name, "size", *RESPONSE[:2])
         if known is not None:
-            return Response(
-                schedule, size=known["size"].item(), **{key: known[key] for key in RESPONSE if key in known}
-            )
+            arrays = {key: known[key] for key in RESPONSE if key in known}
+            return Response(schedule, size=known["size"].item(), order=order, **arrays)
         response = measure()
         arrays = {key: getattr(response, key) for key in RESPONSE if getattr(response, key) is not None}
         self.write(name, {"size": np.array([response.size]), **arrays})
@@ -111,14 +110,19 @@ def digest(schedule: CacheSchedule) -> str:
     return content.hexdigest()[:16]
 
 
-def identity_of(lazy: LazyModule, **options: Any) -> dict[str, Any]:
-    """What a search depends on: the model with its weights, its branches, and the options."""
-    sums = [f"{float(weight.detach().double().abs().sum()):.6e}" for weight in lazy.original.parameters()]
+def identity_of(denoiser: Any, **options: Any) -> dict[str, Any]:
+    """What a search depends on: the model with its weights, its branches, and the options; of an engine, what its file
+    says of itself."""
+    if isinstance(denoiser, LazyModule):
+        sums = [f"{float(weight.detach().double().abs().sum()):.6e}" for weight in denoiser.original.parameters()]
+        model, config = fingerprint(denoiser.original), denoiser.lazy_config
+    else:
+        model, sums, config = repr(denoiser.runner.metadata.fingerprint), [], denoiser.config
     return {
         "kind": "lazy_compile schedule search",
-        "model": fingerprint(lazy.original),
+        "model": model,
         "weights": hashlib.sha256(" ".join(sums).encode()).hexdigest(),
-        "branches": [branch.name for branch in lazy.branches],
-        "lazy_config": repr(sorted(asdict(lazy.lazy_config).items())),
+        "branches": [branch.name for branch in denoiser.branches],
+        "lazy_config": repr(sorted(asdict(config).items())),
         **{name: repr(value) for name, value in options.items()},
     }

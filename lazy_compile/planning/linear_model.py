@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 from lazy_compile.errors import ConfigError
-from lazy_compile.planning.response import MAX_AGE, Response
+from lazy_compile.planning.response import Response
+from lazy_compile.planning.trace import MAX_AGE, polynomial_weights
 from lazy_compile.policies.schedule import BoolTable, CacheSchedule
 
 Floats = npt.NDArray[np.float64]
@@ -59,11 +61,11 @@ def fit_slopes(
     model = _LinearModel.around(response).moved_to(schedule)
     columns: dict[tuple[int, int], Floats] = {}
     for branch, leader in enumerate(leaders or range(schedule.branches)):
-        for step, (age, gap) in enumerate(_ages(schedule.should_compute[:, branch])):
-            if gap and not schedule.should_compute[step, branch]:
-                newest, before = model.answer[:, step, branch, [min(age, MAX_AGE), min(age + gap, MAX_AGE)]].T
-                line = (age / gap) * (newest.astype(np.float64) - before)
-                columns[step, leader] = columns.get((step, leader), 0.0) + line
+        for step, computed in enumerate(_computed(schedule.should_compute[:, branch], model.order)):
+            if len(computed) > 1 and not schedule.should_compute[step, branch]:
+                line = _line(step, computed)
+                along: Floats = model.answer[:, step, branch].astype(np.float64) @ line
+                columns[step, leader] = columns.get((step, leader), 0.0) + along
     slopes = model.slopes.copy()
     if columns:
         design = np.stack(list(columns.values()), axis=1)
@@ -136,6 +138,7 @@ class _LinearModel:
         answer: of the response, each direction times the root of its weight, like all that follows.
         table, slopes: the schedule.
         error: ``float64[N]``.
+        order: of the polynomial that reuse follows.
         flips: ``float64[T, groups, N]``, what turning one decision over adds to the error.
     """
 
@@ -143,6 +146,7 @@ class _LinearModel:
     table: BoolTable
     slopes: Floats
     error: Floats
+    order: int
     flips: Floats | None = None
 
     @classmethod
@@ -151,7 +155,7 @@ class _LinearModel:
         slopes = np.ones(schedule.should_compute.shape) if schedule.slopes is None else schedule.slopes
         scale = np.sqrt(response.weights)
         answer = response.directional_derivatives * scale[:, None, None, None].astype(np.float32)
-        return cls(answer, schedule.should_compute, slopes, response.error * scale)
+        return cls(answer, schedule.should_compute, slopes, response.error * scale, response.order)
 
     @property
     def schedule(self) -> CacheSchedule:
@@ -161,8 +165,8 @@ class _LinearModel:
         slopes = self.slopes if schedule.slopes is None else schedule.slopes
         error = self.error.copy()
         for branch in range(self.table.shape[1]):
-            before = _weights(self.table[:, branch], self.slopes[:, branch])
-            after = _weights(schedule.should_compute[:, branch], slopes[:, branch])
+            before = _weights(self.table[:, branch], self.slopes[:, branch], self.order)
+            after = _weights(schedule.should_compute[:, branch], slopes[:, branch], self.order)
             error += self._effect(branch, after - before)
         return replace(self, table=schedule.should_compute, slopes=slopes, error=error, flips=None)
 
@@ -222,12 +226,12 @@ class _LinearModel:
 
     def _flips_of_one(self, branch: int) -> Floats:
         column, slopes = self.table[:, branch], self.slopes[:, branch]
-        before = _weights(column, slopes)
+        before = _weights(column, slopes, self.order)
         changes = [np.zeros_like(before)]
         for step in range(1, len(column)):
             turned = column.copy()
             turned[step] ^= True
-            changes.append(_weights(turned, slopes) - before)
+            changes.append(_weights(turned, slopes, self.order) - before)
         return self._effect(branch, np.stack(changes))
 
     def _effect(self, branch: int, change: Floats) -> Floats:
@@ -237,24 +241,35 @@ class _LinearModel:
         return effect
 
 
-def _ages(column: BoolTable) -> list[tuple[int, int]]:
-    """At each step, how old the last computation is, and how many steps lie between the last two; 0 without two."""
-    latest, before, result = 0, None, [(0, 0)]
-    for step in range(1, len(column)):
-        result.append((step - latest, 0 if before is None else latest - before))
-        if column[step]:
-            latest, before = step, latest
-    return result
+def _computed(column: BoolTable, order: int) -> Iterator[tuple[int, ...]]:
+    """At each step the last ``order + 1`` steps that computed before it, latest first."""
+    latest: tuple[int, ...] = ()
+    for step, computes in enumerate(column):
+        yield latest
+        if computes or step == 0:
+            latest = (step, *latest[:order])
 
 
-def _weights(column: BoolTable, slopes: Floats) -> Floats:
+@cache
+def _line(step: int, computed: tuple[int, ...]) -> Floats:
+    """``float64[MAX_AGE + 1]``: what following the polynomial all the way adds to the last output, by age."""
+    line = np.zeros(MAX_AGE + 1)
+    ages = [min(step - at, MAX_AGE) for at in computed]
+    for age, weight in zip(ages[1:], polynomial_weights(step, computed), strict=True):
+        line[age] += weight
+        line[ages[0]] -= weight
+    line.flags.writeable = False
+    return line
+
+
+def _weights(column: BoolTable, slopes: Floats, order: int) -> Floats:
     """``float64[T, MAX_AGE + 1]``: what a branch returns at each step, in terms of what it computed at earlier ones."""
     weights = np.zeros((len(column), MAX_AGE + 1))
-    for step, (age, gap) in enumerate(_ages(column)):
+    for step, computed in enumerate(_computed(column, order)):
         if step == 0 or column[step]:
             weights[step, 0] = 1.0
             continue
-        moved = slopes[step] * age / gap if gap else 0.0
-        weights[step, min(age, MAX_AGE)] += 1.0 + moved
-        weights[step, min(age + gap, MAX_AGE)] -= moved
+        weights[step, min(step - computed[0], MAX_AGE)] = 1.0
+        if len(computed) > 1:
+            weights[step] += slopes[step] * _line(step, computed)
     return weights

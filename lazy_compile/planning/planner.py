@@ -3,129 +3,87 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lazy_compile.errors import ConfigError
+from lazy_compile.planning.budget import Budget
+from lazy_compile.planning.call_search import CallSearch
+from lazy_compile.planning.estimate import estimate_plan
 from lazy_compile.planning.journal import Journal, identity_of
 from lazy_compile.planning.patterns import few_patterns
+from lazy_compile.planning.replay import replayable
 from lazy_compile.planning.response import NoGradientError
-from lazy_compile.planning.reuse_effects import EffectTable, measure_effects
+from lazy_compile.planning.reuse_effects import EffectTable
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, ScheduleSearch, SearchOptions, final_error
+from lazy_compile.planning.single_reuses import plan_reuse
 from lazy_compile.planning.timings import BranchTimings, measure_timings
 from lazy_compile.policies.schedule import CacheSchedule
-from lazy_compile.progress import OnProgress, no_progress
+from lazy_compile.progress import OnProgress, no_progress, progress_bars
 from lazy_compile.runtime.module import LazyModule
-from lazy_compile.runtime.sampling import Sampler, count_steps
+from lazy_compile.runtime.sampling import Sampler, Samplers, count_steps, parts_of
 
 logger = logging.getLogger("lazy_compile")
 
 Floats = npt.NDArray[np.float64]
 
-AGE_EXPONENT = 2.5
-"""How fast the effect of a reuse grows with its age in steps; measured on small class-conditional transformers."""
+CALLS = 400
+"""Calls of the model that a search without gradient makes, where nobody says."""
 
-
-@dataclass(frozen=True)
-class Budget:
-    """How much to save, or to lose: exactly one of the four.
-
-    Attributes:
-        lazy_ratio: share of branch evaluations to reuse.
-        compute_ratio: MACs to spend over dense MACs, always-on parts included.
-        latency_ratio: time to spend over that of the dense model, by the timings of its branches.
-        error: root mean square change of the final samples that may be caused, as cheaply as can be; for :func:`plan`.
-    """
-
-    lazy_ratio: float | None = None
-    compute_ratio: float | None = None
-    latency_ratio: float | None = None
-    error: float | None = None
-
-    def __post_init__(self) -> None:
-        ratios = [value for value in (self.lazy_ratio, self.compute_ratio, self.latency_ratio) if value is not None]
-        if len(ratios) + (self.error is not None) != 1:
-            raise ConfigError("a budget is a lazy_ratio, compute_ratio, latency_ratio or error; give exactly one")
-        if ratios and not 0.0 < ratios[0] < 1.0:
-            raise ConfigError(f"a budget lies between 0 and 1; seen {ratios[0]}")
-        if self.error is not None and not self.error > 0.0:
-            raise ConfigError(f"an error that may be caused is above 0; seen {self.error}")
-
-    def cost_of(self, branches: Floats, total: float) -> Floats:
-        """``float64[G]``: what computing each branch counts for, from the MACs or seconds of each and of a step."""
-        return np.ones(len(branches)) if self.lazy_ratio is not None else branches / total
-
-    def spend(self, steps: int, cost: Floats) -> float:
-        """What the computed branches of a trajectory may cost in all."""
-        if self.lazy_ratio is not None:
-            return (1.0 - self.lazy_ratio) * steps * len(cost)
-        ratio = self.compute_ratio if self.latency_ratio is None else self.latency_ratio
-        assert ratio is not None
-        return steps * (ratio - 1.0 + float(cost.sum()))
-
-    def is_met_by(self, schedule: CacheSchedule, effects: EffectTable) -> bool:
-        if self.lazy_ratio is not None:
-            return schedule.lazy_ratio >= self.lazy_ratio
-        ratio = self.compute_ratio if self.latency_ratio is None else self.latency_ratio
-        assert ratio is not None
-        return schedule.compute_ratio(effects.branch_macs.tolist(), effects.total_macs) <= ratio
-
-
-@dataclass(frozen=True)
-class PlannedReuse:
-    """A schedule, and how sure of each decision it is.
-
-    Attributes:
-        schedule: the decisions.
-        margin: ``float64[T, G]``, extra cost of the best schedule that reuses here over the best that computes here, in
-            units of what computing here costs: positive computes, negative reuses, +inf at step 0.
-        price: final mean squared error that one unit of computing is worth under the budget.
-    """
-
-    schedule: CacheSchedule
-    margin: Floats
-    price: float
+BISECTIONS = 4
+"""Plans that are made for a budget of error: the last halves what is left to know of its compute to 6 points."""
 
 
 def plan(
-    lazy: LazyModule,
-    sample: Sampler,
+    lazy: Any,
+    sample: Samplers,
     budget: Budget,
     *,
     timings: BranchTimings | None = None,
     start: CacheSchedule | None = None,
     options: SearchOptions | None = None,
+    calls: int | None = None,
+    max_memory: int | None = None,
     seed: int = 0,
     max_patterns: int | None = None,
     checkpoint: str | Path | None = None,
-    on_progress: OnProgress = no_progress,
+    on_progress: OnProgress | None = None,
 ) -> CacheSchedule:
     """The schedule, with its slopes, that changes the final samples least under the budget.
 
     For a budget of error: the cheapest of several such schedules that causes no more.
 
-    From whole steps, spread evenly or by how much the model changes, or from ``start``: measure how the final samples
-    answer to every branch at every step, exchange decisions while that predicts less error, fit the slopes, keep what
-    is truly best on noise that it was not made from, and measure again around it. Where the samples carry no gradient,
-    the plan is made from the effects of single reuses instead.
+    From whole steps, spread evenly, by how much the model changes or after a warm-up, or from ``start``: measure how
+    the final samples answer to every branch at every step, exchange decisions while that predicts less error, fit the
+    slopes, keep what is truly best on noise that it was not made from, and measure again around it.
+
+    With ``calls``, or where the samples carry no gradient: a search that only runs the model, and judges by true error
+    (:class:`~lazy_compile.planning.call_search.CallSearch`). It takes any sampler, compiled and quantised models, and
+    engines.
 
     Args:
-        lazy: a transformed model; its policy stays.
-        sample: runs a trajectory; the more samples it draws at once, the less a plan is made for these alone.
+        lazy: a transformed model; its policy stays. With ``calls`` also an
+            :class:`~lazy_compile.backends.denoiser.EngineDenoiser`.
+        sample: runs a trajectory; the more samples it draws at once, the less a plan is made for these alone. Several
+            samplers run one after the other and count as one batch that is not in memory at once.
         budget: what may be spent.
         timings: of the runtime that a ``latency_ratio`` is meant for; None measures them in PyTorch.
-        start: a schedule to improve.
-        options: how long to search.
+        start: a schedule to improve; with gradient only.
+        options: how long to search with gradient.
+        calls: of the model, that a search without gradient may make in all.
+        max_memory: bytes on the model's device, beside the model, that a search with gradient keeps to: outputs then
+            lie on the host or in a temporary file, and branches are repeated on the way back, as far as need be.
         seed: of the noise.
         max_patterns: how many distinct rows the schedule may have, for as many lean engines or CUDA graphs; None for
             any number. Rows of the plan are joined at no more cost, and the slopes fitted again.
         checkpoint: a folder to resume from and to write to, a file for each measurement. An interrupted search that
-            starts again with it ends at the same plan as one that was not. Without gradient it starts afresh.
-        on_progress: see :mod:`lazy_compile.progress`.
+            starts again with it ends at the same plan as one that was not.
+        on_progress: see :mod:`lazy_compile.progress`. None draws bars where standard error is a terminal.
 
     Raises:
         ConfigError: the budget cannot be met, since the first step computes everything; or samples are not finite.
@@ -133,63 +91,74 @@ def plan(
     """
     if not isinstance(budget, Budget):
         raise ConfigError(f"budget is {budget!r}; pass a Budget, such as Budget(compute_ratio=0.5)")
-    if budget.error is not None:
-        return _cheapest(lazy, sample, budget.error, options, seed, max_patterns, checkpoint, on_progress)
-    try:
-        return search_schedule(
-            lazy, sample, budget, timings=timings, start=start, options=options, seed=seed, max_patterns=max_patterns,
-            checkpoint=checkpoint, on_progress=on_progress,
+    if calls is not None and start is not None:
+        raise ConfigError("a search without gradient (calls=...) takes no start; leave out one of them")
+    samplers, folder = parts_of(sample), Path(checkpoint) if checkpoint else None
+    if isinstance(lazy, LazyModule) and not lazy.is_captured:
+        count_steps(lazy, samplers[0], seed)
+    with ExitStack() as stack:
+        report = stack.enter_context(progress_bars()) if on_progress is None else on_progress
+        if budget.error is not None:
+            return _cheapest(
+                lazy, samplers, budget.error, options, calls, max_memory, seed, max_patterns, folder, report
+            )
+        if calls is None and isinstance(lazy, LazyModule):
+            try:
+                return search_schedule(
+                    lazy, samplers, budget, timings=timings, start=start, options=options, max_memory=max_memory,
+                    seed=seed, max_patterns=max_patterns, checkpoint=folder, on_progress=report,
+                )  # fmt: skip
+            except NoGradientError as error:
+                logger.warning("searching within %d calls of the model, without gradient: %s", CALLS, error)
+                folder = folder and folder / "calls"
+        return search_by_calls(
+            lazy, samplers, budget, calls or CALLS, timings=timings, seed=seed, max_patterns=max_patterns,
+            checkpoint=folder, on_progress=report,
         )  # fmt: skip
-    except NoGradientError as error:
-        if budget.latency_ratio is not None:
-            raise
-        logger.warning("planning from single reuses, which is slower and finds less: %s", error)
-        effects = measure_effects(lazy, sample, seed=seed, on_progress=on_progress)
-        planned = plan_reuse(effects, budget).schedule
-        cost = budget.cost_of(effects.branch_macs, effects.total_macs)
-        return planned if max_patterns is None else few_patterns(planned, max_patterns, cost)
 
 
 def _cheapest(
-    lazy: LazyModule,
-    sample: Sampler,
+    lazy: Any,
+    samplers: Sequence[Sampler],
     error: float,
     options: SearchOptions | None,
+    calls: int | None,
+    max_memory: int | None,
     seed: int,
     max_patterns: int | None,
-    checkpoint: str | Path | None,
+    checkpoint: Path | None,
     on_progress: OnProgress,
 ) -> CacheSchedule:
     """The plan of least compute, by bisection, that causes no more error on noise that it was not made from."""
-    steps, branches = count_steps(lazy, sample, seed), len(lazy.branches)
+    if not isinstance(lazy, LazyModule):
+        raise ConfigError("a budget of error is for models in PyTorch; give a compute_ratio for an engine")
+    steps, branches = count_steps(lazy, samplers[0], seed), len(lazy.branches)
     best, high = CacheSchedule.always_compute(steps, branches), 1.0
     low = 1.0 - sum(branch.macs for branch in lazy.branches) / lazy.graph.total_macs
     low += (high - low) / steps  # the first step computes everything
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
         schedule = plan(
-            lazy, sample, Budget(compute_ratio=ratio), options=options, seed=seed, max_patterns=max_patterns,
-            checkpoint=Path(checkpoint, f"compute-{ratio:.6f}") if checkpoint else None, on_progress=on_progress,
+            lazy, samplers, Budget(compute_ratio=ratio), options=options, seed=seed, max_patterns=max_patterns,
+            calls=None if calls is None else calls // BISECTIONS, max_memory=max_memory,
+            checkpoint=checkpoint and checkpoint / f"compute-{ratio:.6f}", on_progress=on_progress,
         )  # fmt: skip
-        if final_error(lazy, sample, schedule, seed + 2 * HELD_OUT_SEED_OFFSET) <= error:
+        if final_error(lazy, samplers, schedule, seed + 2 * HELD_OUT_SEED_OFFSET) <= error:
             best, high = schedule, ratio
         else:
             low = ratio
     return best
 
 
-BISECTIONS = 4
-"""Plans that are made for a budget of error: the last halves what is left to know of its compute to 6 points."""
-
-
 def search_schedule(
     lazy: LazyModule,
-    sample: Sampler,
+    sample: Samplers,
     budget: Budget,
     *,
     timings: BranchTimings | None = None,
     start: CacheSchedule | None = None,
     options: SearchOptions | None = None,
+    max_memory: int | None = None,
     seed: int = 0,
     max_patterns: int | None = None,
     checkpoint: str | Path | None = None,
@@ -200,23 +169,61 @@ def search_schedule(
     Raises:
         NoGradientError: this one does not.
     """
-    steps = count_steps(lazy, sample, seed)
+    samplers = parts_of(sample)
+    steps = count_steps(lazy, samplers[0], seed)
     options = options or SearchOptions()
     identity = identity_of(
-        lazy, budget=budget, options=options, seed=seed, steps=steps, timings=timings, start=start and start.to_json()
-    )
+        lazy, budget=budget, options=options, seed=seed, steps=steps, timings=timings, batches=len(samplers),
+        start=start and start.to_json(),
+    )  # fmt: skip
     journal = Journal(Path(checkpoint) if checkpoint else None, identity)
-    if budget.latency_ratio is not None and timings is None:
-        times = journal.array("timings", lambda: measure_timings(lazy, sample, seed=seed).as_array)
-        timings = BranchTimings(times[:-1], float(times[-1]))
-    each, total = np.array([branch.macs for branch in lazy.branches], dtype=np.float64), float(lazy.graph.total_macs)
-    if timings is not None:
-        each, total = timings.branches, timings.total
-    cost = budget.cost_of(each, total)
-    search = ScheduleSearch(lazy, sample, cost, budget.spend(steps, cost), options, journal)
+    cost = _cost(lazy, samplers[0], budget, timings, seed, journal)
+    streaming = None
+    if max_memory is not None:
+        streaming = estimate_plan(lazy, samplers, options=options, max_memory=max_memory, seed=seed).streaming
+    search = ScheduleSearch(lazy, samplers, cost, budget.spend(steps, cost), options, journal, streaming)
     starts = [start] if start else [*search.starts(steps, seed), *_by_single_reuses(search, budget, steps, seed)]
     found = search.run(starts, seed, on_progress)
     return found if max_patterns is None else search.with_few_patterns(found, max_patterns, seed)
+
+
+def search_by_calls(
+    denoiser: Any,
+    sample: Samplers,
+    budget: Budget,
+    calls: int,
+    *,
+    timings: BranchTimings | None = None,
+    seed: int = 0,
+    max_patterns: int | None = None,
+    checkpoint: str | Path | None = None,
+    on_progress: OnProgress = no_progress,
+) -> CacheSchedule:
+    """:func:`plan` without gradient."""
+    samplers, target = parts_of(sample), replayable(denoiser)
+    identity = identity_of(denoiser, budget=budget, calls=calls, seed=seed, timings=timings, batches=len(samplers))
+    journal = Journal(Path(checkpoint) if checkpoint else None, identity)
+    if budget.latency_ratio is not None and timings is None and not isinstance(denoiser, LazyModule):
+        raise ConfigError(
+            "a latency_ratio of an engine needs timings of its branches; give timings, or a compute_ratio"
+        )
+    cost = _cost(target, samplers[0], budget, timings, seed, journal)
+    found = CallSearch(target, samplers, cost, budget, calls, journal).run(seed, on_progress)
+    return found if max_patterns is None else few_patterns(found, max_patterns, cost, target.leaders)
+
+
+def _cost(
+    model: Any, sample: Sampler, budget: Budget, timings: BranchTimings | None, seed: int, journal: Journal
+) -> Floats:
+    """``float64[G]``: what computing each branch counts for."""
+    target = replayable(model) if isinstance(model, LazyModule) else model
+    if budget.latency_ratio is not None and timings is None:
+        times = journal.array("timings", lambda: measure_timings(target.denoiser, sample, seed=seed).as_array)
+        timings = BranchTimings(times[:-1], float(times[-1]))
+    if timings is not None:
+        return budget.cost_of(timings.branches, timings.total)
+    each = np.array([branch.macs for branch in target.branches], dtype=np.float64)
+    return budget.cost_of(each, float(target.total_macs))
 
 
 def _by_single_reuses(search: ScheduleSearch, budget: Budget, steps: int, seed: int) -> list[CacheSchedule]:
@@ -224,97 +231,7 @@ def _by_single_reuses(search: ScheduleSearch, budget: Budget, steps: int, seed: 
     branches = len(search.cost)
     if len(set(search.leaders)) < branches:
         return []
-    final = search.measure(CacheSchedule.always_compute(steps, branches), seed).of_single_reuses(search.linear)
+    final = search.measure(CacheSchedule.always_compute(steps, branches), seed).of_single_reuses()
     effects = EffectTable(final, final, np.zeros(steps), np.maximum(search.cost, 1e-9), 1)
     planned = plan_reuse(effects, budget).schedule
-    return [planned if search.linear else CacheSchedule(planned.should_compute, np.zeros(final.shape))]
-
-
-def margins_of(schedule: CacheSchedule, harm: Floats, cost: Floats) -> PlannedReuse:
-    """How sure a schedule that was searched for is of its decisions, from the harm of reuse around it.
-
-    Args:
-        schedule: the decisions; a margin never contradicts one.
-        harm: from :func:`~lazy_compile.planning.linear_model.harm_of_reuse`.
-        cost: ``float64[G]`` of computing each branch.
-    """
-    worth = harm[1:] / np.maximum(cost, 1e-9)
-    computed = schedule.should_compute[1:]
-    least = LEAST_PRICE * float(np.median(np.abs(worth)))
-    price = max(float(np.quantile(worth, 1 - computed.mean())), least, float(np.finfo(np.float64).tiny))
-    margin = np.full(harm.shape, np.inf)
-    relative = worth / price - 1
-    margin[1:] = np.where(computed, np.maximum(relative, MIN_MARGIN), np.minimum(relative, -MIN_MARGIN))
-    return PlannedReuse(schedule, margin, price)
-
-
-LEAST_PRICE = 0.1
-"""Of computing, over the typical worth of a decision: a price near 0 would make every decision look sure."""
-
-MIN_MARGIN = 0.25
-"""Margin of a decision that the measurement would take the other way."""
-
-
-def plan_reuse(effects: EffectTable, budget: Budget) -> PlannedReuse:
-    """Lagrangian relaxation: each branch is planned alone at a common price, found by bisection.
-
-    The effects of single reuses are taken to add up, and to grow with the age of what is reused as
-    ``age ** AGE_EXPONENT``. For one branch the best plan at a price is then a shortest path over (step, age).
-
-    Raises:
-        ConfigError: the budget cannot be met, since the first step computes everything.
-    """
-    cost = budget.cost_of(effects.branch_macs, effects.total_macs)
-
-    def at(price: float) -> PlannedReuse:
-        margins = np.stack(
-            [_margins(effects.final[:, branch], price * cost[branch]) for branch in range(len(cost))], axis=1
-        )
-        return PlannedReuse(CacheSchedule(margins >= 0), margins, price)
-
-    finite = effects.final[np.isfinite(effects.final)]
-    scale = float(finite.mean()) if len(finite) and finite.any() else 1.0
-    low, high = _bracket(lambda price: budget.is_met_by(at(price).schedule, effects), scale)
-    for _ in range(60):
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if budget.is_met_by(at(middle).schedule, effects) else (middle, high)
-    return at(high)
-
-
-def _bracket(is_met: Callable[[float], bool], scale: float) -> tuple[float, float]:
-    price = scale * 1e-9
-    for _ in range(100):
-        if is_met(price):
-            return price / 10, price
-        price *= 10
-    raise ConfigError(
-        "this budget cannot be met, since the first step computes everything; ask for less reuse, or more steps"
-    )
-
-
-def _margins(effect: Floats, price: float) -> Floats:
-    """``float64[T]``: cost of the best path that reuses at a step less that of the best that computes, per price.
-
-    ``arriving[t, a]``: least cost of the steps before t, if the cache is a steps old at t.
-    ``leaving[t, a]``: least cost of the steps from t on, if the cache is a steps old at t.
-    """
-    steps = len(effect)
-    ages = np.arange(steps + 2)
-    penalty = np.where(ages > 0, ages, 1.0) ** AGE_EXPONENT
-    reuse = np.nan_to_num(effect, nan=np.inf)[:, None] * penalty[None, :]
-    arriving = np.full((steps + 1, steps + 2), np.inf)
-    arriving[0, 1] = 0.0
-    for step in range(steps):
-        arriving[step + 1, 1] = arriving[step].min() + price
-        arriving[step + 1, 2:] = np.minimum(arriving[step + 1, 2:], (arriving[step] + reuse[step])[1:-1])
-    leaving = np.zeros((steps + 1, steps + 2))
-    for step in reversed(range(steps)):
-        older = np.append(leaving[step + 1, 1:], np.inf)
-        leaving[step] = np.minimum(price + leaving[step + 1, 1], reuse[step] + older)
-    margin = np.full(steps, np.inf)
-    for step in range(1, steps):
-        older = np.append(leaving[step + 1, 1:], np.inf)
-        computes = arriving[step].min() + price + leaving[step + 1, 1]
-        reuses = (arriving[step] + reuse[step] + older).min()
-        margin[step] = (reuses - computes) / price
-    return margin
+    return [planned if search.order else CacheSchedule(planned.should_compute, np.zeros(final.shape))]

@@ -10,30 +10,22 @@ the squared change (Hutchinson).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 from lazy_compile.errors import ConfigError
-from lazy_compile.ir.lazy_branch import LazyBranch
+from lazy_compile.planning.output_store import Streaming
+from lazy_compile.planning.trace import Trace, polynomial_weights
 from lazy_compile.policies.schedule import CacheSchedule
-from lazy_compile.runtime.cache import CacheState
-from lazy_compile.runtime.module import LazyModule, ModelCall
-from lazy_compile.runtime.sampling import DenseStep, Sampler, require_finite
+from lazy_compile.runtime.module import LazyModule
+from lazy_compile.runtime.sampling import DenseStep, Sampler, Samplers, parts_of, require_finite
 
 Floats = npt.NDArray[np.float64]
-
-MAX_AGE = 10
-"""Steps that are looked back: an older output counts as one of this age."""
 
 
 class NoGradientError(ConfigError):
@@ -54,6 +46,7 @@ class Response:
         timesteps: ``float64[T]``, the time input at each step.
         sensitivity: ``float64[T]``, squared change of the samples per squared change of the model's output at a step.
         weight: ``float64[N]``, how much each direction counts, see :func:`cauchy_weights`; None: all alike.
+        order: of the polynomial that reuse follows.
     """
 
     schedule: CacheSchedule
@@ -61,18 +54,22 @@ class Response:
     error: Floats
     size: int
     weight: Floats | None = None
+    order: int = 1
     timesteps: Floats | None = None
     sensitivity: Floats | None = None
 
-    def of_single_reuses(self, linear: bool) -> Floats:
+    def of_single_reuses(self) -> Floats:
         """``float64[T, G]``: mean squared change of the final samples if one branch reuses at one step.
 
         Of an otherwise dense trajectory; NaN at step 0.
         """
-        now, before = self.directional_derivatives[..., 0], self.directional_derivatives[..., 1]
-        line = 2 * before - self.directional_derivatives[..., 2] if linear else before
-        line[:, :2] = before[:, :2]
-        effect: Floats = np.square(line - now, dtype=np.float64).mean(axis=0) / self.size
+        answer = self.directional_derivatives
+        reused = answer[..., 1].astype(np.float64)
+        for step in range(2, answer.shape[1]):
+            computed = tuple(range(step - 1, max(step - 2 - self.order, -1), -1))
+            for age, weight in enumerate(polynomial_weights(step, computed), start=2):
+                reused[:, step] += weight * (answer[:, step, :, age] - answer[:, step, :, 1])
+        effect: Floats = np.square(reused - answer[..., 0]).mean(axis=0) / self.size
         effect[0] = np.nan
         return effect
 
@@ -93,7 +90,7 @@ class Response:
             np.concatenate([getattr(response, name) for response in responses])
             for name in ("directional_derivatives", "error", "weights")
         )
-        return cls(responses[0].schedule, answer, error, responses[0].size, weight)
+        return cls(responses[0].schedule, answer, error, responses[0].size, weight, responses[0].order)
 
 
 def dense_samples(lazy: LazyModule, sample: Sampler, seed: int) -> Tensor:
@@ -120,212 +117,131 @@ def cauchy_weights(error: Floats) -> Floats:
 
 def measure_response(
     lazy: LazyModule,
-    sample: Sampler,
+    sample: Samplers,
     schedule: CacheSchedule,
     *,
     seed: int,
     directions: int = 1,
     rows_are_samples: bool | None = None,
+    streaming: Streaming | None = None,
 ) -> Response:
     """Run one trajectory under ``schedule`` in which every branch also computes, and go back through it.
 
-    Takes the time of ``2 + 3 * directions`` dense trajectories. In memory are the outputs of all branches at all steps,
-    and of the other activations those of one call: a call is repeated on the way back.
+    Takes the time of ``2 + 3 * directions`` dense trajectories. Kept are the outputs of all branches at all steps,
+    where ``streaming`` says; and of the other activations those of one call, which is repeated on the way back.
 
     Args:
-        lazy, sample: what to run.
+        lazy, sample: what to run. Several samplers are measured one after the other; the result is that of one batch
+            of all their samples, to rounding.
         schedule: what to run it under.
         seed: of the noise and the directions.
         directions: measured one after the other.
         rows_are_samples: whether samples are distinguished, as was found for this graph and sampler before; None
             finds out, by going back through the last step once more.
+        streaming: where outputs are kept; None beside the model.
 
     Raises:
         NoGradientError: the sampler detaches its samples or runs in inference mode.
         ConfigError: samples or their gradients are not finite.
     """
-    dense = dense_samples(lazy, sample, seed)
-    trace = _Trace(schedule)
-    with torch.enable_grad(), lazy.call_handler(trace.drive):
-        samples = sample(lazy, seed)
-    if not samples.requires_grad:
-        raise NoGradientError(
-            "the samples carry no gradient; give a sampler that returns what its last step gives, and that does not "
-            "detach it or run under torch.inference_mode (torch.no_grad is fine)"
-        )
-    error, by_sample = (samples - dense).detach(), rows_are_samples
-    if by_sample is None:
-        by_sample = trace.rows_are_samples(samples)
-    generator = torch.Generator().manual_seed(seed)
-    answers, errors = [], []
-    for position in range(directions):
-        direction = torch.randn(error.shape, generator=generator).to(error)
-        answers.append(trace.answer(samples, direction, by_sample, keep=position < directions - 1))
-        along = (direction * error).flatten(1).sum(1)
-        errors.append(along if by_sample else along.sum(0, keepdim=True))
-    trace.release()
+    samplers = parts_of(sample)
+    dense = [dense_samples(lazy, sampler, seed) for sampler in samplers]
+    drawn = _directions(dense, seed, directions)
+    parts: list[_Part] = []
+    for sampler, expected, along in zip(samplers, dense, drawn, strict=True):
+        part = _measure_part(lazy, sampler, schedule, seed, expected, along, rows_are_samples, streaming or Streaming())
+        parts, rows_are_samples = [*parts, part], part.by_sample
+    rows = sum(map(len, dense))
+    by_sample = all(part.by_sample for part in parts)
+    numbers = sum(part.numbers for part in parts)
+    squared = np.concatenate([part.squared for part in parts])
+    return Response(
+        schedule,
+        np.concatenate([part.answers[place] for place in range(directions) for part in parts]),
+        np.concatenate([part.errors[place] for place in range(directions) for part in parts]),
+        numbers // rows if by_sample else numbers // len(parts),
+        weight=np.tile(cauchy_weights(squared), directions),
+        order=lazy.lazy_config.values_kept - 1,
+        timesteps=parts[0].timesteps,
+        sensitivity=np.sum([part.sensitivity for part in parts], axis=0) / (directions * numbers),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the samples of one sampler answer; arrays have a first axis of samples, or of 1 for all together.
+
+    Attributes:
+        answers, errors: for each direction, see :class:`Response`.
+        squared: mean squared change.
+        numbers: in all samples.
+    """
+
+    answers: list[npt.NDArray[np.float32]]
+    errors: list[Floats]
+    squared: Floats
+    timesteps: Floats
+    sensitivity: Floats
+    numbers: int
+    by_sample: bool
+
+
+def _measure_part(
+    lazy: LazyModule,
+    sample: Sampler,
+    schedule: CacheSchedule,
+    seed: int,
+    dense: Tensor,
+    directions: Tensor,
+    by_sample: bool | None,
+    streaming: Streaming,
+) -> _Part:
+    with Trace(schedule, streaming, lazy.lazy_config.values_kept - 1) as trace:
+        with torch.enable_grad(), lazy.call_handler(trace.drive):
+            samples = sample(lazy, seed)
+        if not samples.requires_grad:
+            raise NoGradientError(
+                "the samples carry no gradient; give a sampler that returns what its last step gives, and that does "
+                "not detach it or run under torch.inference_mode (torch.no_grad is fine)"
+            )
+        error = (samples - dense).detach()
+        if by_sample is None:
+            by_sample = trace.rows_are_samples(samples)
+        answers, errors = [], []
+        for place, direction in enumerate(directions.to(error)):
+            answers.append(trace.answer(samples, direction, by_sample, keep=place < len(directions) - 1))
+            along = (direction * error).flatten(1).sum(1)
+            errors.append(along if by_sample else along.sum(0, keepdim=True))
     if not all(torch.isfinite(each).all() for each in (error, *answers)):
         raise ConfigError(
             f"samples under a schedule that reuses {schedule.lazy_ratio:.0%}, or their gradients, are not finite; "
             "ask for less reuse, or run the model in a wider dtype"
         )
-    size = error[0].numel() if by_sample else error.numel()
     squared = error.square().flatten(1).mean(1) if by_sample else error.square().mean().reshape(1)
-    return Response(
-        schedule,
-        torch.cat(answers).cpu().numpy(),
-        torch.cat(errors).double().cpu().numpy(),
-        size,
-        weight=np.tile(cauchy_weights(squared.double().cpu().numpy()), directions),
-        timesteps=np.array([trace.timesteps[step] for step in sorted(trace.timesteps)]),
-        sensitivity=trace.sensitivity / (directions * error.numel()),
+    return _Part(
+        [answer.cpu().numpy() for answer in answers],
+        [each.double().cpu().numpy() for each in errors],
+        squared.double().cpu().numpy(),
+        np.array([trace.timesteps[step] for step in sorted(trace.timesteps)]),
+        trace.sensitivity,
+        error.numel(),
+        by_sample,
     )
 
 
-@dataclass
-class _Stream:
-    """For each branch of one stream what it computed at each step, and, still differentiable, its last computations:
-    step and outputs."""
+def _directions(dense: Sequence[Tensor], seed: int, directions: int) -> Sequence[Tensor]:
+    """For each part ``float[directions, B, ...]``, the rows that they would have in one batch.
 
-    caches: CacheState
-    computed: dict[int, list[tuple[Tensor, ...]]] = field(default_factory=dict)
-    known: dict[int, tuple[tuple[int, tuple[Tensor, ...]], ...]] = field(default_factory=dict)
-    latest: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-
-
-@dataclass
-class _Trace:
-    """A differentiable trajectory under a schedule.
-
-    Attributes:
-        first: what the branches returned where nothing came before that can be differentiated.
-        on_gradient: called with the gradient of each output on the way back:
-            ``(stream, step, branch, output, gradient)``.
+    Raises:
+        ConfigError: samples of the parts have different sizes.
     """
-
-    schedule: CacheSchedule
-    streams: dict[int, _Stream] = field(default_factory=dict)
-    axes: dict[int, list[int | None]] = field(default_factory=dict)
-    first: list[Tensor] = field(default_factory=list)
-    on_gradient: Callable[[_Stream, int, int, int, Tensor], None] | None = None
-    hooks: list[RemovableHandle] = field(default_factory=list)
-    timesteps: dict[int, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.sensitivity: Floats = np.zeros(self.schedule.steps)
-
-    def drive(self, call: ModelCall) -> Any:
-        torch.set_grad_enabled(True)  # until the sampler's own torch.no_grad ends
-        stream = self.streams.setdefault(id(call.caches), _Stream(call.caches))
-        step = _TracedStep(self, stream, call.step, dict(stream.known))
-        detached = replace(call, state=[value.detach() for value in call.state])
-        self.timesteps[call.step] = call.timestep
-        result = checkpoint(detached.run, step, use_reentrant=False, preserve_rng_state=False)
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                self.hooks.append(leaf.register_hook(partial(self._feel_output, call.step)))
-        return result
-
-    def _feel_output(self, step: int, gradient: Tensor) -> None:
-        if self.on_gradient is not None:
-            self.sensitivity[step] += float(gradient.double().square().sum())
-
-    def release(self) -> None:
-        """Let go of the graph: it holds the steps to be repeated, which hold the streams, whose tensors hold the graph,
-        and no garbage collector sees through it."""
-        for hook in self.hooks:
-            hook.remove()
-        for stream in self.streams.values():
-            stream.computed.clear()
-            stream.known.clear()
-            stream.latest.clear()
-        self.streams.clear()
-        self.first.clear()
-
-    def rows_are_samples(self, samples: Tensor) -> bool:
-        """Whether row r of every branch belongs to sample ``r % B``, seen from what reaches the first sample."""
-        towards = torch.zeros_like(samples)
-        towards[0] = 1.0
-        latest = [
-            (output, axis)
-            for stream in self.streams.values()
-            for branch, outputs in stream.latest.items()
-            for output, axis in zip(outputs, self.axes[branch], strict=True)
-        ]
-        if any(axis is None or output.shape[axis] % len(samples) for output, axis in latest):
-            return False
-        gradients = torch.autograd.grad(
-            samples, [output for output, _ in latest], towards, retain_graph=True, materialize_grads=True
+    shapes = {samples.shape[1:] for samples in dense}
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"the samplers draw samples of {len(shapes)} sizes; plan for one size, or for each of them with one sampler"
         )
-        rows = [gradient.movedim(axis or 0, 0) for gradient, (_, axis) in zip(gradients, latest, strict=True)]
-        return not any(each.flatten(1).abs().sum(1).reshape(-1, len(samples))[:, 1:].any() for each in rows)
-
-    def answer(self, samples: Tensor, direction: Tensor, by_sample: bool, keep: bool) -> Tensor:
-        """``float32[B, T, G, MAX_AGE + 1]`` along one direction for each sample, or ``[1, ...]`` for all together."""
-        count = len(samples) if by_sample else 1
-        result = torch.zeros(count, self.schedule.steps, self.schedule.branches, MAX_AGE + 1)
-
-        def on_gradient(stream: _Stream, step: int, branch: int, output: int, gradient: Tensor) -> None:
-            axis = self.axes[branch][output] if by_sample else None
-            for age in range(min(step, MAX_AGE) + 1):
-                value = stream.computed[branch][step - age][output]
-                result[:, step, branch, age] += _products(gradient, value, axis, count).cpu()
-
-        self.on_gradient = on_gradient
-        torch.autograd.grad(samples, self.first, direction, retain_graph=keep, allow_unused=True)
-        self.on_gradient = None
-        return result
-
-
-@dataclass
-class _TracedStep:
-    """Returns what the schedule says, and computes beside it what was not asked for.
-
-    It runs again when the way back comes to it, and then leaves no trace.
-    """
-
-    trace: _Trace
-    stream: _Stream
-    step: int
-    known: dict[int, tuple[tuple[int, tuple[Tensor, ...]], ...]]
-    traced: set[int] = field(default_factory=set)
-
-    def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        index, schedule = branch.branch.index, self.trace.schedule
-        known, fresh = self.known.get(index, ()), branch.compute(inputs)
-        kept = branch.kept(inputs, fresh)
-        if not known or schedule.should_compute[self.step, index]:
-            known, returned = ((self.step, kept), *known[:1]), tuple(output.view_as(output) for output in fresh)
-        else:
-            slope = 1.0 if schedule.slopes is None else float(schedule.slopes[self.step, index])
-            returned = branch.restored(inputs, self._reuse(known, slope))
-        returned = tuple(value if value.requires_grad else value.detach().requires_grad_() for value in returned)
-        if index not in self.traced:
-            self.traced.add(index)
-            self.trace.axes[index] = [output.batch_axis for output in branch.branch.outputs]
-            self.stream.known[index], self.stream.latest[index] = known, returned
-            self.stream.computed.setdefault(index, []).append(tuple(output.detach() for output in kept))
-            for position, value in enumerate(returned):
-                self.trace.hooks.append(value.register_hook(partial(self._note_gradient, index, position)))
-            self.trace.first += [value for value in returned if value.is_leaf]
-        return returned
-
-    def _note_gradient(self, branch: int, output: int, gradient: Tensor) -> None:
-        if self.trace.on_gradient is not None:
-            self.trace.on_gradient(self.stream, self.step, branch, output, gradient)
-
-    def _reuse(self, known: tuple[tuple[int, tuple[Tensor, ...]], ...], slope: float) -> tuple[Tensor, ...]:
-        (at, values), *earlier = known
-        if not earlier:
-            return tuple(value.view_as(value) for value in values)
-        before, previous = earlier[0]
-        moved = slope * (self.step - at) / (at - before)
-        return tuple(value + moved * (value - old) for value, old in zip(values, previous, strict=True))
-
-
-def _products(left: Tensor, right: Tensor, axis: int | None, count: int) -> Tensor:
-    """``float32[count]``: the inner products of each sample's rows, or of all."""
-    if axis is None:
-        return torch.dot(left.flatten().float(), right.flatten().float()).reshape(1)
-    first, second = (tensor.movedim(axis, 0).flatten(1).float() for tensor in (left, right))
-    return torch.einsum("rf,rf->r", first, second).reshape(-1, count).sum(0)
+    generator, rows = torch.Generator().manual_seed(seed), [len(samples) for samples in dense]
+    drawn = torch.stack(
+        [torch.randn((sum(rows), *shapes.copy().pop()), generator=generator) for _ in range(directions)]
+    )
+    return torch.split(drawn, rows, dim=1)

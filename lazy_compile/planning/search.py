@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,20 @@ import torch
 from torch import Tensor
 
 from lazy_compile.errors import ConfigError
-from lazy_compile.planning.baselines import measure_changes
 from lazy_compile.planning.journal import Journal, digest
 from lazy_compile.planning.linear_model import around_another, fit_slopes, swap, trim
+from lazy_compile.planning.output_store import Streaming
 from lazy_compile.planning.patterns import few_patterns
+from lazy_compile.planning.replay import replayable, run_trajectory
 from lazy_compile.planning.response import Response, dense_samples, measure_response
 from lazy_compile.planning.starts import RULES, Rule, fitting, rules
+from lazy_compile.planning.step_paths import POWERS, StepCosts
 from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress
 from lazy_compile.runtime.module import LazyGraph, LazyModule
-from lazy_compile.runtime.sampling import Sampler
+from lazy_compile.runtime.sampling import Sampler, Samplers, parts_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,8 +52,8 @@ class SearchOptions:
     def trajectories(self) -> int:
         """How many dense trajectories a search takes the time of, at most."""
         measuring, judged = 2 + 3 * self.directions, 1 + 5
-        making_starts = 1 + (1 + RULES) + (1 + FINALISTS) + 2 * measuring
-        held_out = FINAL_SEEDS * (1 + 1 + 3 + FINALISTS)
+        making_starts = 1 + (1 + RULES + len(POWERS)) + (1 + FINALISTS) + 2 * measuring
+        held_out = MOST_FINAL_SETS * (1 + 1 + 3 + FINALISTS)
         return making_starts + 3 * (measuring + judged) + held_out + self.rounds * (measuring + 1 + judged)
 
 
@@ -60,19 +63,28 @@ class ScheduleSearch:
     def __init__(
         self,
         lazy: LazyModule,
-        sample: Sampler,
+        sample: Samplers,
         cost: Floats,
         spend: float,
         options: SearchOptions,
         journal: Journal | None = None,
+        streaming: Streaming | None = None,
     ) -> None:
         """``cost: float64[G]`` of computing each branch once, ``spend`` what a trajectory may cost."""
-        self.lazy, self.sample, self.cost, self.spend, self.options = lazy, sample, cost, spend + 1e-9, options
+        self.lazy, self.samplers, self.cost, self.spend, self.options = (
+            lazy,
+            parts_of(sample),
+            cost,
+            spend + 1e-9,
+            options,
+        )
+        self.streaming = streaming
         self.journal = journal or Journal(None, {})
         self.leaders = lazy.graph.leaders(lazy.lazy_config.group)
-        self.linear = lazy.lazy_config.reuse != "last"  # a polynomial is proposed as a line, and judged as what it is
+        self.order = lazy.lazy_config.values_kept - 1
         self.finalists: list[CacheSchedule] = []
         self._rows_are_samples: tuple[LazyGraph, bool] | None = None
+        self._samples = 0
 
     def starts(self, steps: int, seed: int) -> list[CacheSchedule]:
         """Whole steps, see :mod:`lazy_compile.planning.starts`: the best that the budget allows, and the best of a step
@@ -80,10 +92,8 @@ class ScheduleSearch:
 
         The best few that the budget allows are held against the result of the search, see :meth:`run`.
         """
-        changes = self.journal.array(
-            f"changes-{seed}", lambda: measure_changes(self.lazy, self.sample, seed=seed, max_age=1)
-        )
-        every = rules(steps, changes[1:, 0].mean(axis=1))
+        costs, warmup_steps = self._step_costs(steps, seed), self.lazy.lazy_config.warmup_steps
+        every = [*rules(steps, costs.change), *costs.rules(warmup_steps)]
         count, judged = self._affordable(steps), seed + HELD_OUT_SEED_OFFSET - 2
         allowed = self._chosen(every, count)
         order, _ = self._ranked([schedule for schedule, _ in allowed], [judged])
@@ -92,6 +102,14 @@ class ScheduleSearch:
         with_one_more = self._chosen([rule for _, rule in best], min(count + 1, steps))
         beyond, _ = self._best([schedule for schedule, _ in with_one_more], judged)
         return [self.finalists[0], trim(self.measure(beyond, seed), self.cost, self.spend, **self._rules)]
+
+    def _step_costs(self, steps: int, seed: int) -> StepCosts:
+        def measured() -> Floats:
+            always = CacheSchedule.always_compute(steps, len(self.cost))
+            dense = [run_trajectory(replayable(self.lazy), each, seed, always, keep=False) for each in self.samplers]
+            return StepCosts.of(dense, self.order > 0).miss
+
+        return StepCosts(self.journal.array(f"step-costs-{seed}", measured))
 
     @property
     def _rules(self) -> dict[str, Any]:
@@ -114,7 +132,7 @@ class ScheduleSearch:
             computes = fitting(rule, count, self.lazy.lazy_config.warmup_steps)
             if computes is not None:
                 table = np.repeat(computes[:, None], len(self.leaders), axis=1)
-                slopes = None if self.linear else np.zeros(table.shape)
+                slopes = None if self.order else np.zeros(table.shape)
                 found.setdefault(computes.tobytes(), (CacheSchedule(table, slopes), rule))
         return list(found.values())
 
@@ -141,15 +159,19 @@ class ScheduleSearch:
                 swaps = max(1, swaps // 2)
             best = chosen
         on_progress("searching schedules", total, total, f"error {error:.2e}")
-        held_out = [seed + 2 * HELD_OUT_SEED_OFFSET + place for place in range(FINAL_SEEDS)]
+        held_out = [seed + 2 * HELD_OUT_SEED_OFFSET + place for place in range(self._final_sets)]
         finalists = [best, *starts, *(each for each in self.finalists if each not in starts)]
         best = finalists[self._ranked(finalists, held_out)[0][0]]
-        return best if self.linear else CacheSchedule(best.should_compute)
+        return best if self.order else CacheSchedule(best.should_compute)
+
+    @property
+    def _final_sets(self) -> int:
+        return min(max(math.ceil(FINAL_SAMPLES / max(self._samples, 1)), LEAST_FINAL_SETS), MOST_FINAL_SETS)
 
     def with_few_patterns(self, found: CacheSchedule, max_patterns: int, seed: int) -> CacheSchedule:
         """A schedule whose rows are joined until few are distinct, with the slopes that then fit best."""
         joined = few_patterns(found, max_patterns, self.cost, self.leaders)
-        if joined == found or not self.linear:
+        if joined == found or not self.order:
             return joined
         response = self.measure(joined, seed)
         fitted = [fit_slopes(response, joined, ridge, self.leaders) for ridge in RIDGES]
@@ -161,12 +183,12 @@ class ScheduleSearch:
         for leaders in (self.leaders, [0] * len(self.leaders))[: 1 + bool(whole)]:
             rules = {**self._rules, "leaders": leaders}
             found = swap(response, response.schedule, self.cost, self.spend, swaps, **rules)
-            if not self.linear:
+            if not self.order:
                 yield found
                 continue
             for ridge in RIDGES:
                 yield fit_slopes(response, found, ridge, self.leaders)
-        if self.linear:
+        if self.order:
             yield fit_slopes(response, response.schedule, RIDGES[-1], self.leaders)
 
     def measure(self, schedule: CacheSchedule, seed: int) -> Response:
@@ -175,10 +197,11 @@ class ScheduleSearch:
 
         def measured() -> Response:
             return measure_response(
-                self.lazy, self.sample, schedule, seed=seed, directions=directions, rows_are_samples=known
-            )
+                self.lazy, self.samplers, schedule, seed=seed, directions=directions, rows_are_samples=known,
+                streaming=self.streaming,
+            )  # fmt: skip
 
-        response = self.journal.response(schedule, seed, measured)
+        response = self.journal.response(schedule, seed, self.order, measured)
         self._rows_are_samples = (graph, len(response.error) > directions)
         return response
 
@@ -212,13 +235,11 @@ class ScheduleSearch:
         known = {name: recalled["values"] for name in names if (recalled := self.journal.recall(name)) is not None}
         missing = [place for place, name in enumerate(names) if name not in known]
         if missing:
-            dense, processes = (
-                dense_samples(self.lazy, self.sample, seed),
-                Processes.beside(self.lazy.graph.collective_groups),
-            )
-            errors = np.zeros((len(missing), len(dense)))
+            dense = [dense_samples(self.lazy, each, seed) for each in self.samplers]
+            processes = Processes.beside(self.lazy.graph.collective_groups)
+            errors = np.zeros((len(missing), sum(map(len, dense))))
             for row in processes.share(range(len(missing))):
-                errors[row] = _errors(self.lazy, self.sample, candidates[missing[row]], seed, dense)
+                errors[row] = _errors(self.lazy, self.samplers, candidates[missing[row]], seed, dense)
                 if processes.count == 1:
                     self.journal.write(names[missing[row]], {"values": errors[row]})
             errors = processes.sum(torch.from_numpy(errors)).numpy()
@@ -226,6 +247,7 @@ class ScheduleSearch:
                 known[names[place]] = errors[row]
                 if processes.count > 1:
                     self.journal.write(names[place], {"values": errors[row]})
+        self._samples = len(known[names[0]])
         return np.stack([known[name] for name in names])
 
 
@@ -238,29 +260,38 @@ def robust_losses(errors: Floats) -> Floats:
     return np.log1p(errors / max(float(typical), TINIEST)) if np.isfinite(typical) else np.full(errors.shape, np.inf)
 
 
-def final_error(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed: int) -> float:
+def final_error(lazy: LazyModule, sample: Samplers, schedule: CacheSchedule, seed: int) -> float:
     """Root mean square change of the final samples under a schedule."""
-    errors = _errors(lazy, sample, schedule, seed, dense_samples(lazy, sample, seed))
+    samplers = parts_of(sample)
+    errors = _errors(lazy, samplers, schedule, seed, [dense_samples(lazy, each, seed) for each in samplers])
     return float(errors.mean() ** 0.5)
 
 
-def _errors(lazy: LazyModule, sample: Sampler, schedule: CacheSchedule, seed: int, dense: Tensor) -> Floats:
+def _errors(
+    lazy: LazyModule, samplers: Sequence[Sampler], schedule: CacheSchedule, seed: int, dense: Sequence[Tensor]
+) -> Floats:
     """``float64[B]``: mean squared change of each final sample under a schedule; infinite where one is not finite."""
     policy, lazy.policy = lazy.policy, Scheduled(schedule)
     try:
         with torch.no_grad():
-            samples = sample(lazy, seed)
+            changes = [
+                (sample(lazy, seed) - expected).double().square().flatten(1).mean(1).cpu()
+                for sample, expected in zip(samplers, dense, strict=True)
+            ]
     finally:
         lazy.policy = policy
-    errors: Floats = (samples - dense).double().square().flatten(1).mean(1).cpu().numpy()
+    errors: Floats = torch.cat(changes).numpy()
     return np.nan_to_num(errors, nan=np.inf, posinf=np.inf)
 
 
 FINALISTS = 4
 """Whole steps that are held against the result of a search."""
 
-FINAL_SEEDS = 2
-"""Sets of noise on which that is decided."""
+FINAL_SAMPLES = 192
+"""Samples on which that is decided: so many that one which diverged does not decide."""
+
+LEAST_FINAL_SETS, MOST_FINAL_SETS = 2, 6
+"""Sets of noise that are drawn for them."""
 
 RIDGES = (0.3, 2.0)
 """Proposals for the slopes: a small ridge is right near the schedule that was measured, a large one far from it."""

@@ -16,6 +16,20 @@ from lazy_compile.runtime.module import LazyModule, ModelCall
 Sampler = Callable[[LazyModule, int], Tensor]
 """``(denoiser, seed) -> samples``: runs a whole trajectory by calling the denoiser, from noise of that seed."""
 
+Samplers = Sampler | Sequence[Sampler]
+"""One, or several that count as one batch and run one after the other: the same seed must mean other noise to each."""
+
+
+def parts_of(sample: Samplers) -> tuple[Sampler, ...]:
+    """
+    Raises:
+        ConfigError: there is none.
+    """
+    parts = tuple(sample) if isinstance(sample, Sequence) else (sample,)
+    if not parts or not all(map(callable, parts)):
+        raise ConfigError(f"sample is {sample!r}; pass a function sample(denoiser, seed), or several of them")
+    return parts
+
 
 def require_finite(dense: Tensor) -> None:
     if not torch.isfinite(dense).all():

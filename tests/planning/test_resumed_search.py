@@ -20,8 +20,9 @@ from torch import Tensor
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
 from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.journal import Journal
-from lazy_compile.planning.planner import Budget, plan
+from lazy_compile.planning.planner import plan
 from lazy_compile.planning.response import measure_response
 from lazy_compile.planning.search import ScheduleSearch, SearchOptions, robust_losses
 from lazy_compile.progress import no_progress
@@ -104,7 +105,8 @@ def test_a_damaged_measurement_is_reported(lazy: LazyModule, tmp_path: Path) -> 
 
 SCRIPT = """
 import sys
-from lazy_compile.planning.planner import Budget, plan
+from lazy_compile.planning.budget import Budget
+from lazy_compile.planning.planner import plan
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.storage import save_json
 from support import planted

@@ -25,7 +25,7 @@ ORDER = [  # lowest first
     *["planning", "calibration"],
     *["backends", "backends.onnx", "backends.runner", "backends.denoiser"],
     *["backends.onnxruntime", "backends.openvino", "backends.tensorrt", "backends.triton", "backends.open"],
-    *["integrations", "compiler", "verification", "execution", "reporting"],
+    *["integrations", "compiler", "plans", "verification", "execution", "side_by_side", "reporting"],
     *["bench.tasks", "bench", "demo", "cli"],
     *["__init__", "__main__"],
 ]

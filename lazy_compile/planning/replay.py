@@ -1,0 +1,204 @@
+"""Trajectories under schedules, of any denoiser that can be stopped and restarted where a decision is another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lazy_compile.errors import ConfigError
+from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.policies.policy import Scheduled
+from lazy_compile.policies.schedule import CacheSchedule
+from lazy_compile.runtime.module import LazyModule, ModelCall
+from lazy_compile.runtime.policy_step import PolicyStep
+from lazy_compile.runtime.sampling import Sampler
+
+
+class ReplayableCall(Protocol):
+    """One call of a denoiser, placed in its trajectory and not yet answered."""
+
+    @property
+    def step(self) -> int: ...
+
+    def follow(self, schedule: CacheSchedule) -> Any:
+        """Run the model as the schedule says; its return value."""
+
+    def state(self) -> Any:
+        """What is cached before this call; None if nothing is. Nothing writes to it."""
+
+    def restore(self, state: Any) -> None:
+        """Continue from there."""
+
+
+Driver = Callable[[ReplayableCall], Any]
+
+
+@dataclass(frozen=True)
+class Replayable:
+    """A denoiser whose calls can be answered from memory, and continued from any of them.
+
+    Attributes:
+        denoiser: what a sampler calls.
+        branches, total_macs: of the model.
+        leaders: for each branch the one that decides for it.
+        linear: whether what is reused is extrapolated.
+        warmup_steps: the first steps, which compute whatever a schedule says.
+        call_handler: a context within which a driver answers every call.
+    """
+
+    denoiser: Any
+    branches: Sequence[ResidualBranch]
+    total_macs: int
+    leaders: Sequence[int]
+    linear: bool
+    warmup_steps: int
+    call_handler: Callable[[Driver], AbstractContextManager[None]]
+
+
+def replayable(denoiser: Any) -> Replayable:
+    """
+    Raises:
+        ConfigError: calls of this denoiser cannot be continued from where they were.
+    """
+    if isinstance(denoiser, LazyModule):
+        config, graph = denoiser.lazy_config, denoiser.graph
+
+        def call_handler(driver: Driver) -> AbstractContextManager[None]:
+            return denoiser.call_handler(lambda call: driver(_LazyCall(denoiser, call)))
+
+        return Replayable(
+            denoiser, graph.branches, graph.total_macs, graph.leaders(config.group), config.values_kept > 1,
+            config.warmup_steps, call_handler,
+        )  # fmt: skip
+    if hasattr(denoiser, "replayable"):
+        result: Replayable = denoiser.replayable()
+        return result
+    raise ConfigError(
+        f"plan() takes what transform() returned, or an EngineDenoiser around a runner; seen {type(denoiser).__name__}"
+    )
+
+
+@dataclass(frozen=True)
+class _LazyCall:
+    lazy: LazyModule
+    call: ModelCall
+
+    @property
+    def step(self) -> int:
+        return self.call.step
+
+    def follow(self, schedule: CacheSchedule) -> Any:
+        config, draft = self.lazy.lazy_config, self.call.caches.draft()
+        leaders = self.call.graph.leaders(config.group)
+        result = self.call.run(PolicyStep(Scheduled(schedule), config, draft, self.call.groups, leaders=leaders))
+        self.call.caches.adopt(draft)
+        return result
+
+    def state(self) -> Any:
+        return self.call.caches.draft() if self.call.caches.slots else None
+
+    def restore(self, state: Any) -> None:
+        self.call.caches.adopt(state.draft())
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What was run, call by call.
+
+    Attributes:
+        schedule: what it followed.
+        samples: what came of it.
+        steps: which step each call was.
+        results: what the model returned.
+        states: what was cached before each call.
+        calls: how many of them were run, and not repeated from memory.
+    """
+
+    schedule: CacheSchedule
+    samples: Tensor
+    steps: tuple[int, ...]
+    results: tuple[Any, ...]
+    states: tuple[Any, ...]
+    calls: int
+
+
+def run_trajectory(
+    target: Replayable,
+    sample: Sampler,
+    seed: int,
+    schedule: CacheSchedule,
+    base: Trajectory | None = None,
+    keep: bool = True,
+) -> Trajectory:
+    """Run a schedule from noise of ``seed``; what ``base``, from the same noise, did before the first decision that is
+    another is repeated from memory. Without ``keep`` no other can start from this one, and no caches are kept."""
+    begin = 0 if base is None else first_change(base.schedule, schedule)
+    steps: list[int] = []
+    results: list[Any] = []
+    states: list[Any] = []
+    ran = 0
+
+    def answer(call: ReplayableCall) -> Any:
+        nonlocal ran
+        place = len(steps)
+        steps.append(call.step)
+        if base is not None and call.step < begin:
+            states.append(base.states[place])
+            results.append(base.results[place])
+            return _copy(base.results[place])
+        state = call.state() if keep or base is not None else None
+        if state is None and base is not None and base.states[place] is not None:
+            state = base.states[place]
+            call.restore(state)
+        states.append(state if keep else None)
+        result = call.follow(schedule)
+        results.append(_copy(result))
+        ran += 1
+        return result
+
+    with torch.no_grad(), target.call_handler(answer):
+        samples = sample(target.denoiser, seed).detach().clone()
+    return Trajectory(schedule, samples, tuple(steps), tuple(results), tuple(states), ran)
+
+
+def replayed_steps(target: Replayable, sample: Sampler, seed: int) -> int:
+    """The steps of a trajectory, found with a single call of the model: its answer is given again at every later one.
+
+    Raises:
+        ConfigError: there are fewer than two.
+    """
+    answers: list[Any] = []
+    steps = 0
+
+    def answer(call: ReplayableCall) -> Any:
+        nonlocal steps
+        steps = max(steps, call.step + 1)
+        if not answers:
+            answers.append(call.follow(CacheSchedule.always_compute(1, len(target.branches))))
+        return _copy(answers[0])
+
+    with torch.no_grad(), target.call_handler(answer):
+        sample(target.denoiser, seed)
+    if steps < 2:
+        raise ConfigError(f"the sampler ran {steps} step(s) of the model; at least 2 are needed to reuse anything")
+    return steps
+
+
+def first_change(before: CacheSchedule, after: CacheSchedule) -> int:
+    """The first step at which two schedules of the same size do not do the same; their length if there is none."""
+    different = before.should_compute != after.should_compute
+    slopes = [np.ones(each.should_compute.shape) if each.slopes is None else each.slopes for each in (before, after)]
+    different |= (slopes[0] != slopes[1]) & ~after.should_compute
+    found = np.flatnonzero(different.any(axis=1))
+    return int(found[0]) if len(found) else before.steps
+
+
+def _copy(result: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)

@@ -1,0 +1,255 @@
+"""A differentiable trajectory under a schedule, in which every branch also computes what it does not return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+from lazy_compile.ir.lazy_branch import LazyBranch
+from lazy_compile.planning.output_store import OutputStore, Streaming
+from lazy_compile.policies.schedule import CacheSchedule
+from lazy_compile.runtime.cache import CacheState, lagrange_weights
+from lazy_compile.runtime.module import ModelCall
+
+Floats = npt.NDArray[np.float64]
+
+MAX_AGE = 12
+"""Steps that are looked back: an older output counts as one of this age."""
+
+Computed = tuple[int, tuple[Tensor, ...], tuple[int, ...]]
+"""A computation that is reused: its step, stand-ins of what a cache keeps of its outputs, which carry the gradients,
+and the numbers of these in the store."""
+
+
+@cache
+def polynomial_weights(step: int, computed: tuple[int, ...]) -> tuple[float, ...]:
+    """How much of each value that was computed before the last, less the last, is followed at a step."""
+    at, *before = computed
+    weights = lagrange_weights(np.array([step]), np.array([at]), np.array(before, dtype=np.int64).reshape(-1, 1))
+    return tuple(weights[:, 0].tolist())
+
+
+@dataclass
+class _Stream:
+    """For each branch of one stream the numbers in the store of what it computed at each step, its last computations,
+    and what it returned last."""
+
+    caches: CacheState
+    computed: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
+    known: dict[int, tuple[Computed, ...]] = field(default_factory=dict)
+    latest: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+@dataclass
+class Trace:
+    """The way through a trajectory, and back; a context that lets go of what it keeps.
+
+    Attributes:
+        order: of the polynomial that reuse follows.
+        first: what the branches returned where nothing came before that can be differentiated.
+        on_gradient: called with the gradient of each output on the way back:
+            ``(stream, step, branch, output, gradient)``.
+    """
+
+    schedule: CacheSchedule
+    streaming: Streaming = field(default_factory=Streaming)
+    order: int = 1
+    streams: dict[int, _Stream] = field(default_factory=dict)
+    axes: dict[int, list[int | None]] = field(default_factory=dict)
+    first: list[Tensor] = field(default_factory=list)
+    on_gradient: Callable[[_Stream, int, int, int, Tensor], None] | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    timesteps: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sensitivity: Floats = np.zeros(self.schedule.steps)
+        self.store = OutputStore(self.streaming)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the graph: it holds the steps to be repeated, which hold the streams, whose tensors hold the graph,
+        and no garbage collector sees through it."""
+        for hook in self.hooks:
+            hook.remove()
+        for stream in self.streams.values():
+            stream.computed.clear()
+            stream.known.clear()
+            stream.latest.clear()
+        self.streams.clear()
+        self.first.clear()
+        self.store.close()
+
+    def drive(self, call: ModelCall) -> Any:
+        torch.set_grad_enabled(True)  # until the sampler's own torch.no_grad ends
+        stream = self.streams.setdefault(id(call.caches), _Stream(call.caches))
+        step = _TracedStep(self, stream, call.step, dict(stream.known))
+        detached = replace(call, state=[value.detach() for value in call.state])
+        self.timesteps[call.step] = call.timestep
+        result = checkpoint(detached.run, step, use_reentrant=False, preserve_rng_state=False)
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self.hooks.append(leaf.register_hook(partial(self._feel_output, call.step)))
+        return result
+
+    def _feel_output(self, step: int, gradient: Tensor) -> None:
+        if self.on_gradient is not None:
+            self.sensitivity[step] += float(gradient.double().square().sum())
+
+    def rows_are_samples(self, samples: Tensor) -> bool:
+        """Whether row r of every branch belongs to sample ``r % B``, seen from what reaches the first sample."""
+        towards = torch.zeros_like(samples)
+        towards[0] = 1.0
+        latest = [
+            (output, axis)
+            for stream in self.streams.values()
+            for branch, outputs in stream.latest.items()
+            for output, axis in zip(outputs, self.axes[branch], strict=True)
+        ]
+        if any(axis is None or output.shape[axis] % len(samples) for output, axis in latest):
+            return False
+        gradients = torch.autograd.grad(
+            samples, [output for output, _ in latest], towards, retain_graph=True, materialize_grads=True
+        )
+        rows = [gradient.movedim(axis or 0, 0) for gradient, (_, axis) in zip(gradients, latest, strict=True)]
+        return not any(each.flatten(1).abs().sum(1).reshape(-1, len(samples))[:, 1:].any() for each in rows)
+
+    def answer(self, samples: Tensor, direction: Tensor, by_sample: bool, keep: bool) -> Tensor:
+        """``float32[B, T, G, MAX_AGE + 1]`` along one direction for each sample, or ``[1, ...]`` for all together."""
+        count = len(samples) if by_sample else 1
+        result = torch.zeros(count, self.schedule.steps, self.schedule.branches, MAX_AGE + 1)
+
+        def on_gradient(stream: _Stream, step: int, branch: int, output: int, gradient: Tensor) -> None:
+            axis = self.axes[branch][output] if by_sample else None
+            computed = stream.computed[branch]
+            for age in range(min(step, MAX_AGE) + 1):
+                value = self.store.get(computed[step - age][output])
+                result[:, step, branch, age] += _products(gradient, value, axis, count).cpu()
+
+        self.on_gradient = on_gradient
+        torch.autograd.grad(samples, self.first, direction, retain_graph=keep, allow_unused=True)
+        self.on_gradient = None
+        return result
+
+
+@dataclass
+class _TracedStep:
+    """Returns what the schedule says, and computes beside it what was not asked for.
+
+    It runs again when the way back comes to it, and then leaves no trace.
+    """
+
+    trace: Trace
+    stream: _Stream
+    step: int
+    known: dict[int, tuple[Computed, ...]]
+    traced: set[int] = field(default_factory=set)
+
+    def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        index, schedule = branch.branch.index, self.trace.schedule
+        again, known = index in self.traced, self.known.get(index, ())
+        if not known or schedule.should_compute[self.step, index]:
+            returned = self._compute(branch, inputs)
+            if not again:
+                kept = branch.kept(inputs, returned)
+                self._note(branch, numbers := self._keep(kept))
+                latest = (self.step, tuple(stand_in(value) for value in kept), numbers)
+                self.stream.known[index] = (latest, *known[: self.trace.order])
+            returned = tuple(output.view_as(output) for output in returned)
+        else:
+            if not again:  # only its values are asked for
+                with torch.no_grad():
+                    self._note(branch, self._keep(branch.kept(inputs, branch.compute(inputs))))
+            slope = 1.0 if schedule.slopes is None else float(schedule.slopes[self.step, index])
+            returned = branch.restored(inputs, self._reuse(known, slope))
+        returned = tuple(value if value.requires_grad else value.detach().requires_grad_() for value in returned)
+        if not again:
+            self.traced.add(index)
+            self.stream.latest[index] = returned
+            for position, value in enumerate(returned):
+                self.trace.hooks.append(value.register_hook(partial(self._note_gradient, index, position)))
+            self.trace.first += [value for value in returned if value.is_leaf]
+        return returned
+
+    def _compute(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        if not self.trace.streaming.repeat_branches:
+            return branch.compute(inputs)
+        result: tuple[Tensor, ...] = checkpoint(branch.compute, inputs, use_reentrant=False, preserve_rng_state=False)
+        return result
+
+    def _keep(self, outputs: Sequence[Tensor]) -> tuple[int, ...]:
+        return tuple(self.trace.store.put(output) for output in outputs)
+
+    def _note(self, branch: LazyBranch, numbers: tuple[int, ...]) -> None:
+        self.trace.axes[branch.branch.index] = [output.batch_axis for output in branch.branch.outputs]
+        self.stream.computed.setdefault(branch.branch.index, []).append(numbers)
+
+    def _note_gradient(self, branch: int, output: int, gradient: Tensor) -> None:
+        if self.trace.on_gradient is not None:
+            self.trace.on_gradient(self.stream, self.step, branch, output, gradient)
+
+    def _reuse(self, known: tuple[Computed, ...], slope: float) -> tuple[Tensor, ...]:
+        values = [self._values(each) for each in known]
+        if len(known) == 1:
+            return values[0]
+        weights = polynomial_weights(self.step, tuple(step for step, *_ in known))
+        latest, *earlier = values
+        return tuple(
+            value + sum(slope * weight * (old - value) for weight, old in zip(weights, before, strict=True))
+            for value, *before in zip(latest, *earlier, strict=True)
+        )
+
+    def _values(self, computed: Computed) -> tuple[Tensor, ...]:
+        _, stand_ins, numbers = computed
+        return tuple(value_of(each, self.trace.store, number) for each, number in zip(stand_ins, numbers, strict=True))
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """A tensor without memory that takes gradients for another one."""
+    result: Tensor = _StandIn.apply(tensor)  # type: ignore[no-untyped-call]
+    return result
+
+
+def value_of(stand_in: Tensor, store: OutputStore, number: int) -> Tensor:
+    """The values of a tensor in a store, whose gradients go to its stand-in."""
+    result: Tensor = _Value.apply(stand_in, store, number)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _StandIn(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        return tensor.new_zeros(()).expand(tensor.shape)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Value(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, stand_in: Tensor, store: OutputStore, number: int) -> Tensor:
+        return store.get(number).view(stand_in.shape)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
+
+
+def _products(left: Tensor, right: Tensor, axis: int | None, count: int) -> Tensor:
+    """``float32[count]``: the inner products of each sample's rows, or of all."""
+    if axis is None:
+        return torch.dot(left.flatten().float(), right.flatten().float()).reshape(1)
+    first, second = (tensor.movedim(axis, 0).flatten(1).float() for tensor in (left, right))
+    return torch.einsum("rf,rf->r", first, second).reshape(-1, count).sum(0)

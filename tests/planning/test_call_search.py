@@ -1,0 +1,163 @@
+"""Plans within a number of calls: without gradient, in PyTorch and for an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lazy_compile import CacheSchedule, LazyModule, Scheduled, export_onnx
+from lazy_compile.backends.denoiser import EngineDenoiser
+from lazy_compile.backends.onnxruntime.runner import OnnxRunner
+from lazy_compile.errors import ConfigError
+from lazy_compile.planning import planner
+from lazy_compile.planning.budget import Budget
+from lazy_compile.planning.journal import Journal
+from lazy_compile.planning.planner import plan
+from lazy_compile.planning.replay import first_change, replayable, run_trajectory
+from lazy_compile.planning.search import final_error
+from lazy_compile.planning.step_paths import StepCosts
+from lazy_compile.progress import no_progress
+from support.sampling import STEPS, inputs, lazy_tiny_dit, sample, start
+
+BUDGET = Budget(lazy_ratio=0.5)
+
+
+def guided(denoiser: Callable[..., Tensor], seed: int) -> Tensor:
+    """Two calls a step, detached."""
+    x = start(seed)
+    for step in range(STEPS):
+        given = inputs(x, 1000.0 - 160.0 * step)
+        towards, plain = denoiser(**given), denoiser(**{**given, "y": torch.full_like(given["y"], 9)})
+        x = (x - 0.1 * (plain + 1.5 * (towards - plain))).detach()
+    return x
+
+
+@pytest.fixture(scope="module")
+def lazy() -> LazyModule:
+    return lazy_tiny_dit()
+
+
+@pytest.fixture(scope="module")
+def engine(lazy: LazyModule, tmp_path_factory: pytest.TempPathFactory) -> EngineDenoiser:
+    path = tmp_path_factory.mktemp("engine") / "dit.onnx"
+    export_onnx(lazy, path, gating="input")
+    return EngineDenoiser(OnnxRunner(path, threads=1), lazy.policy)
+
+
+class Counted:
+    """The calls of a model, in PyTorch or an engine, that were really run."""
+
+    def __init__(self, denoiser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        kind, name = (type(denoiser.graph), "run") if isinstance(denoiser, LazyModule) else (OnnxRunner, "run")
+        run = getattr(kind, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            self.calls += 1
+            return run(*args, **options)
+
+        monkeypatch.setattr(kind, name, counted)
+
+
+@pytest.fixture(params=["lazy", "engine"])
+def denoiser(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("sampler", [sample, guided])
+def test_a_trajectory_that_is_continued_ends_where_it_does_from_the_start(
+    denoiser: Any, sampler: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = replayable(denoiser)
+    draw = np.random.default_rng(0)
+    base = run_trajectory(target, sampler, 0, CacheSchedule.every(2, STEPS, 4))
+    for step in range(1, STEPS):
+        table = base.schedule.should_compute.copy()
+        table[step:] = draw.integers(0, 2, table[step:].shape)
+        schedule = CacheSchedule(table, draw.uniform(0, 1, table.shape))
+        begin = first_change(base.schedule, schedule)
+        counted = Counted(denoiser, monkeypatch)
+        continued = run_trajectory(target, sampler, 0, schedule, base)
+        assert counted.calls == continued.calls == (STEPS - begin) * len(base.steps) // STEPS
+        monkeypatch.undo()
+        whole = run_trajectory(target, sampler, 0, schedule)
+        assert torch.equal(continued.samples, whole.samples)
+        denoiser.policy = Scheduled(schedule)
+        with torch.no_grad():
+            assert torch.equal(sampler(denoiser, 0), whole.samples)
+
+
+@pytest.mark.parametrize("calls", [60, 150])
+def test_a_plan_keeps_to_its_calls_and_its_budget(denoiser: Any, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, counted = denoiser.policy, Counted(denoiser, monkeypatch)
+    schedule = plan(denoiser, sample, BUDGET, calls=calls, on_progress=no_progress)
+    assert counted.calls <= calls + 1  # one counts the steps
+    assert schedule.lazy_ratio >= 0.5
+    assert denoiser.policy is policy
+
+
+def test_it_is_better_than_every_second_step_on_other_noise(lazy: LazyModule) -> None:
+    found = plan(lazy, sample, BUDGET, calls=150, on_progress=no_progress)
+    errors = [
+        np.mean([final_error(lazy, sample, schedule, seed) for seed in (501, 502)])
+        for schedule in (found, CacheSchedule.every(2, STEPS, 4))
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_sampler_that_detaches_is_planned_without_gradient(
+    lazy: LazyModule, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "CALLS", 80)
+    schedule = plan(lazy, guided, BUDGET, on_progress=no_progress)
+    assert schedule.lazy_ratio >= 0.5
+    assert "searching within 80 calls of the model, without gradient" in caplog.text
+
+
+def test_what_is_interrupted_ends_at_the_same_plan(
+    lazy: LazyModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def planned(folder: Path | None) -> CacheSchedule:
+        return plan(lazy, sample, BUDGET, calls=60, checkpoint=folder, on_progress=no_progress)
+
+    whole, write, runs = planned(None), Journal.write, 0
+
+    def write_and_die(journal: Journal, name: str, arrays: Any) -> None:
+        write(journal, name, arrays)
+        raise Killed
+
+    monkeypatch.setattr(Journal, "write", write_and_die)
+    while True:
+        try:
+            resumed = planned(tmp_path)
+            break
+        except Killed:
+            runs += 1
+    assert resumed == whole
+    assert runs == len(list(tmp_path.glob("*.safetensors"))) > 5
+
+
+def test_few_calls_are_refused(lazy: LazyModule) -> None:
+    with pytest.raises(ConfigError, match=r"20 calls are too few to compare two schedules of 6 steps; give 36"):
+        plan(lazy, sample, BUDGET, calls=20, on_progress=no_progress)
+
+
+def test_the_shortest_path_misses_least_of_all_choices(lazy: LazyModule) -> None:
+    dense = run_trajectory(replayable(lazy), sample, 0, CacheSchedule.always_compute(STEPS, 4))
+    costs = StepCosts.of([dense], linear=True)
+    for power in (0.0, 2.0):
+        path = costs.path(3, 1, power)
+        assert path.sum() == 3
+        choices = [
+            np.isin(np.arange(STEPS), (0, *pair)) for pair in ((a, b) for a in range(1, 6) for b in range(a + 1, 6))
+        ]
+        assert costs.cost(path, power) == pytest.approx(min(costs.cost(each, power) for each in choices))
