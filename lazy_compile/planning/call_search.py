@@ -13,7 +13,7 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.journal import Journal, digest
 from lazy_compile.planning.replay import Replayable, Trajectory, first_change, replayed_steps, run_trajectory
-from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, TINIEST, robust_losses
+from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, relative_loss, robust_losses
 from lazy_compile.planning.starts import fitting, rules
 from lazy_compile.planning.step_paths import POWERS, StepCosts
 from lazy_compile.policies.schedule import CacheSchedule
@@ -217,7 +217,7 @@ class CallSearch:
         """The mean over samples of ``log(1 + error / typical)``, so that one that diverges does not decide."""
         medians = [float(np.median(each.errors)) for each in self._judged.values()]
         typical = next((median for median in medians if np.isfinite(median)), 1.0)
-        return float(np.log1p(judged.errors / max(typical, TINIEST)).mean())
+        return float(relative_loss(judged.errors, typical).mean())
 
     def _judge(self, schedule: CacheSchedule, share: float) -> _Judged | None:
         """The errors of a schedule; None if its calls are more than are left of this share of all."""

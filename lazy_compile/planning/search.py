@@ -256,8 +256,16 @@ def robust_losses(errors: Floats) -> Floats:
 
     One sample that diverged counts for little, as under :func:`~lazy_compile.planning.response.cauchy_weights`.
     """
-    typical = np.median(errors, axis=1).min()
-    return np.log1p(errors / max(float(typical), TINIEST)) if np.isfinite(typical) else np.full(errors.shape, np.inf)
+    typical = float(np.median(errors, axis=1).min())
+    return relative_loss(errors, typical) if np.isfinite(typical) else np.full(errors.shape, np.inf)
+
+
+def relative_loss(errors: Floats, typical: float) -> Floats:
+    """``log(1 + error / typical)``, however small ``typical`` is."""
+    unit = np.log(max(typical, TINIEST))
+    with np.errstate(divide="ignore"):
+        loss: Floats = np.logaddexp(np.log(errors), unit) - unit
+    return loss
 
 
 def final_error(lazy: LazyModule, sample: Samplers, schedule: CacheSchedule, seed: int) -> float:

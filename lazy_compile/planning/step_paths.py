@@ -113,6 +113,8 @@ def _inner_products(dense: Trajectory) -> Floats:
     for step, result in zip(dense.steps, dense.results, strict=True):
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         rows[step] += [leaf.flatten() for leaf in leaves]
-    outputs = torch.stack([torch.cat(row).float() for row in rows])
+    joined = [torch.cat(row).float() for row in rows]
+    shared = min(map(len, joined))  # guidance may be off at some steps: its call comes second
+    outputs = torch.stack([row[:shared] for row in joined])
     inner: Floats = (outputs @ outputs.T).double().cpu().numpy() / outputs.shape[1]
     return inner

@@ -41,11 +41,11 @@ def polynomial_weights(step: int, computed: tuple[int, ...]) -> tuple[float, ...
 
 @dataclass
 class _Stream:
-    """For each branch of one stream the numbers in the store of what it computed at each step, its last computations,
-    and what it returned last."""
+    """For each branch of one stream the numbers in the store of what it computed, by step, its last computations, and
+    what it returned last. A stream may begin late, as that of a guidance does, and be left out at a step."""
 
     caches: CacheState
-    computed: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
+    computed: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
     known: dict[int, tuple[Computed, ...]] = field(default_factory=dict)
     latest: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
@@ -104,7 +104,7 @@ class Trace:
         return result
 
     def _feel_output(self, step: int, gradient: Tensor) -> None:
-        if self.on_gradient is not None:
+        if self.on_gradient is not None and step < self.schedule.steps:
             self.sensitivity[step] += float(gradient.double().square().sum())
 
     def rows_are_samples(self, samples: Tensor) -> bool:
@@ -134,7 +134,7 @@ class Trace:
             axis = self.axes[branch][output] if by_sample else None
             computed = stream.computed[branch]
             for age in range(min(step, MAX_AGE) + 1):
-                value = self.store.get(computed[step - age][output])
+                value = self.store.get(computed.get(step - age, computed[step])[output])  # nothing cached: it computes
                 result[:, step, branch, age] += _products(gradient, value, axis, count).cpu()
 
         self.on_gradient = on_gradient
@@ -159,7 +159,7 @@ class _TracedStep:
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index, schedule = branch.branch.index, self.trace.schedule
         again, known = index in self.traced, self.known.get(index, ())
-        if not known or schedule.should_compute[self.step, index]:
+        if not known or self.step >= schedule.steps or schedule.should_compute[self.step, index]:
             returned = self._compute(branch, inputs)
             if not again:
                 kept = branch.kept(inputs, returned)
@@ -193,10 +193,10 @@ class _TracedStep:
 
     def _note(self, branch: LazyBranch, numbers: tuple[int, ...]) -> None:
         self.trace.axes[branch.branch.index] = [output.batch_axis for output in branch.branch.outputs]
-        self.stream.computed.setdefault(branch.branch.index, []).append(numbers)
+        self.stream.computed.setdefault(branch.branch.index, {})[self.step] = numbers
 
     def _note_gradient(self, branch: int, output: int, gradient: Tensor) -> None:
-        if self.trace.on_gradient is not None:
+        if self.trace.on_gradient is not None and self.step < self.trace.schedule.steps:
             self.trace.on_gradient(self.stream, self.step, branch, output, gradient)
 
     def _reuse(self, known: tuple[Computed, ...], slope: float) -> tuple[Tensor, ...]:

@@ -35,12 +35,16 @@ MARGIN = 0.1
 """How much more the step of another request must leave unexplained where a sampler adds noise or clips."""
 
 
+REACH = 3
+"""Steps before one that the next may follow from, as those of a multistep method of order 4 (PNDM, LMS) do."""
+
+
 @dataclass(eq=False)
 class Position:
     """One step of a trajectory: the latents that the model was called with, and what it returned.
 
     Attributes:
-        latents: the sampled row; None once two steps have followed.
+        latents: the sampled row; None once no next step can follow from it.
         returned: what each stream returned; tensors until they are read.
     """
 
@@ -50,6 +54,15 @@ class Position:
     latents: Floats | None
     parent: Position | None = None
     returned: list[Returned] = field(default_factory=list)
+
+    def ancestors(self, count: int = REACH) -> list[Position]:
+        """The steps before, the latest first."""
+        found: list[Position] = []
+        position = self.parent
+        while position is not None and len(found) < count:
+            found.append(position)
+            position = position.parent
+        return found
 
     def descends_from(self, other: Position) -> bool:
         position: Position | None = self
@@ -154,8 +167,8 @@ class Trajectory:
                 self.kept[name] = self.kept.get(name, 0) + 1
 
     def forget_latents(self, positions: Iterable[Position | None]) -> None:
-        """Of positions that no next step can follow from: only those where a stream stands, and the ones before."""
-        needed = {id(item) for stream in self.streams for item in (stream.position, stream.position.parent)}
+        """Of positions that no next step can follow from: of all but those where a stream stands, and some before."""
+        needed = {id(item) for stream in self.streams for item in (stream.position, *stream.position.ancestors())}
         for position in positions:
             if position is not None and id(position) not in needed:
                 position.latents, position.returned = None, []
@@ -253,7 +266,8 @@ def unexplained_share(latents: Floats, position: Position) -> tuple[float, bool,
     """What of the latents does not follow from a position, whether the step before takes part, and the number of things
     that they may follow from.
 
-    The step before takes part beside what was returned at this one: a sum without that is a step beside this one.
+    The step before takes part beside what was returned at this one: a sum without that is a step beside this one. Where
+    that is not enough, so does what was returned at the steps before it.
     """
     assert position.latents is not None
     target, here = latents[:-1], position.latents[:-1]
@@ -269,6 +283,11 @@ def unexplained_share(latents: Floats, position: Position) -> tuple[float, bool,
     if len(target) < 4 * len(older + returned):
         return rest, False, 1 + len(returned)
     exact = unexplained(target, older + returned)
+    if exact > EXACT:
+        further = [value for each in parent.ancestors(REACH - 1) for value in _finite(each.returned, latents)[:limit]]
+        if further and len(target) >= 4 * len(older + returned + further):
+            older += further
+            exact = unexplained(target, older + returned)
     if exact > EXACT or (exact <= CERTAIN and returned and unexplained(target, older) <= CERTAIN):
         return rest, False, 1 + len(returned)
     return exact, True, len(older + returned)

@@ -26,7 +26,7 @@ from lazy_compile.runtime.cache import CacheState, gathered
 from lazy_compile.runtime.fingerprint import Floats, Latents, read, samples_of
 from lazy_compile.runtime.host_hints import Known, known_trajectory
 from lazy_compile.runtime.matching import Content, find_position, find_stream, was_called_here
-from lazy_compile.runtime.positions import Position, Returned, Stream, Trajectory
+from lazy_compile.runtime.positions import REACH, Position, Returned, Stream, Trajectory
 from lazy_compile.runtime.step_invariants import StepInvariants
 
 logger = logging.getLogger("lazy_compile")
@@ -255,8 +255,8 @@ class Trajectories:
         stream.conditions, stream.state, stream.row, stream.rows = conditions, placed.state, number, rows
         stream.position, stream.call, stream.returned, stream.busy = row.position, placed.call, answer, False
         trajectory.last_call = self._call
-        parent = row.position.parent
-        trajectory.forget_latents([left, left and left.parent, parent and parent.parent])
+        behind = [] if left is None else [left, *left.ancestors()]
+        trajectory.forget_latents([*behind, *row.position.ancestors(REACH + 1)])
         if trajectory not in self._alive:
             self._alive.append(trajectory)
 
