@@ -139,8 +139,10 @@ def _find_before(
 
 
 def find_stream(position: Position, content: Content, taken: Collection[int]) -> Stream | None:
-    """The stream of the same conditions that leads to a position, the latest first; None if several lead there by
-    conditions that move alone, since nothing tells whose they are.
+    """The stream of the same conditions that leads to a position, the latest first.
+
+    Where all of them differ by inputs that move from step to step, the one that came closest; None if several may be
+    told apart by such inputs alone, since nothing says whose they are now.
 
     Args:
         taken: ids of the streams that other rows of the call continue.
@@ -166,7 +168,9 @@ def find_stream(position: Position, content: Content, taken: Collection[int]) ->
             moved.append(stream)
     if exact:
         return exact[0]
-    return moved[0] if len(moved) == 1 else None
+    if trajectory.is_parted_by_what_moves or len({id(stream.position) for stream in moved}) < len(moved):
+        return None
+    return max(moved, key=lambda stream: stream.position.step, default=None)
 
 
 def was_called_here(position: Position, content: Content) -> bool:

@@ -137,6 +137,7 @@ class Trajectory:
         key: what the host calls it, and which of its rows it is; None if it says nothing.
         first_time, first_latents: at its first call.
         kept, changed: for each input how often a row had it unchanged, and the steps at which none had.
+        parted: what streams of one step differed by.
     """
 
     key: Hashable = None
@@ -146,10 +147,22 @@ class Trajectory:
     last_call: int = 0
     kept: dict[str, int] = field(default_factory=dict)
     changed: dict[str, set[int]] = field(default_factory=dict)
+    parted: set[frozenset[str]] = field(default_factory=set)
 
     def moves(self, name: str) -> bool:
         """Whether an input is no condition: it changed at two steps for every stream, and never stayed."""
         return self.kept.get(name, 0) == 0 and len(self.changed.get(name, ())) >= 2
+
+    @property
+    def is_parted_by_what_moves(self) -> bool:
+        """Whether nothing but inputs that move tells one stream from another, so that nothing says which is which."""
+        return any(all(map(self.moves, names)) for names in self.parted)
+
+    def note_parted(self, stream: Stream) -> None:
+        """Remember what a stream differs by from others that stand where it does."""
+        others = [other for other in self.streams if other is not stream and other.position is stream.position]
+        names = {frozenset(differing(other.conditions, stream.conditions)) for other in others}
+        self.parted |= names - {frozenset()}
 
     def begins_with(self, latents: Floats) -> bool:
         """Whether latents are its first ones, or a multiple: those of another request, from the same noise."""

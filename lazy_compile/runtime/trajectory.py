@@ -255,6 +255,7 @@ class Trajectories:
         stream.conditions, stream.state, stream.row, stream.rows = conditions, placed.state, number, rows
         stream.position, stream.call, stream.returned, stream.busy = row.position, placed.call, answer, False
         trajectory.last_call = self._call
+        trajectory.note_parted(stream)
         behind = [] if left is None else [left, *left.ancestors()]
         trajectory.forget_latents([*behind, *row.position.ancestors(REACH + 1)])
         if trajectory not in self._alive:

@@ -31,6 +31,7 @@ from lazy_compile.backends.onnx.masks import MANIFEST, ScheduleVariants, SharedW
 from lazy_compile.backends.onnx.metadata import BATCH, KEY, Gating, InputSpec, OnnxMetadata, SlotSpec, first_line
 from lazy_compile.backends.onnx.prologue import (
     PROLOGUE_KEY,
+    checked_names,
     drop_unread_inputs,
     hoisted_graph,
     make_prologue,
@@ -185,7 +186,7 @@ def export_onnx(
     """
     start = time.perf_counter()
     request = _Request(
-        lazy, example_inputs, gating, group, predictors, tuple(invariants), opset, dynamic, shapes, simplify
+        lazy, example_inputs, gating, group, predictors, checked_names(invariants), opset, dynamic, shapes, simplify
     )
     fixed: frozenset[str] = frozenset()
     while True:

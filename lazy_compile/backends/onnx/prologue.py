@@ -79,14 +79,22 @@ def check_prologue(path: Path, digest: str, step: Path, metadata: OnnxMetadata) 
         )
 
 
+def checked_names(invariants: Sequence[str]) -> tuple[str, ...]:
+    """
+    Raises:
+        ConfigError: it is one name, of which a tuple would be its letters.
+    """
+    if isinstance(invariants, str):
+        raise ConfigError(f"invariants is the string {invariants!r}; give a tuple of names")
+    return tuple(invariants)
+
+
 def hoisted_graph(lazy: LazyModule, graph: LazyGraph, invariants: Sequence[str]) -> LazyGraph:
     """The graph whose prologue computes what these inputs decide; the same one, and a warning, if nothing does.
 
     Raises:
         ConfigError: there is no such input, or it is the timestep.
     """
-    if isinstance(invariants, str):
-        raise ConfigError(f"invariants is the string {invariants!r}; give a tuple of names")
     known = graph.layout.names
     for name in invariants:
         if name not in known:
