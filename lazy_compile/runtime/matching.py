@@ -75,7 +75,7 @@ def find_position(content: Content, alive: Sequence[Trajectory], here: Collectio
             return position
     fit, before = _find_before(content, leaves, own)
     following = None if before is None else next_position(before, content.latents, content.time)
-    if fit is not None and not fit.is_new and fit.level < 3:
+    if fit is not None and not fit.is_new and not fit.is_only_related:
         return following
     for position in at:
         if all(stream.position is not position for stream in own):
@@ -125,8 +125,9 @@ def _find_before(
         level = level_of(rest)
         is_new, back = flags[id(position)]
         may_turn = back or parent is None
-        distance = away(position, time) if level < 3 else 0.0
-        fit = Fit(level, is_indirect, is_new, back, may_turn, level == 3 and position.time == time, distance, rest)
+        related = rest > EXACT
+        distance = 0.0 if related else away(position, time)
+        fit = Fit(level, is_indirect, is_new, back, may_turn, related and position.time == time, distance, rest)
         if rest > max(EXACT, RELATED - 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1)) or not fit.is_acceptable:
             continue
         fits.append((fit, position))

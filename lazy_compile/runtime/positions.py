@@ -16,7 +16,7 @@ EXACT = 2.5e-3
 
 
 CERTAIN = 1e-9
-"""What numbers of single precision leave unexplained; no other trajectory needs to be looked at."""
+"""What numbers of single precision leave unexplained at most."""
 
 
 PROPORTIONAL = 1e-12
@@ -37,6 +37,11 @@ MARGIN = 0.1
 
 REACH = 3
 """Steps before one that the next may follow from, as those of a multistep method of order 4 (PNDM, LMS) do."""
+
+
+SPARE = 12
+"""How many more numbers latents must have than things that they may follow from: those of another request then leave
+no more than EXACT once in 10^12 times, as the beta distribution of what a projection leaves says."""
 
 
 @dataclass(eq=False)
@@ -208,8 +213,9 @@ class Fit:
     """How well a row follows from a position; the smallest is the best.
 
     Attributes:
-        level: of what does not follow: 0 for what single precision leaves, 1 for what half precision does, 2 for what a
-            long step does; 3 where the latents are only related, as those of samplers that add noise or clip.
+        level: of what does not follow: 0 for what single precision mostly leaves, 1 for what it leaves at most, 2 for
+            what half precision does, 3 for what a long step does; then the latents are only related, as those of
+            samplers that add noise or clip.
         is_indirect: the step before takes part.
         is_new: no stream of the same conditions leads there.
         turns_back: time turns back from there.
@@ -231,16 +237,23 @@ class Fit:
     @property
     def is_acceptable(self) -> bool:
         """Latents that are only related, where time may turn back and no stream leads, are those of another request."""
-        return not (self.level == 3 and self.is_new and self.may_turn_back)
+        return not (self.is_only_related and self.is_new and self.may_turn_back)
+
+    @property
+    def is_only_related(self) -> bool:
+        return self.level == len(_LEVELS)
 
 
 def level_of(unexplained: float) -> int:
-    return int(np.searchsorted([CERTAIN, HALF, EXACT], unexplained))
+    return int(np.searchsorted(_LEVELS, unexplained))
+
+
+_LEVELS = PROPORTIONAL, CERTAIN, HALF, EXACT
 
 
 def is_ambiguous(fit: Fit, position: Position, others: Sequence[tuple[Fit, Position]]) -> bool:
     """Whether latents that are only related to a position are related to one of another request about as much."""
-    return fit.level == 3 and any(
+    return fit.is_only_related and any(
         other.unexplained - fit.unexplained < MARGIN
         and not _are_in_line(position, elsewhere)
         and not is_at(elsewhere, position.latents, position.time)
@@ -290,18 +303,19 @@ def unexplained_share(latents: Floats, position: Position) -> tuple[float, bool,
     returned = _finite(position.returned, latents)[:limit]
     rest = unexplained(target, [here, *returned])
     parent = position.parent
-    if rest <= EXACT or parent is None or parent.latents is None or parent.latents.shape != latents.shape:
+    if rest <= CERTAIN or parent is None or parent.latents is None or parent.latents.shape != latents.shape:
         return rest, False, 1 + len(returned)
     older = [here, parent.latents[:-1], *_finite(parent.returned, latents)[:limit], np.ones_like(target)]
-    if len(target) < 4 * len(older + returned):
+    if len(target) < len(older + returned) + SPARE:
         return rest, False, 1 + len(returned)
     exact = unexplained(target, older + returned)
     if exact > EXACT:
         further = [value for each in parent.ancestors(REACH - 1) for value in _finite(each.returned, latents)[:limit]]
-        if further and len(target) >= 4 * len(older + returned + further):
+        if further and len(target) >= len(older + returned + further) + SPARE:
             older += further
             exact = unexplained(target, older + returned)
-    if exact > EXACT or (exact <= CERTAIN and returned and unexplained(target, older) <= CERTAIN):
+    is_beside = exact <= CERTAIN and returned and unexplained(target, older) <= CERTAIN
+    if exact > EXACT or level_of(exact) >= level_of(rest) or is_beside:
         return rest, False, 1 + len(returned)
     return exact, True, len(older + returned)
 
