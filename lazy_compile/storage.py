@@ -167,9 +167,12 @@ def _noted(note: Path) -> set[str]:
     return set()
 
 
-def remove_files(folder: Path, names: Iterator[str] | list[str] | set[str]) -> None:
-    """Remove files of this folder, and of no other, whatever their names say."""
-    for name in names:
+def remove_files(folder: Path, names: Collection[str]) -> None:
+    """Remove files of this folder, and of no other, whatever their names say.
+
+    Each goes before what describes it, whose name is longer: an engine that is there has its description.
+    """
+    for name in sorted(names):
         file = folder / name
         if Path(name).name == name and not file.is_dir():
             file.unlink(missing_ok=True)

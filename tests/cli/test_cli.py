@@ -183,7 +183,7 @@ def test_verify_passes_a_sound_model_and_its_export(gates: Path, onnx: Path) -> 
 
 
 def test_verify_fails_with_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazy_compile.runtime.policy_step.extrapolate", lambda value, previous, factors, axis: value)
+    monkeypatch.setattr("lazy_compile.runtime.cache.extrapolate", lambda value, earlier, weights, axis: value)
     result = call("verify", "support.factories:tiny_dit", "--sampler", "support.factories:euler", "--steps", 8)
     assert result.exit_code == errors.VerificationError.exit_code
     assert "FAILED" in result.stdout
@@ -234,7 +234,7 @@ def test_bench_and_demo_hand_over_to_their_libraries(tmp_path: Path, monkeypatch
         ),
         (2, ["inspect", "support.factories:bare_dit", "--shape", "timestep:two"], "is not NAME:2x4x32x32"),
         (2, ["inspect", "support.factories:bare_dit", "--shape", "timestep:2:int3"], "is not NAME:2x4x32x32"),
-        (2, ["inspect", "support.factories:tiny_dit", "--set", "speed=3"], "the names are reuse, warmup_steps,"),
+        (2, ["inspect", "support.factories:tiny_dit", "--set", "speed=3"], "the names are reuse, order, warmup_steps,"),
         (2, ["inspect", "support.factories:tiny_dit", "--set", "warmup_steps=two"], "expected a whole number"),
         (2, ["inspect", "support.factories:tiny_dit", "--set", "reuse=twice"], "reuse is 'twice'; expected one of"),
         (2, ["inspect", "support.factories:tiny_dit", "--device", "abacus"], "device 'abacus' cannot be used"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,38 +64,40 @@ class Workshop:
     """A lazy model; ``seed`` says which of the two models is written."""
 
     lazy: LazyModule
-    converted: dict[str, Any]
+    converted: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+
+    @classmethod
+    def of_small(cls) -> Workshop:
+        return cls(lazy_compile.transform(SMALL.model(), call(SMALL)))
 
     @property
     def table(self) -> GateTable:
         return GateTable.constant(self.lazy.branches, torch.tensor([1000.0, 0.0]), bias=float(self.seed + 1))
 
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Each graph is converted to ONNX once: of the second model it has other weights. An engine is the digest of
+        its source, since building one takes longer than all else here. Only while it is open: no test outside may
+        meet them."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export, "convert", self._convert)
+            patch.setattr(prologue, "convert", self._convert)
+            patch.setattr(build, "_make", _make)
+            yield
 
-@contextmanager
-def workshop() -> Iterator[Workshop]:
-    """Each graph is converted to ONNX once: of the second model it has other weights. An engine is the digest of its
-    source, since building one takes longer than all else here."""
-    shop = Workshop(lazy_compile.transform(SMALL.model(), call(SMALL)), {})
-
-    def convert(original: nn.Module, program: Any, *rest: Any) -> onnx_ir.Model:
+    def _convert(self, original: nn.Module, program: Any, *rest: Any) -> onnx_ir.Model:
         key = str(program.graph)
-        if key not in shop.converted:
-            shop.converted[key] = converting.convert(original, program, *rest)
-        model: onnx_ir.Model = shop.converted[key].clone()
+        if key not in self.converted:
+            self.converted[key] = converting.convert(original, program, *rest)
+        model: onnx_ir.Model = self.converted[key].clone()
         for value in model.graph.initializers.values():
             if value.const_value.dtype == onnx_ir.DataType.FLOAT:
-                value.const_value = onnx_ir.tensor(value.const_value.numpy() * 1.5**shop.seed, name=value.name)
+                value.const_value = onnx_ir.tensor(value.const_value.numpy() * 1.5**self.seed, name=value.name)
         return model
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "convert", convert)
-        patch.setattr(prologue, "convert", convert)
-        patch.setattr(build, "_make", _make)
-        yield shop
 
-
-def _make(source: Any, target: Path, config: Any, policy: Any, on_progress: Any) -> build._Made:
+def _make(source: Any, target: Path, config: Any, ranges: Any, policy: Any, on_progress: Any) -> build._Made:
     plan = source.content.encode()
     layer = EngineLayer("a", "gemm")
     sidecar = EngineSidecar(

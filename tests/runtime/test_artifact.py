@@ -241,7 +241,10 @@ def set_policy(**values: Any) -> Edit:
         (lambda v: v["config"].update(warmup_steps="two"), "config.warmup_steps is 'two', expected int"),
         (lambda v: v["config"].update(warmup_steps=True), "config.warmup_steps is True, expected int"),
         (lambda v: v["config"].update(warmup_steps=0), "warmup_steps is 0; at least 1 step must compute"),
-        (lambda v: v["config"].update(reuse="twice"), "config.reuse is 'twice', expected Literal['last', 'linear']"),
+        (
+            lambda v: v["config"].update(reuse="twice"),
+            "config.reuse is 'twice', expected Literal['last', 'linear', 'taylor']",
+        ),
         (lambda v: v["config"].pop("reuse"), "lacks 'config.reuse'"),
         (
             set_policy(kind="oracle"),
