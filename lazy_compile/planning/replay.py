@@ -86,6 +86,14 @@ def replayable(denoiser: Any) -> Replayable:
 
 
 @dataclass(frozen=True)
+class _Continued(Scheduled):
+    """A schedule from which another one may go on at any step: what that reuses is cached, too."""
+
+    def step_table(self, branches: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
 class _LazyCall:
     lazy: LazyModule
     call: ModelCall
@@ -97,7 +105,7 @@ class _LazyCall:
     def follow(self, schedule: CacheSchedule) -> Any:
         config, draft = self.lazy.lazy_config, self.call.caches.draft()
         leaders = self.call.graph.leaders(config.group)
-        result = self.call.run(PolicyStep(Scheduled(schedule), config, draft, self.call.groups, leaders=leaders))
+        result = self.call.run(PolicyStep(_Continued(schedule), config, draft, self.call.groups, leaders=leaders))
         self.call.caches.adopt(draft)
         return result
 

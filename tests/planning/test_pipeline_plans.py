@@ -109,7 +109,7 @@ def test_gradients_reach_the_denoiser_and_small_batches_measure_what_one_does() 
         )
         for size in (None, 1)
     )
-    assert whole.directional_derivatives.shape == (4, 4, branches, 11)
+    assert whole.directional_derivatives.shape == (4, 4, branches, MAX_AGE + 1)
     assert np.abs(whole.directional_derivatives).max() > 0
     assert whole.size == small.size
     for name in ("directional_derivatives", "error", "weights", "sensitivity"):
