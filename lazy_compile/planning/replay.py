@@ -18,7 +18,7 @@ from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.module import LazyModule, ModelCall
 from lazy_compile.runtime.policy_step import PolicyStep
-from lazy_compile.runtime.sampling import Sampler
+from lazy_compile.runtime.sampling import Sampler, again
 
 
 class ReplayableCall(Protocol):
@@ -177,20 +177,21 @@ def run_trajectory(
 
 
 def replayed_steps(target: Replayable, sample: Sampler, seed: int) -> int:
-    """The steps of a trajectory, found with a single call of the model: its answer is given again at every later one.
+    """The steps of a trajectory, found with a single call of the model: its answer is given at every call, by
+    :func:`~lazy_compile.runtime.sampling.again`.
 
     Raises:
         ConfigError: there are fewer than two.
     """
     answers: list[Any] = []
-    steps = 0
+    steps = calls = 0
 
     def answer(call: ReplayableCall) -> Any:
-        nonlocal steps
-        steps = max(steps, call.step + 1)
+        nonlocal steps, calls
+        steps, calls = max(steps, call.step + 1), calls + 1
         if not answers:
             answers.append(call.follow(CacheSchedule.always_compute(1, len(target.branches))))
-        return _copy(answers[0])
+        return again(answers[0], calls)
 
     with torch.no_grad(), target.call_handler(answer):
         sample(target.denoiser, seed)
