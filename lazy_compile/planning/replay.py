@@ -18,7 +18,7 @@ from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.module import LazyModule, ModelCall
 from lazy_compile.runtime.policy_step import PolicyStep
-from lazy_compile.runtime.sampling import Sampler
+from lazy_compile.runtime.sampling import Sampler, again
 
 
 class ReplayableCall(Protocol):
@@ -86,6 +86,14 @@ def replayable(denoiser: Any) -> Replayable:
 
 
 @dataclass(frozen=True)
+class _Continued(Scheduled):
+    """A schedule from which another one may go on at any step: what that reuses is cached, too."""
+
+    def step_table(self, branches: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
 class _LazyCall:
     lazy: LazyModule
     call: ModelCall
@@ -97,7 +105,7 @@ class _LazyCall:
     def follow(self, schedule: CacheSchedule) -> Any:
         config, draft = self.lazy.lazy_config, self.call.caches.draft()
         leaders = self.call.graph.leaders(config.group)
-        result = self.call.run(PolicyStep(Scheduled(schedule), config, draft, self.call.groups, leaders=leaders))
+        result = self.call.run(PolicyStep(_Continued(schedule), config, draft, self.call.groups, leaders=leaders))
         self.call.caches.adopt(draft)
         return result
 
@@ -169,20 +177,21 @@ def run_trajectory(
 
 
 def replayed_steps(target: Replayable, sample: Sampler, seed: int) -> int:
-    """The steps of a trajectory, found with a single call of the model: its answer is given again at every later one.
+    """The steps of a trajectory, found with a single call of the model: its answer is given at every call, by
+    :func:`~lazy_compile.runtime.sampling.again`.
 
     Raises:
         ConfigError: there are fewer than two.
     """
     answers: list[Any] = []
-    steps = 0
+    steps = calls = 0
 
     def answer(call: ReplayableCall) -> Any:
-        nonlocal steps
-        steps = max(steps, call.step + 1)
+        nonlocal steps, calls
+        steps, calls = max(steps, call.step + 1), calls + 1
         if not answers:
             answers.append(call.follow(CacheSchedule.always_compute(1, len(target.branches))))
-        return _copy(answers[0])
+        return again(answers[0], calls)
 
     with torch.no_grad(), target.call_handler(answer):
         sample(target.denoiser, seed)

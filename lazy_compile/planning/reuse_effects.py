@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lazy_compile.errors import ConfigError
-from lazy_compile.policies.policy import AlwaysCompute, GateQuery, Policy
+from lazy_compile.policies.policy import GateQuery, Policy
 from lazy_compile.processes import Processes
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime.cache import CacheState
@@ -139,7 +139,7 @@ class _Probe:
         self.stream += 1
         if stream not in self.following:
             self.following[stream] = self._caches(stream)
-            call.run(self._with_policy(AlwaysCompute(), self.following[stream], call))
+            call.run(self._with_policy(_ReuseOne(None), self.following[stream], call))
         result = call.run(self._with_policy(_ReuseOne(self.branch), self._caches(stream), call))
         self.change += _mean_square(_floats(result), _floats(self.recording.outputs[position]))
         return result
@@ -155,7 +155,9 @@ class _Probe:
 
 @dataclass(frozen=True)
 class _ReuseOne(Policy):
-    branch: int
+    """Reuses one branch, or none so far. Which comes next is not known, so that all are cached."""
+
+    branch: int | None
 
     def should_compute(self, query: GateQuery) -> bool:
         return query.branch.index != self.branch

@@ -44,10 +44,7 @@ class DenseStep:
 
 
 def count_steps(lazy: LazyModule, sample: Sampler, seed: int) -> int:
-    """The steps of a trajectory, found with a single evaluation: its answer is given again at every later call.
-
-    Each time a little larger, since a sampler may call twice at one timestep, which must not seem the same call.
-    """
+    """The steps of a trajectory, found with a single evaluation: its answer stands for all, see :func:`again`."""
     answers: list[Any] = []
     steps = calls = 0
 
@@ -56,9 +53,17 @@ def count_steps(lazy: LazyModule, sample: Sampler, seed: int) -> int:
         steps, calls = max(steps, call.step + 1), calls + 1
         if not answers:
             answers.append(call.run(DenseStep()))
-        scale = 1 + calls / 256
-        return pytree.tree_map(lambda leaf: leaf * scale if isinstance(leaf, Tensor) else leaf, answers[0])
+        return again(answers[0], calls)
 
     with torch.no_grad(), lazy.call_handler(answer):
         sample(lazy, seed)
     return steps
+
+
+def again(answer: Any, calls: int) -> Any:
+    """What stands for the answer of a later call: the same, a little larger each time.
+
+    A sampler may call twice at one timestep, as PNDM does. From the same answer these would seem one call.
+    """
+    scale = 1 + calls / 256
+    return pytree.tree_map(lambda leaf: leaf * scale if isinstance(leaf, Tensor) else leaf, answer)

@@ -93,6 +93,15 @@ def test_a_trajectory_that_is_continued_ends_where_it_does_from_the_start(
             assert torch.equal(sampler(denoiser, 0), whole.samples)
 
 
+def test_what_reuses_nothing_is_continued_by_what_does(denoiser: Any) -> None:
+    target, dense = replayable(denoiser), CacheSchedule.always_compute(STEPS, 4)
+    table = dense.should_compute.copy()
+    table[STEPS - 2 :] = False
+    continued = run_trajectory(target, sample, 0, CacheSchedule(table), run_trajectory(target, sample, 0, dense))
+    assert continued.calls == 2
+    assert torch.equal(continued.samples, run_trajectory(target, sample, 0, CacheSchedule(table)).samples)
+
+
 @pytest.mark.parametrize("calls", [60, 150])
 def test_a_plan_keeps_to_its_calls_and_its_budget(denoiser: Any, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, counted = denoiser.policy, Counted(denoiser, monkeypatch)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lazy_compile import Budget, LazyModule, Scheduled, plan
 from lazy_compile.integrations.diffusers import SchedulerSampler
+from lazy_compile.planning.replay import replayable, replayed_steps
 from lazy_compile.planning.search import SearchOptions
+from lazy_compile.runtime.sampling import count_steps
 from support.sampling import lazy_tiny_dit
 from support.toy_models import TOYS, call
 
@@ -69,3 +71,8 @@ def test_a_plan_meets_its_budget(lazy: LazyModule, sample: Callable[[Any, int], 
     assert torch.isfinite(samples).all()
     assert 0.1 < lazy.stats.lazy_ratio <= 0.3
     assert np.isfinite(schedule.lazy_ratio)
+
+
+def test_a_second_call_at_one_timestep_is_a_step_of_its_own(lazy: LazyModule) -> None:
+    sample = scheduled("PNDMScheduler", skip_prk_steps=True)  # 6 timesteps, the second of them twice
+    assert count_steps(lazy, sample, 0) == replayed_steps(replayable(lazy), sample, 0) == 7

@@ -17,6 +17,7 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.integrations.pipeline_sampling import PipelineSampler, pipeline_samplers
 from lazy_compile.planning.response import measure_response
 from lazy_compile.planning.search import SearchOptions
+from lazy_compile.planning.trace import MAX_AGE
 from lazy_compile.progress import no_progress
 from support.diffusers_pipelines import (
     STEPS,
@@ -43,12 +44,17 @@ def planned(case: Case, **options: Any) -> dict[str, CacheSchedule]:
 
 
 @pytest.mark.parametrize(
-    "make", [flux, wan, pytest.param(stable_diffusion, marks=pytest.mark.slow)], ids=lambda make: make.__name__
+    ("make", "calls"),
+    [
+        pytest.param(flux, 50, id="flux"),
+        pytest.param(wan, 80, id="wan"),  # calls its model twice at a step
+        pytest.param(stable_diffusion, 50, id="stable_diffusion", marks=pytest.mark.slow),
+    ],
 )
-def test_a_pipeline_is_planned_by_its_own_call_and_follows_the_plan(make: Any) -> None:
+def test_a_pipeline_is_planned_by_its_own_call_and_follows_the_plan(make: Any, calls: int) -> None:
     case = make()
     before = dict(getattr(case.pipe, "_progress_bar_config", {}))
-    schedules = planned(case)
+    schedules = planned(case, calls=calls)
     assert list(schedules) == [case.denoiser]
     assert case.model.policy == Scheduled(schedules[case.denoiser])
     assert schedules[case.denoiser].steps == STEPS
@@ -109,7 +115,7 @@ def test_gradients_reach_the_denoiser_and_small_batches_measure_what_one_does() 
         )
         for size in (None, 1)
     )
-    assert whole.directional_derivatives.shape == (4, 4, branches, 11)
+    assert whole.directional_derivatives.shape == (4, 4, branches, MAX_AGE + 1)
     assert np.abs(whole.directional_derivatives).max() > 0
     assert whole.size == small.size
     for name in ("directional_derivatives", "error", "weights", "sensitivity"):

@@ -12,7 +12,7 @@ import lazy_compile
 from lazy_compile import CacheSchedule, GateTable, LazyModule, Learned, Scheduled
 from lazy_compile.policies.gate_table import FORCE
 from support.layers import TOKENS, WIDTH
-from support.small_model import NEVER, SMALL, STEPS, Decides, reused, run
+from support.small_model import ALWAYS, NEVER, SMALL, STEPS, Decides, reused, run
 from support.toy_models import TOYS, call, trajectory
 
 Compiled = Callable[..., LazyModule]
@@ -128,6 +128,7 @@ def test_statistics_start_again_at_reset_stats(compiled: Compiled) -> None:
 def test_caches_take_the_memory_that_was_predicted(toy: str, compiled: Compiled) -> None:
     for reuse, kept in (("last", 1), ("linear", 2)):
         lazy = compiled(toy, reuse=reuse, hoist_step_invariants=False)
+        lazy.policy = ALWAYS
         run(lazy, trajectory(TOYS[toy], steps=3))
         assert lazy.cache_bytes == lazy.expected_cache_bytes
         assert lazy.expected_cache_bytes == kept * sum(branch.output_bytes for branch in lazy.branches)
@@ -135,6 +136,7 @@ def test_caches_take_the_memory_that_was_predicted(toy: str, compiled: Compiled)
 
 def test_an_example_batch_of_one_is_told_as_one() -> None:
     lazy = lazy_compile.transform(SMALL.model(), call(SMALL, 1))
+    lazy.policy = ALWAYS
     run(lazy, trajectory(SMALL, 1, steps=3))
     assert lazy.cache_bytes == lazy.expected_cache_bytes == 2 * 2 * TOKENS * WIDTH * 4
     assert [entry.shape for branch in lazy.branches for entry in branch.entries] == [(1, TOKENS, WIDTH)] * 2

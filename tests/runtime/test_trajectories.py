@@ -33,7 +33,7 @@ def test_a_new_trajectory_starts_without_help(compiled: Compiled) -> None:
 
 def test_two_calls_a_step_are_two_streams(compiled: Compiled) -> None:
     lazy = compiled("dit")
-    lazy.policy = Scheduled(CacheSchedule.random(0.5, STEPS, 4, seed=0))
+    lazy.policy = Scheduled(CacheSchedule.random(0.5, STEPS + 1, 4, seed=0))  # caches for a step to come
     conditional = trajectory(TOYS["dit"], steps=STEPS)
     unconditional = [{**arguments, "y": torch.zeros(2, dtype=torch.int64)} for arguments in conditional]
     alone = [run(lazy, calls) for calls in (conditional, unconditional)]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
-import lazy_compile.runtime.policy_step
 from lazy_compile.ir.lazy_branch import LazyBranch
+from lazy_compile.runtime import cache, known_step
 from support.layers import MLP, Attention, norm
 from support.small_model import SMALL, Small
 from support.toy_models import call, randomize
@@ -44,7 +44,8 @@ def test_a_result_that_differs_in_the_last_bit_is_not_exact(small: Subject, monk
 
 
 def test_reuse_without_extrapolation_is_not_the_schedule(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lazy_compile.runtime.policy_step, "extrapolate", lambda value, *rest: value)
+    for module in (cache, known_step):
+        monkeypatch.setattr(module, "along", lambda value, *rest: value)
     with pytest.raises(AssertionError, match="from the oracle"):
         checks.schedule(small)
 
