@@ -110,6 +110,7 @@ class StreamSnapshot:
     seen: dict[str, TensorSnapshot] | None
     logits: Tensor | None
     filled: bool
+    sizes: Sizes | None
 
 
 class Stream:
@@ -193,9 +194,13 @@ class Stream:
         """What it holds now, to which :meth:`restore` gets back."""
         read = {name: pair[0].clone() for name, pair in self.buffers.items()}
         kept = {name: tensor.clone() for name, tensor in self.invariants.items()}
-        return StreamSnapshot(read, kept, self.seen, self.logits, self.filled)
+        return StreamSnapshot(read, kept, self.seen, self.logits, self.filled, self.sizes)
 
     def restore(self, snapshot: StreamSnapshot) -> None:
+        if snapshot.sizes is None:  # it was not called yet
+            self.reset()
+        else:
+            self.take_sizes(snapshot.sizes)
         for name, tensor in snapshot.buffers.items():
             self.buffers[name][0].copy_(tensor)
         for name, tensor in snapshot.invariants.items():

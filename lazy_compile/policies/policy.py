@@ -233,7 +233,7 @@ class Scheduled(Policy, kind="scheduled"):
     ) -> bool | Sequence[bool]:
         return True if step >= self.schedule.steps else self.schedule.should_compute[step].tolist()
 
-    def step_table(self, branches: int) -> StepTable:
+    def step_table(self, branches: int) -> StepTable | None:
         return StepTable(self.schedule)
 
     @property
