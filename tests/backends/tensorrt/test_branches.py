@@ -23,7 +23,7 @@ from lazy_compile.ir.branch import BranchKind
 from support.diffusers_families import FAMILIES, family
 
 RTX = BuildConfig(flavor="rtx")
-SOON = ("digits", "dit")
+SOON = ("dit",)
 """In single precision these run at every change; the others with ``-m zoo``."""
 ATTENTION = {BranchKind.CROSS_ATTENTION, BranchKind.JOINT_ATTENTION, BranchKind.SELF_ATTENTION, BranchKind.PARALLEL}
 
