@@ -47,7 +47,7 @@ def planned(case: Case, **options: Any) -> dict[str, CacheSchedule]:
     ("make", "calls"),
     [
         pytest.param(flux, 50, id="flux"),
-        pytest.param(wan, 80, id="wan"),  # calls its model twice at a step
+        pytest.param(wan, 80, id="wan", marks=pytest.mark.slow),  # calls its model twice at a step
         pytest.param(stable_diffusion, 50, id="stable_diffusion", marks=pytest.mark.slow),
     ],
 )

@@ -45,6 +45,7 @@ def planned(lazy: LazyModule, checkpoint: Path | None = None, **changes: Any) ->
     return plan(lazy, planted.sample, **options)
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_at_every_measurement_ends_at_the_same_plan(
     lazy: LazyModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
