@@ -56,7 +56,7 @@ def export(options: ExportOptions) -> None:
     if mobile and (options.gating == "schedule" or options.output.suffix != ".ort"):
         raise ConfigError(
             f"--target ort-mobile writes one .ort file; seen --output {options.output} and --gating {options.gating}: "
-            "name it options.model.ort, with --gating predicate or input"
+            "name it model.ort, with --gating predicate or input"
         )
     ranges = parse_ranges(options.min_shapes or (), options.opt_shapes or (), options.max_shapes or ())
     grouped = parse_group(options.group)
