@@ -82,7 +82,7 @@ def test_a_branch_that_computes_something_else_is_seen(lazy: LazyModule, monkeyp
 
 
 def test_a_wrong_extrapolation_is_seen(lazy: LazyModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazy_compile.runtime.policy_step.extrapolate", lambda value, previous, factors, axis: value)
+    monkeypatch.setattr("lazy_compile.runtime.cache.extrapolate", lambda value, previous, factors, axis: value)
     assert failed(compare(lazy, euler(8))) == ["schedule: outputs"]
 
 
@@ -98,14 +98,14 @@ def test_a_runtime_that_ignores_the_schedule_is_seen(lazy: LazyModule, monkeypat
 
 def test_outputs_that_are_not_a_number_never_pass(lazy: LazyModule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "lazy_compile.runtime.policy_step.extrapolate",
+        "lazy_compile.runtime.cache.extrapolate",
         lambda value, previous, factors, axis: torch.full_like(value, torch.nan),
     )
     assert "schedule: outputs" in failed(compare(lazy, euler(8)))
 
 
 def test_failure_is_one_error_with_the_first_reason(lazy: LazyModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazy_compile.runtime.policy_step.extrapolate", lambda value, previous, factors, axis: value)
+    monkeypatch.setattr("lazy_compile.runtime.cache.extrapolate", lambda value, previous, factors, axis: value)
     with pytest.raises(
         VerificationError,
         match=r"1 of 3 checks failed; schedule: outputs: seen relative difference .* expected at most",

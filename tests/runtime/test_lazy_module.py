@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lazy_compile
-from lazy_compile import AlwaysCompute, LazyModule
+from lazy_compile import LazyModule
 from support.layers import WIDTH, SwiGLU, norm
-from support.small_model import NEVER, SMALL, Small, Wraps, fresh, run, same
+from support.small_model import ALWAYS, NEVER, SMALL, Small, Wraps, fresh, run, same
 from support.toy_models import TOYS, call, randomize, trajectory
 
 Compiled = Callable[..., LazyModule]
@@ -111,7 +111,7 @@ def test_a_change_is_not_forgotten_while_another_kind_of_call_is_captured() -> N
 
 
 def test_a_deep_copy_shares_nothing(shared: LazyModule) -> None:
-    shared.policy = AlwaysCompute()
+    shared.policy = ALWAYS
     twin = copy.deepcopy(shared)
     with torch.no_grad():
         for parameter in twin.parameters():
