@@ -90,7 +90,7 @@ class ModelWatch:
         for module in self._model.modules():
             self._mappings.append(vars(module))
             for name, value in vars(module).items():
-                if name not in _BARE or name in _CONTAINERS:
+                if name not in _HOOKS and (name not in _BARE or name in _CONTAINERS):
                     self._watch(value)
         self._held = self._look()
 
@@ -149,13 +149,16 @@ def _drops(module: nn.Module) -> bool:
 def _attributes(module: nn.Module, seen: set[int]) -> list[tuple[str, Any]]:
     """All but what is looked up at every call; of the dictionaries of hooks, most of them empty, the filled ones."""
     return [
-        (name, value if type(value) in _PLAIN else _snapshot(value, seen))
+        (name, value if type(value) in _PLAIN else _Same(value) if name in _HOOKS else _snapshot(value, seen))
         for name, value in vars(module).items()
         if name not in _LOOKED_UP and (type(value) is not OrderedDict or value)
     ]
 
 
 _LOOKED_UP = frozenset({"training", "_parameters", "_buffers", "_modules"})
+_HOOKS = frozenset({"_hf_hook", "_diffusers_hook"})
+"""Where accelerate and diffusers keep their hooks: what these note of themselves at every call says nothing of the
+model, and one that comes or goes replaces the module's ``forward``."""
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
