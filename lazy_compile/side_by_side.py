@@ -29,7 +29,7 @@ class SideBySide:
         dense_seconds, seconds: of each; decoding included.
         compute_ratio: MACs spent over those of the dense model; of a pipeline, of its lazy models together.
         lazy_ratio: reused over all branch evaluations.
-        cache_bytes: held by the lazy models at the end.
+        cache_bytes: what all caches of the lazy models take at the captured sizes.
         peak_bytes: largest memory on the device while dense and lazy samples were drawn; 0 on a CPU.
     """
 
@@ -137,7 +137,7 @@ def compare(
             each.reset_stats()
         samples, seconds, peak = _timed(sampler, target, seed)
         statistics = [each.stats for each in lazies if each.is_captured and each.stats.calls]
-        cached = sum(each.cache_bytes for each in lazies)
+        cached = sum(each.expected_cache_bytes for each in lazies)
         with _originals(target, denoisers) as original:
             dense, dense_seconds, dense_peak = _timed(sampler, original, seed)
     spent = [stats.calls * stats.total_macs for stats in statistics]

@@ -77,7 +77,17 @@ def _replace(samples: list[Sample]) -> list[Sample]:
     return [samples[0], Sample(9)]
 
 
-@pytest.mark.parametrize("change", [_swap, _replace])
+def test_a_batch_whose_rows_swapped_goes_on(engine: tuple[EngineDenoiser, Any]) -> None:
+    denoiser, _ = engine
+    expected = alone(denoiser, 1, 2)
+    denoiser.reset()
+    samples = [Sample(1), Sample(2)]
+    for _ in range(4):
+        advance(denoiser, *samples)
+    assert torch.allclose(advance(denoiser, *_swap(samples)), expected[4].flip(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [_replace])
 def test_a_batch_whose_rows_changed_computes(
     engine: tuple[EngineDenoiser, Any], change: Callable[[list[Sample]], list[Sample]]
 ) -> None:
