@@ -143,7 +143,7 @@ def find_stream(position: Position, content: Content, taken: Collection[int]) ->
     """The stream of the same conditions that leads to a position, the latest first.
 
     Where all of them differ by inputs that move from step to step, the one that came closest; None if several may be
-    told apart by such inputs alone, since nothing says whose they are now.
+    distinguished by such inputs alone, since nothing says whose they are now.
 
     Args:
         taken: ids of the streams that other rows of the call continue.

@@ -28,7 +28,7 @@ VALUES: list[Any] = [
 TEXTS = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 100_000, '{"a":' * 5_000, '"\ud83d"', "01", "'a'"]
 NUMBERS = [float("nan"), float("inf"), -float("inf"), 1e38, -1e38]
 
-STRANGERS = Path(__file__).parent
+FOREIGN = Path(__file__).parent
 """Where files that are no artefacts lie."""
 
 Damage = Callable[[Path, Path, random.Random], None]
@@ -100,7 +100,7 @@ def swap(file: Path, other: Path, rng: random.Random) -> None:
 
 def stranger(file: Path, other: Path, rng: random.Random) -> None:
     """A file of another kind."""
-    found = sorted(path for path in STRANGERS.rglob("*") if path.is_file() and path.suffix != file.suffix)
+    found = sorted(path for path in FOREIGN.rglob("*") if path.is_file() and path.suffix != file.suffix)
     file.write_bytes(rng.choice(found).read_bytes())
 
 

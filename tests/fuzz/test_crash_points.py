@@ -18,7 +18,7 @@ from lazy_compile.errors import ArtifactError
 
 KILLS = 100
 
-STRANGERS = {
+FOREIGN = {
     "mask-mine.onnx", "gates.0123456789abcdef.safetensors", "m.01234567.data", "weights.mine.data",
     "prologue.mine.onnx", ".m.onnx.mine.partial",
 }  # fmt: skip
@@ -60,18 +60,18 @@ class Bench:
     def invite(self) -> None:
         """Files of other people in every folder that ours lie in."""
         for place in {path.parent for path in self.folder.rglob("*") if path.is_file()}:
-            for name in STRANGERS:
+            for name in FOREIGN:
                 (place / name).write_text("not yours")
         self.invited = self.visitors(self.folder)
 
     @staticmethod
     def visitors(folder: Path) -> dict[str, str]:
-        return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.name in STRANGERS}
+        return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.name in FOREIGN}
 
     @staticmethod
     def files(folder: Path) -> set[str]:
         return {
-            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name not in STRANGERS
+            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name not in FOREIGN
         }
 
     def which(self, folder: Path) -> int:
