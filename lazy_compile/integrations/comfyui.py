@@ -5,8 +5,8 @@
 >>> unpatch(patched)                    # a clone without it                            # doctest: +SKIP
 
 The wrappers are ``outer_sample``, around one run of a sampler, and ``apply_model``, around one call of the diffusion
-model. Rows are distinguished by what ComfyUI says of them: the ``uuid`` of their conditioning, their context window, and
-their place in the batch.
+model. Rows are distinguished by what ComfyUI says of them: the ``uuid`` of their conditioning, their context window,
+and their place in the batch.
 """
 
 from __future__ import annotations
