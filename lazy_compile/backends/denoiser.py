@@ -98,10 +98,10 @@ class _EngineCall:
 class EngineDenoiser:
     """A runner of an exported model, called like the original.
 
-    Calls are distinguished by what they hold, as in :class:`~lazy_compile.runtime.module.LazyModule`. A batch whose rows
-    moved or were left out goes on with the caches of its rows, if every branch is separable by rows; one with a row
-    from elsewhere computes. The decisions are those of the ``batch_rule`` and the groups that the model was exported with. Arguments that are not tensors were fixed by
-    the export and are ignored.
+    Calls are distinguished by what they hold, as in :class:`~lazy_compile.runtime.module.LazyModule`. A batch whose
+    rows moved or were left out goes on with the caches of its rows, if every branch is separable by rows; one with a
+    row from elsewhere computes. The decisions are those of the ``batch_rule`` and the groups that the model was
+    exported with. Arguments that are not tensors were fixed by the export and are ignored.
 
     Args:
         runner: the exported model.
