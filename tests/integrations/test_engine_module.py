@@ -86,7 +86,8 @@ def test_one_file_serves_a_pipeline_at_every_resolution_and_batch(tmp_path: Path
     assert {"batch", "height", "width"} <= report.sizes.keys()
     engine = EngineModule(path, like=lazy, policy=policy)
     for height, width, images in ((8, 8, 1), (12, 8, 2), (4, 12, 2), (8, 8, 2), (12, 8, 1)):
-        prompts = {name: value.repeat_interleave(images, 0) for name, value in case.arguments.items() if "embeds" in name}
+        embeds = {name: value for name, value in case.arguments.items() if "embeds" in name}
+        prompts = {name: value.repeat_interleave(images, 0) for name, value in embeds.items()}
         replace(case, lazy)
         expected = case.sample(**prompts, height=height, width=width)
         replace(case, engine)

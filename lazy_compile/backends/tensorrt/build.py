@@ -237,6 +237,11 @@ def builder_for(config: BuildConfig) -> tuple[Flavor, ModuleType, str]:
     flavor = flavor_of(config.flavor)
     trt = load(flavor)
     if flavor.builds_without_gpu and "CURRENT" not in config.compute_capabilities:
+        if config.refit and not torch.cuda.is_available():
+            raise BackendError(
+                f"{flavor.title} builds an engine that can be refitted on a GPU only, and PyTorch sees none here; "
+                "build it where one is, or write other weights into the file with replace_weights() and build again"
+            )
         return flavor, trt, ""
     if not torch.cuda.is_available():
         raise BackendError(

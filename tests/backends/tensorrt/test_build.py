@@ -175,6 +175,16 @@ def test_free_sizes_get_a_profile(tmp_path: Path) -> None:
     assert sidecar.options["profiles"][0]["max"] == {"x": [4, 8]}
 
 
+def test_an_engine_that_can_be_refitted_is_built_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, config = written(tmp_path, one_if()), replace(RTX, refit=True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(BackendError, match=r"refitted on a GPU only.* replace_weights\(\)"):
+        build_engine(path, tmp_path / "m.engine", config)
+    assert "--refit" in trtexec_command(path, tmp_path / "m.engine", config)
+    assert "--refittable" in polygraphy_command(path, tmp_path / "m.engine", config)
+    assert "--refit" not in trtexec_command(path, tmp_path / "m.engine", RTX)
+
+
 def test_branches_are_checked_in_every_profile(tmp_path: Path) -> None:
     profiles = tuple(ShapeRange({"x": (low, 8)}, {"x": (high, 8)}, {"x": (high, 8)}) for low, high in ((1, 2), (4, 8)))
     path = written(tmp_path, one_if(batch="batch"))
