@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.comparison import ExampleResult
 from lazy_compile.capture.evaluation import comparable_evaluation, first_line, quiet_evaluation
+from lazy_compile.capture.functional import functional
 from lazy_compile.capture.opaque_modules import NotOneOperator, OpaqueModules, culprit, parent_of
 from lazy_compile.capture.opaque_modules import scripted_modules as scripted
 from lazy_compile.capture.refusals import eager_modules, require_capturable, unreadable
@@ -262,7 +263,7 @@ class _Search:
         flat = FlatModel(self.model, self.layout)
         try:
             with quiet_evaluation(self.model), left_as_it_was(self.model), self.opaque.installed() as called:
-                exported = rung.export(flat, example).run_decompositions({})
+                exported = functional(rung.export(flat, example))
             program = Program.from_exported(exported, parameter_prefix="model.")
             program.name_users(self.layout.names)
         except LazyCompileError:
