@@ -22,7 +22,7 @@ class Unfollowed(Exception):
     """A call of a module that cannot be stood for by another one's; the message says why.
 
     Attributes:
-        result: what the call returned, if it was made.
+        result: what it returned, if it was made.
     """
 
     def __init__(self, why: str, result: Any = None) -> None:
@@ -165,17 +165,10 @@ _RETURNED = (Tensor, bool, int, float, str, type(None), torch.SymInt)
 
 
 def on_example(value: Any) -> Any:
-    """A size as it is on the example.
-
-    Raises:
-        Unfollowed: it depends on values.
-    """
+    """A size as it is on the example; what depends on values equals nothing else."""
     if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return value
-    hint = value.node.hint
-    if hint is None:
-        raise Unfollowed("a size depends on values")
-    return hint
+    return object() if value.node.hint is None else value.node.hint
 
 
 def kind_on_example(tensor: Tensor) -> tuple[Any, ...]:

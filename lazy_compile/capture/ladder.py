@@ -26,6 +26,7 @@ from lazy_compile.capture.refusals import eager_modules, require_capturable, unr
 from lazy_compile.capture.region_copies import require_unwritten, with_copies
 from lazy_compile.capture.regions import Regions
 from lazy_compile.capture.restored_state import left_as_it_was
+from lazy_compile.capture.restored_tensors import same_random_numbers
 from lazy_compile.capture.rungs import (
     LADDER,
     WITHOUT_FIXING,
@@ -299,7 +300,8 @@ class _Search:
         copying = self.copying and rung.copies_repeats and not self.opaque
         regions = Regions.of(self.model) if copying else Regions(self.model)
         try:
-            return self._program_with(regions, rung, flat, example)
+            with same_random_numbers():
+                return self._program_with(regions, rung, flat, example)
         except LazyCompileError:
             raise
         except Exception as error:

@@ -31,7 +31,8 @@ def require_unwritten(exported: ExportedProgram, regions: Regions) -> None:
         raise Unlike(regions.unlike)
     if not regions.are_used:
         return
-    nodes = list(exported.graph.nodes)
+    graphs = [module.graph for module in exported.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes]
     returned = {memory for node in nodes if _is_returned(node) for memory in _memory(node)}
     for node in nodes:
         if any(memory in returned for written in _written(node) for memory in _memory(written)):
@@ -71,6 +72,9 @@ def with_copies(program: Program, regions: Regions) -> Program:
         return program
     nodes = list(program.graph.nodes)
     bodies = _bodies(nodes)
+    marks = [node.target for node in nodes]
+    if (marks.count(_END), marks.count(_COPY)) != (len(regions.captured), regions.copies):
+        raise Unlike("a repeated module is called inside of another graph")
     graph = fx.Graph()
     new: Nodes = {}
     copied: list[tuple[fx.Node, fx.Node]] = []

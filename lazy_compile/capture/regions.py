@@ -72,7 +72,9 @@ class Regions:
 
     Attributes:
         groups: paths of alike modules.
-        copies: of how many modules the graph will be copied from others.
+        captured: those whose graph stands for others.
+        copies: how many others there are.
+        unlike: what a repeat did otherwise; empty if none did.
     """
 
     model: nn.Module
@@ -83,11 +85,13 @@ class Regions:
         self.unlike = ""
         self._busy = self._marked = False
         self._called: set[str] = set()
-        self._regions: list[Region] = []
+        self.captured: list[Region] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> Regions:
-        return cls(model, groups_of_alike(model))
+        """Those of a model; none where modules have several names, by which export knows what they make."""
+        modules = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
+        return cls(model, groups_of_alike(model) if len(modules) == len(set(modules)) else [])
 
     @property
     def are_used(self) -> bool:
@@ -157,7 +161,7 @@ class Regions:
             return reason.result
         finally:
             self._busy = False
-        self._regions.append(kind.region)
+        self.captured.append(kind.region)
         _REGIONS[handle] = kind.region
         with torch._C.DisableTorchFunction():
             made = torch.ops.lazy_compile.region_end(handle, token, made)
@@ -227,7 +231,11 @@ _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device
 
 
 def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+    if not isinstance(size, torch.SymInt):
+        return size
+    if size.node.hint is None:
+        raise Unfollowed("it is given a size that depends on values")
+    return size.node.expr
 
 
 def _remembered(aid: ExportAid | None) -> Any:
