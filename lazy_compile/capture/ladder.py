@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.comparison import ExampleResult
 from lazy_compile.capture.evaluation import comparable_evaluation, first_line, quiet_evaluation
+from lazy_compile.capture.functional import functional
 from lazy_compile.capture.opaque_modules import NotOneOperator, OpaqueModules, culprit, parent_of
 from lazy_compile.capture.opaque_modules import scripted_modules as scripted
 from lazy_compile.capture.refusals import eager_modules, require_capturable, unreadable
@@ -42,6 +43,8 @@ from lazy_compile.ir.operators import is_random, note_example_sizes, size_text, 
 from lazy_compile.ir.program import Program, Role, module_state
 
 logger = logging.getLogger("lazy_compile")
+
+_Found = tuple[ExportedProgram, Program, list[OpaqueCall], int]
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,8 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
        no rung can follow (NumPy, a kernel that torch knows no shapes of); then the ladder is climbed again.
     6. The model is called on the example before, and the graph behind: a graph that returns something else is none.
        On the meta device, where there is nothing to compare, ``attempts`` says so.
-    7. Modules that are alike are captured once and copied, see :mod:`lazy_compile.capture.regions`: the graph is the
-       same. Where they are not alike after all, or the graph does otherwise than the model, each is captured.
+    7. Modules that are alike are captured once and copied, see :mod:`lazy_compile.capture.regions`, if that can be done
+       without changing the graph.
     8. Whatever comes of it, the model is left as it was.
 
     Raises:
@@ -293,10 +296,8 @@ class _Search:
             _guards=_compile_guards(exported),
         )  # fmt: skip
 
-    def _program(
-        self, rung: Rung, flat: FlatModel, example: Sequence[Tensor]
-    ) -> tuple[ExportedProgram, Program, list[OpaqueCall], int]:
-        """What an export gives, as a graph, and the opaque modules and copied ones in it."""
+    def _program(self, rung: Rung, flat: FlatModel, example: Sequence[Tensor]) -> _Found:
+        """What an export gives, as a graph, the opaque modules in it, and how many of the others are copies."""
         copying = self.copying and rung.copies_repeats and not self.opaque
         regions = Regions.of(self.model) if copying else Regions(self.model)
         try:
@@ -311,9 +312,7 @@ class _Search:
             self.copying = False
             return self._program_with(Regions(self.model), rung, flat, example)
 
-    def _program_with(
-        self, regions: Regions, rung: Rung, flat: FlatModel, example: Sequence[Tensor]
-    ) -> tuple[ExportedProgram, Program, list[OpaqueCall], int]:
+    def _program_with(self, regions: Regions, rung: Rung, flat: FlatModel, example: Sequence[Tensor]) -> _Found:
         with (
             quiet_evaluation(self.model),
             left_as_it_was(self.model),
@@ -322,7 +321,7 @@ class _Search:
         ):
             exported = rung.export(flat, example)
             require_unwritten(exported, regions)
-            exported = exported.run_decompositions({})
+            exported = functional(exported)
         program = Program.from_exported(exported, parameter_prefix="model.")
         return exported, with_copies(program, regions), called, regions.copies
 

@@ -63,12 +63,13 @@ def _written(node: fx.Node) -> Iterator[Any]:
 
 
 def with_copies(program: Program, regions: Regions) -> Program:
-    """The program without marks, and with the nodes of a region in place of each copy of it.
+    """The program without marks and unread values, and with the nodes of a region in place of each copy of it.
 
     Raises:
         Unlike: a region is not a function of its arguments.
     """
     if not regions.are_used:
+        _erase_unread(program.graph)
         return program
     nodes = list(program.graph.nodes)
     bodies = _bodies(nodes)
@@ -77,7 +78,6 @@ def with_copies(program: Program, regions: Regions) -> Program:
         raise Unlike("a repeated module is called inside of another graph")
     graph = fx.Graph()
     new: Nodes = {}
-    copied: list[tuple[fx.Node, fx.Node]] = []
     for node in nodes:
         if _is_returned(node):
             continue
@@ -85,15 +85,17 @@ def with_copies(program: Program, regions: Regions) -> Program:
             _assign(node, bodies[_handle(node)].made, new, new)
         elif node.target is _COPY:
             body = bodies[_handle(node)]
-            inner = body.copied_into(graph, node, new)
-            copied += [(each, inner[each]) for each in body.nodes]
-            _assign(node, body.made, inner, new)
+            _assign(node, body.made, body.copied_into(graph, node, new), new)
         elif node.target is not _BEGIN:
             new[node] = _copy(graph, node, new.__getitem__)
-    for original, copy in reversed(copied):
-        if new[original].users and not copy.users and not copy.is_impure():
-            graph.erase_node(copy)  # the last of them may return what nobody reads
+    _erase_unread(graph)
     return replace(program, graph_module=fx.GraphModule(program.graph_module, graph))
+
+
+def _erase_unread(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not node.is_impure():
+            graph.erase_node(node)
 
 
 def _assign(node: fx.Node, made: Sequence[fx.Node], known: Nodes, new: Nodes) -> None:
