@@ -14,7 +14,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import metadata
@@ -144,7 +144,7 @@ class PeerRun:
             search_samples=settings.search_samples, search_seed=settings.search_seed,
             folder=folder and folder / "plans",
         )  # fmt: skip
-        identity = json.loads(json.dumps({"model": name, **asdict(settings), **versions()}))
+        identity = json.loads(json.dumps({"model": name, **asdict(settings), **versions("torch", "diffusers")}))
         for each in ("finalists", "most_settings"):  # these say which rows there are, not what is in them
             del identity[each]
         path = folder and folder / f"{name}-{settings.steps}"
@@ -259,15 +259,13 @@ GIVE_UP = 10
 """Settings that fail, none before them having worked, after which a system is not tried further."""
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that are compared."""
-
-    def found() -> Iterator[tuple[str, str]]:
-        for name in ("torch", "diffusers", "cache-dit"):
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                yield name, metadata.version(name)
-
-    return dict(found())
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _errors(images: Tensor, dense: Tensor) -> Floats:

@@ -57,7 +57,7 @@ def measure_peers(
                 found[part] = sorted(
                     others + [{**key, **row} for row in fresh], key=lambda row: (row["model"], row["steps"])
                 )
-            found["versions"] = versions()
+            found["versions"] = versions("torch", "diffusers", "cache-dit")
             write(found, output)
     return found
 
