@@ -46,6 +46,7 @@ from lazy_compile.backends.onnx.sink import sink_branches
 from lazy_compile.backends.onnx.sizes import ShapeRange, Size
 from lazy_compile.backends.onnx.structure import StructureReport as StructureReport
 from lazy_compile.backends.onnx.structure import check_structure
+from lazy_compile.backends.onnx.weight_places import write_places
 from lazy_compile.config import BatchRule, Group, check_group
 from lazy_compile.errors import BackendError, ConfigError, import_optional
 from lazy_compile.ir.program import Program, Role
@@ -407,6 +408,8 @@ class _Export:
         drop_unread_inputs(model, self.hoisted_from)
         metadata = self._metadata(program, model, mask, conditionals).with_policy(self.lazy.policy)
         model.metadata_props[KEY] = metadata.to_json()
+        if not mask:  # the files of a set share their weights
+            write_places(model, self.lazy.original)
         structure = check_structure(model)
         broken = (*structure.problems[: structure.if_nodes != structure.conditionals], *check_rules(model))
         if broken:
