@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help docs install demo test test-torchao test-openvino test-pruna test-zoo fuzz zoo-golden coverage-page hosts-page bench results lint clean
+.PHONY: help docs install demo test test-torchao test-openvino test-pruna test-zoo fuzz zoo-golden coverage-page hosts-page bench peers results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -67,6 +67,14 @@ hosts-page: $(INSTALLED) ## run the tests of every host; the table in docs/integ
 
 bench: $(INSTALLED) ## measure speed; results in build/bench
 	$(BIN)/lazy-compile bench speed --output build/bench
+
+PEERS := build/cache-dit
+peers: export OMP_NUM_THREADS := 1
+peers: export MKL_NUM_THREADS := 1
+peers: $(INSTALLED) ## peers' own caches against plans, T=20 (hours; resumes); cache-dit beside .venv (4 MB)
+	@test -d $(PEERS) || $(BIN)/python -m pip install -q --no-deps --target $(PEERS) -c constraints.txt cache-dit
+	PYTHONPATH=$(PEERS) $(BIN)/lazy-compile bench peers --output build/peers
+	cp build/peers/peers.json build/peers/peers.md build/peers/peers.png docs/results
 
 results: export OMP_NUM_THREADS := 1
 results: export MKL_NUM_THREADS := 1

@@ -17,7 +17,7 @@ CacheDtype = Literal["bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"]
 
 
 MAX_ORDER = 3
-"""Of ``reuse="taylor"``: polynomials of a higher order only amplify noise."""
+"""Of ``reuse="taylor"``: higher orders only amplify noise."""
 
 
 def reuse_order(reuse: ReuseArm, order: int) -> int:
@@ -31,8 +31,8 @@ class LazyConfig:
 
     Attributes:
         reuse: what a skipped branch returns. ``"linear"`` extrapolates from its last two computed outputs over the
-            step index, ``"last"`` repeats the last one (LazyDiT), ``"taylor"`` follows the polynomial through the last
-            ``order + 1`` (TaylorSeer). One more tensor per output is kept for each order.
+            step index, ``"last"`` repeats the last one (LazyDiT), ``"taylor"`` extrapolates from the last ``order + 1``
+            (as TaylorSeer, with other weights). One more tensor per output is kept for each order.
         order: of ``reuse="taylor"``, 1 to 3; where fewer values were computed yet, a lower one is taken.
         warmup_steps: the first steps of a trajectory that always compute; at least 1, since nothing is cached before.
         max_reuse_age: a branch that was reused this many steps in a row computes at the next one. None: no limit.

@@ -74,6 +74,31 @@ def quality(options: QualityOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PeersOptions(OutputOptions):
+    """What ``lazy-compile bench peers`` takes."""
+
+    model: Annotated[str, typer.Argument(help="digits or scenes, or all.")] = "all"
+    output: given.Folder = Path("build/peers")
+    steps: Annotated[list[int] | None, typer.Option(min=4, help="Denoising steps; may be given several times.")] = None
+    samples: Annotated[int | None, typer.Option(min=2, help="Images for each set of noise.")] = None
+
+
+def peers(options: PeersOptions) -> None:
+    """Run the caches of diffusers and cache-dit on the same noise as plans; write peers.json, .md, .png. Takes hours.
+
+    What is measured is kept at once: a run that was stopped goes on where it was.
+    """
+    from lazy_compile.bench.peers_report import measure_peers, peers_table
+    from lazy_compile.progress import progress_bars
+    from lazy_compile.reporting.tables import show
+
+    changes = {} if options.samples is None else {"samples": options.samples}
+    with progress_bars(not options.json) as on_progress:
+        found = measure_peers(options.model, options.steps or [20], changes, options.output, on_progress)
+    show({**found, "output": str(options.output)}, options.json, peers_table(found), f"written to {options.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuestionsOptions(OutputOptions):
     """What ``lazy-compile questions`` takes."""
 

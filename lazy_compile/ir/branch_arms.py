@@ -52,7 +52,7 @@ class BranchArms(nn.Module):
         keep: ``(*outputs, *bases) -> next caches`` of one that computes; None likewise.
         renew: ``(*state, *next caches) -> next deltas`` of one that computes; None for order 0.
         outputs: how many outputs the branch has.
-        order: of the polynomial that a reuse follows.
+        order: of the extrapolation.
     """
 
     def __init__(self, body: fx.GraphModule, branch: ResidualBranch, order: int) -> None:

@@ -1,24 +1,26 @@
-"""Reuse along a polynomial in a program without hidden state, as formulas over ATen operators.
+"""Extrapolating reuse in a program without hidden state, as formulas over ATen operators.
 
-Order n follows the polynomial through the last n + 1 values that a branch computed: 0 repeats the last one
-(``reuse="last"``), 1 is linear, more is ``reuse="taylor"``. A branch keeps ``cache``, its last value carried forward to
-the last step, and n differences: ``delta``, of its last two computed values, ``delta2``, of the two before, and so on.
-To reuse is to move the cache on by parts of the differences: the result is at once what is reused and the next cache,
-so that little is written. To compute renews the first difference and passes the others on.
+Order n extrapolates from the last n + 1 values that a branch computed: 0 repeats the last one (``reuse="last"``), 1 is
+linear, more is ``reuse="taylor"``, along the polynomial through the values, its terms beyond the line damped by
+:data:`DAMPING`. A branch keeps ``cache``, its last value carried forward to the last step, and n differences:
+``delta``, of its last two computed values, ``delta2``, of the two before, and so on. To reuse is to move the cache on
+by parts of the differences: the result is at once what is reused and the next cache, so that little is written. To
+compute renews the first difference and passes the others on.
 
 Time is kept for all G branches together, in vectors ``float32[G]`` named by :func:`clock_names`:
 
 - ``age``: steps since a branch computed, infinite before the first time;
 - ``gap``, ``gap2``, ...: steps between its last two computations, between the two before, ...; infinite if there were
-  none. A polynomial of lower order is followed until there are enough;
+  none. The order is lower until there are enough;
 - ``moved``, ``moved2``, ...: how many of each difference the cache was moved since it was computed.
 
-``slope: float32[G]`` comes in at every step: how far a branch follows its polynomial. 1 is extrapolation, 0 repeats the
-last value. Differences are void while their gap is infinite, but must be finite: slots of zeros are a good start.
+``slope: float32[G]`` comes in at every step: how far a branch is extrapolated. 1 is all the way, 0 repeats the last
+value. Differences are void while their gap is infinite, but must be finite: slots of zeros are a good start.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +31,11 @@ from lazy_compile.config import MAX_ORDER
 
 aten = torch.ops.aten
 
+DAMPING = 0.5
+"""Of the terms of extrapolation, from each order to the next: higher orders amplify what is no polynomial."""
+
 SLOPE = "slope"
-"""The input that says how far each branch follows its polynomial: ``float32[G]``."""
+"""The input that says how far each branch is extrapolated: ``float32[G]``."""
 
 
 def difference_names(kind: str, order: int) -> list[str]:
@@ -97,27 +102,31 @@ def _targets(order: int, clock: Sequence[Any], slope: Any) -> list[Any]:
 
 
 def _shares(since: Any, gaps: Sequence[Any]) -> list[Any]:
-    """How many of each difference lead from the last value to the polynomial ``since`` steps later.
+    """How many of each difference lead from the last value to where it is extrapolated, ``since`` steps later.
 
-    With values at 0, -gap, -gap - gap2, ... the polynomial is the sum of weight times value, by Lagrange; a value is
-    the last one less the differences between.
+    Newton's divided differences, each held as its parts of the plain differences: those of the first order are a
+    difference over its gap, one of a higher order is the difference of two of the order below over all their gaps.
     """
-    if len(gaps) == 1:
-        return [aten.div.Tensor(since, gaps[0])]
-    back = [gaps[0]]
-    for gap in gaps[1:]:
-        back.append(aten.add.Tensor(back[-1], gap))
-    shares: list[Any] = []
-    total = None
-    for place in reversed(range(len(back))):
-        # Lagrange: (since - 0) / (-back - 0), then (since + other) / (other - back) for every other value
-        weight = aten.div.Tensor(since, back[place])
-        for other in back[:place] + back[place + 1 :]:
-            numerator = aten.add.Tensor(since, other)
-            weight = aten.mul.Tensor(weight, aten.div.Tensor(numerator, aten.sub.Tensor(other, back[place])))
-        total = weight if total is None else aten.add.Tensor(total, weight)
-        shares.insert(0, total)
-    return shares
+    rates = [{place: aten.reciprocal.default(gap)} for place, gap in enumerate(gaps)]
+    spans, power = list(gaps), since
+    shares = {0: aten.mul.Tensor(power, rates[0][0])}
+    for order in range(2, len(gaps) + 1):
+        ahead = aten.add.Tensor(since, spans[0])
+        spans = [aten.add.Tensor(span, gap) for span, gap in zip(spans, gaps[order - 1 :], strict=False)]
+        rates = [_rate(*pair, spans[place]) for place, pair in enumerate(itertools.pairwise(rates))]
+        power = aten.mul.Tensor(aten.mul.Tensor(power, ahead), DAMPING)
+        for place, part in rates[0].items():
+            term = aten.mul.Tensor(power, part)
+            shares[place] = aten.add.Tensor(shares[place], term) if place in shares else term
+    return [shares[place] for place in range(len(gaps))]
+
+
+def _rate(newer: dict[int, Any], older: dict[int, Any], span: Any) -> dict[int, Any]:
+    """``(newer - older) / span``, part by part."""
+    found = dict(newer)
+    for place, part in older.items():
+        found[place] = aten.sub.Tensor(found[place], part) if place in found else aten.neg.default(part)
+    return {place: aten.div.Tensor(part, span) for place, part in found.items()}
 
 
 def _cast(scalar: Any, dtype: torch.dtype) -> Any:

@@ -14,7 +14,7 @@ from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.journal import Journal, digest
 from lazy_compile.planning.replay import Replayable, Trajectory, first_change, replayed_steps, run_trajectory
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, relative_loss, robust_losses
-from lazy_compile.planning.starts import fitting, rules
+from lazy_compile.planning.starts import every_nth, fitting, rules
 from lazy_compile.planning.step_paths import POWERS, StepCosts
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress
@@ -26,7 +26,8 @@ FINALISTS = 3
 """Schedules that are compared on noise of their own."""
 
 STARTS, EXCHANGES = 0.4, 0.7
-"""Shares of the calls after which starts, and exchanges of whole steps, have had their turn."""
+"""Shares of the calls after which starts, and exchanges of whole steps, have had their turn. The simplest starts may
+take as many as exchanges."""
 
 PARTS = 4
 """Groups of neighbouring branches that are exchanged at the end."""
@@ -50,7 +51,8 @@ class CallSearch:
     """From whole steps to groups of branches.
 
     1. One dense trajectory is recorded. What its outputs tell of every choice of steps (:mod:`.step_paths`) orders the
-       starts of :mod:`.starts`, and adds the shortest paths.
+       starts of :mod:`.starts`, and adds the shortest paths. Every n-th step after a warm-up comes first: a plan is not
+       worse than that on the samples it is made from.
     2. The best of them is improved by exchanging one step that computes for one that reuses, in the order in which the
        same costs, with the weights that agreed best with what was measured, promise most.
     3. Groups of neighbouring branches spend what whole steps leave of the budget, and are exchanged.
@@ -98,18 +100,20 @@ class CallSearch:
     # What is tried ------------------------------------------------------------------------------------------------
 
     def _judge_starts(self) -> _Judged:
-        count = self._affordable()
-        warmup = self.target.warmup_steps
-        every = [*rules(self._steps, self._costs.change), *self._costs.rules(warmup)]
+        count, warmup = self._affordable(), self.target.warmup_steps
+        first = every_nth(self._steps)
+        every = [*first, *rules(self._steps, self._costs.change), *self._costs.rules(warmup)]
         chosen = [fitting(rule, count, warmup) for rule in every]
         tables = {steps.tobytes(): steps for steps in chosen if steps is not None}
+        simple = {steps.tobytes() for steps in chosen[: len(first)] if steps is not None}
         ranks = np.mean(
             [_ranks([self._costs.cost(each, power) for each in tables.values()]) for power in POWERS], axis=0
         )
-        ordered = [steps for _, steps in sorted(zip(ranks, tables.values(), strict=True), key=lambda item: item[0])]
+        by_rank = sorted(zip(ranks, tables, strict=True))
         best: _Judged | None = None
-        for steps in ordered:
-            judged = self._judge(self._whole(steps), STARTS if best else 1.0)
+        for _, name in sorted(by_rank, key=lambda item: item[1] not in simple):
+            share = EXCHANGES if name in simple else STARTS
+            judged = self._judge(self._whole(tables[name]), share if best else 1.0)
             if judged is None:
                 break
             best = judged if best is None or self._loss(judged) < self._loss(best) else best

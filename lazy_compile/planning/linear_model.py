@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.response import Response
-from lazy_compile.planning.trace import MAX_AGE, polynomial_weights
+from lazy_compile.planning.trace import MAX_AGE, earlier_weights
 from lazy_compile.policies.schedule import BoolTable, CacheSchedule
 
 Floats = npt.NDArray[np.float64]
@@ -138,7 +138,7 @@ class _LinearModel:
         answer: of the response, each direction times the root of its weight, like all that follows.
         table, slopes: the schedule.
         error: ``float64[N]``.
-        order: of the polynomial that reuse follows.
+        order: of the extrapolation.
         flips: ``float64[T, groups, N]``, what turning one decision over adds to the error.
     """
 
@@ -252,10 +252,10 @@ def _computed(column: BoolTable, order: int) -> Iterator[tuple[int, ...]]:
 
 @cache
 def _line(step: int, computed: tuple[int, ...]) -> Floats:
-    """``float64[MAX_AGE + 1]``: what following the polynomial all the way adds to the last output, by age."""
+    """``float64[MAX_AGE + 1]``: what extrapolating all the way adds to the last output, by age."""
     line = np.zeros(MAX_AGE + 1)
     ages = [min(step - at, MAX_AGE) for at in computed]
-    for age, weight in zip(ages[1:], polynomial_weights(step, computed), strict=True):
+    for age, weight in zip(ages[1:], earlier_weights(step, computed), strict=True):
         line[age] += weight
         line[ages[0]] -= weight
     line.flags.writeable = False

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.output_store import Streaming
-from lazy_compile.planning.trace import Trace, polynomial_weights
+from lazy_compile.planning.trace import Trace, earlier_weights
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.module import LazyModule
 from lazy_compile.runtime.sampling import DenseStep, Sampler, Samplers, parts_of, require_finite
@@ -46,7 +46,7 @@ class Response:
         timesteps: ``float64[T]``, the time input at each step.
         sensitivity: ``float64[T]``, squared change of the samples per squared change of the model's output at a step.
         weight: ``float64[N]``, how much each direction counts, see :func:`cauchy_weights`; None: all alike.
-        order: of the polynomial that reuse follows.
+        order: of the extrapolation.
     """
 
     schedule: CacheSchedule
@@ -67,7 +67,7 @@ class Response:
         reused = answer[..., 1].astype(np.float64)
         for step in range(2, answer.shape[1]):
             computed = tuple(range(step - 1, max(step - 2 - self.order, -1), -1))
-            for age, weight in enumerate(polynomial_weights(step, computed), start=2):
+            for age, weight in enumerate(earlier_weights(step, computed), start=2):
                 reused[:, step] += weight * (answer[:, step, :, age] - answer[:, step, :, 1])
         effect: Floats = np.square(reused - answer[..., 0]).mean(axis=0) / self.size
         effect[0] = np.nan

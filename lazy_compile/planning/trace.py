@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.planning.output_store import OutputStore, Streaming
 from lazy_compile.policies.schedule import CacheSchedule
-from lazy_compile.runtime.cache import CacheState, lagrange_weights
+from lazy_compile.runtime.cache import CacheState, extrapolation_weights
 from lazy_compile.runtime.module import ModelCall
 
 Floats = npt.NDArray[np.float64]
@@ -32,10 +32,10 @@ and the numbers of these in the store."""
 
 
 @cache
-def polynomial_weights(step: int, computed: tuple[int, ...]) -> tuple[float, ...]:
+def earlier_weights(step: int, computed: tuple[int, ...]) -> tuple[float, ...]:
     """How much of each value that was computed before the last, less the last, is followed at a step."""
     at, *before = computed
-    weights = lagrange_weights(np.array([step]), np.array([at]), np.array(before, dtype=np.int64).reshape(-1, 1))
+    weights = extrapolation_weights(np.array([step]), np.array([at]), np.array(before, dtype=np.int64).reshape(-1, 1))
     return tuple(weights[:, 0].tolist())
 
 
@@ -55,7 +55,7 @@ class Trace:
     """The way through a trajectory, and back; a context that lets go of what it keeps.
 
     Attributes:
-        order: of the polynomial that reuse follows.
+        order: of the extrapolation.
         first: what the branches returned where nothing came before that can be differentiated.
         on_gradient: called with the gradient of each output on the way back:
             ``(stream, step, branch, output, gradient)``.
@@ -203,7 +203,7 @@ class _TracedStep:
         values = [self._values(each) for each in known]
         if len(known) == 1:
             return values[0]
-        weights = polynomial_weights(self.step, tuple(step for step, *_ in known))
+        weights = earlier_weights(self.step, tuple(step for step, *_ in known))
         latest, *earlier = values
         return tuple(
             value + sum(slope * weight * (old - value) for weight, old in zip(weights, before, strict=True))

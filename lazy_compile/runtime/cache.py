@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.ir.extrapolation import DAMPING
 from lazy_compile.policies.policy import Policy
 from lazy_compile.runtime.cache_format import AS_THEY_ARE, CacheFormat, Values
 
@@ -72,14 +73,14 @@ class CacheSlot:
     def extrapolated(
         self, steps: Steps, slopes: Floats, branch: ResidualBranch, device: torch.device | None = None
     ) -> Values:
-        """What a branch keeps that is reused: along the polynomial through its values, as far as ``slopes[rows]``."""
+        """What a branch keeps that is reused: extrapolated from its values, as far as ``slopes[rows]``."""
         values, *others = (
             self.format.load(tuple(map(usable, each)), branch, device or each[0].device)
             for each in (self.values, *self.earlier)
         )
         if not others:
             return values
-        weights = slopes * lagrange_weights(steps, self.computed_at, self.computed_before)
+        weights = slopes * extrapolation_weights(steps, self.computed_at, self.computed_before)
         return tuple(
             extrapolate(value, earlier, weights, output.batch_axis)
             for value, output, *earlier in zip(values, branch.outputs, *others, strict=True)
@@ -217,21 +218,24 @@ NEVER = -(2**31)
 """``computed_at`` of a row that has nothing cached: it computes."""
 
 
-def lagrange_weights(steps: Steps, computed_at: Steps, computed_before: Steps) -> Floats:
-    """``float64[n, rows]``: how much of each earlier value, less the last one, follows the polynomial through all.
+def extrapolation_weights(steps: Steps, computed_at: Steps, computed_before: Steps) -> Floats:
+    """``float64[n, rows]``: how much of each earlier value, less the last one, extrapolation takes.
 
-    A row that has fewer earlier values follows the polynomial through those that it has.
+    Newton's form of the polynomial through all values, whose terms count :data:`DAMPING` times less from each order to
+    the next, since higher orders amplify what is no polynomial. TaylorSeer (arXiv 2503.06923) weakens them too: by 1/3
+    one step after computations that were two apart, by 1/4 where they were three apart. A row that has fewer earlier
+    values has fewer terms.
     """
     places = np.concatenate([computed_at[None], computed_before]).astype(np.float64)
-    result = np.zeros(computed_before.shape)
-    for degree in range(1, len(places)):
-        known = computed_before[degree - 1] >= 0
-        for place in range(1, degree + 1):
-            others = np.delete(places[: degree + 1], place, axis=0)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                weight = np.prod((steps - others) / (places[place] - others), axis=0)
-            result[place - 1] = np.where(known, weight, result[place - 1])
-    return result
+    differences = np.broadcast_to(np.eye(len(places))[..., None], (len(places), *places.shape))  # [from, value, row]
+    power, result = np.ones(places.shape[1]), np.zeros(places.shape)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for order in range(1, len(places)):
+            spans = (places[:-order] - places[order:])[:, None]
+            differences = (differences[:-1] - differences[1:]) / spans
+            power = power * (steps - places[order - 1]) * (DAMPING if order > 1 else 1.0)
+            result += np.where(computed_before[order - 1] >= 0, power * differences[0], 0.0)
+    return result[1:]
 
 
 def extrapolate(value: Tensor, earlier: Sequence[Tensor], weights: Floats, batch_axis: int | None) -> Tensor:

@@ -20,7 +20,7 @@ from lazy_compile.runtime.cache import (
     CacheState,
     Steps,
     along,
-    lagrange_weights,
+    extrapolation_weights,
     reused_behind,
     usable,
 )
@@ -185,7 +185,7 @@ def _decides_before_step(policy: Policy) -> bool:
 
 @dataclass(frozen=True)
 class _Line:
-    """When all rows of a slot were computed last, and how they go on from there, see :func:`lagrange_weights`."""
+    """When all rows of a slot were computed last, and how they go on from there, see :func:`extrapolation_weights`."""
 
     at: int
     weights: Weights
@@ -196,7 +196,7 @@ def _line(slot: CacheSlot, step: int) -> _Line | None:
     at, before = slot.computed_at, slot.computed_before
     if (at != at[0]).any() or (before != before[:, :1]).any():
         return None
-    weights = lagrange_weights(np.array([step]), at[:1], before[:, :1])
+    weights = extrapolation_weights(np.array([step]), at[:1], before[:, :1])
     return _Line(int(at[0]), tuple(weights[:, 0].tolist()))
 
 

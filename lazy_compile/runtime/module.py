@@ -384,9 +384,6 @@ class LazyModule(nn.Module):
             self.lazy_config = self._fitted
         return self._store.find(args, kwargs, self.lazy_config)
 
-    def _state_of(self, graph: LazyGraph) -> list[Any]:
-        return graph.state()
-
     def _admit(self, graph: LazyGraph) -> None:
         """Hold the policy against the first graph; in others, branches are matched to that one's by their names."""
         if not self._planned:

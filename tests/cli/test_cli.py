@@ -324,6 +324,7 @@ def verbs() -> list[tuple[str, ...]]:
         *((name,) for name in names),
         ("bench", "speed"),
         ("bench", "overhead"),
+        ("bench", "peers"),
         ("bench", "compile"),
         ("bench", "full-size"),
     ]

@@ -17,10 +17,12 @@ from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning import planner
 from lazy_compile.planning.budget import Budget
-from lazy_compile.planning.journal import Journal
+from lazy_compile.planning.call_search import CallSearch
+from lazy_compile.planning.journal import Journal, digest
 from lazy_compile.planning.planner import plan
 from lazy_compile.planning.replay import first_change, replayable, run_trajectory
 from lazy_compile.planning.search import final_error
+from lazy_compile.planning.starts import every_nth, fitting
 from lazy_compile.planning.step_paths import StepCosts
 from lazy_compile.progress import no_progress
 from support.sampling import STEPS, inputs, lazy_tiny_dit, sample, start
@@ -109,6 +111,17 @@ def test_a_plan_keeps_to_its_calls_and_its_budget(denoiser: Any, calls: int, mon
     assert counted.calls <= calls + 1  # one counts the steps
     assert schedule.lazy_ratio >= 0.5
     assert denoiser.policy is policy
+
+
+def test_every_nth_step_after_a_warm_up_is_tried_before_anything_else(lazy: LazyModule) -> None:
+    target, cost = replayable(lazy), np.ones(4)
+    search = CallSearch(target, (sample,), cost, BUDGET, calls=80)
+    found = search.run(0, no_progress)
+    tables = [fitting(rule, search._affordable(), 1) for rule in every_nth(STEPS)]
+    simple = {digest(CacheSchedule(np.repeat(steps[:, None], 4, axis=1))) for steps in tables if steps is not None}
+    assert len(simple) > 2
+    assert set(list(search._judged)[: len(simple)]) == simple
+    assert found.lazy_ratio >= 0.5
 
 
 def test_it_is_better_than_every_second_step_on_other_noise(lazy: LazyModule) -> None:

@@ -1,11 +1,12 @@
 """What a model with spans must return, found without the package: hooks on the blocks of the original.
 
 A span is a run of modules. What goes into the first and what comes out of the last are its streams. A span that reuses
-returns what goes in now plus the difference that it kept, carried on along a polynomial.
+returns what goes in now plus the difference that it kept, extrapolated.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -28,7 +29,7 @@ class SpanOracle:
         leave: result of a last module -> its streams, by the same names.
         rebuild: streams and the result -> the result with these streams.
         should_compute: ``bool[steps, spans]``.
-        order: of the polynomial.
+        order: of the extrapolation.
     """
 
     def __init__(
@@ -77,8 +78,21 @@ class SpanOracle:
             known.insert(0, (self.step, {name: value - entered[name] for name, value in streams.items()}))
             del known[self.order + 1 :]
             return result
-        reused = {name: entered[name].double() for name in streams}
-        for at, kept in known:
-            weight = np.prod([(self.step - other) / (at - other) for other, _ in known if other != at])
-            reused = {name: value + weight * kept[name].double() for name, value in reused.items()}
-        return self.rebuild({name: value.to(streams[name].dtype) for name, value in reused.items()}, result)
+        places = [at for at, _ in known]
+        reused = {}
+        for name, stream in streams.items():
+            change = extrapolated(places, [kept[name].double() for _, kept in known], self.step)
+            reused[name] = (entered[name].double() + change).to(stream.dtype)
+        return self.rebuild(reused, result)
+
+
+def extrapolated(places: Sequence[int], values: Sequence[Tensor], at: int) -> Tensor:
+    """Along polynomials through one value more at a time: what the second, third, ... adds to the one before it counts
+    whole, a half, a quarter."""
+    total, before = values[0], values[0]
+    for count in range(2, len(values) + 1):
+        weights = [math.prod((at - q) / (p - q) for q in places[:count] if q != p) for p in places[:count]]
+        through = sum(weight * value for weight, value in zip(weights, values, strict=False))
+        total = total + 0.5 ** (count - 2) * (through - before)
+        before = through
+    return total

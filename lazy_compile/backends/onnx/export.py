@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lazy_compile import pipelines
+from lazy_compile import pass_pipelines
 from lazy_compile.analysis.timestep_input import names_the_time
 from lazy_compile.backends.onnx.convert import (
     SpecialisedError,
@@ -314,7 +314,7 @@ class _Export:
             predictors,
             config.order,
         )
-        lifted = without_prologue(pipelines.lifting(lift).run(graph.program))
+        lifted = without_prologue(pass_pipelines.lifting(lift).run(graph.program))
         free = FreeSizes.of(graph, tensors, request.dynamic, request.shapes, fixed_sizes, lifted.fake_inputs())
         return cls(request, graph, lifted, tensors, free, leaders, rule, predictors, table)
 
@@ -393,7 +393,7 @@ class _Export:
     def make(self, mask: tuple[bool, ...], on_progress: OnProgress = no_progress) -> Model:
         """The model for one set of decisions; without a mask, the one with conditionals."""
         name = type(self.lazy.original).__name__
-        passes = pipelines.scheduled(mask) if mask else pipelines.lowering()
+        passes = pass_pipelines.scheduled(mask) if mask else pass_pipelines.lowering()
         program = passes.run(self.lifted)
         on_progress("exporting to ONNX", 1, 4, "branches lowered")
         roles = (Role.USER, Role.INVARIANT, Role.SLOT, Role.GATE)

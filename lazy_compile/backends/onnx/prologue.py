@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from lazy_compile import pipelines
+from lazy_compile import pass_pipelines
 from lazy_compile.backends.onnx.convert import convert, name_values
 from lazy_compile.backends.onnx.metadata import Gating, OnnxMetadata
 from lazy_compile.backends.onnx.seal import PROLOGUE_KEY as PROLOGUE_KEY
@@ -139,7 +139,7 @@ def make_prologue(
         BackendError: an operator has no ONNX form.
     """
     own, results = prologue_of(program)
-    own = pipelines.prologue().run(own)
+    own = pass_pipelines.prologue().run(own)
     model = convert(original, own, tensors, opset, shapes)
     name_values(model, [item.name for item in own.inputs if item.role is Role.USER], results)
     drop_unread_inputs(model, {str(value.name) for value in model.graph.inputs})

@@ -1,4 +1,4 @@
-"""Exported spans: one ``If`` each, streams that are restored inside, and polynomials of any order."""
+"""Exported spans: one ``If`` each, streams that are restored inside, and extrapolation of any order."""
 
 from __future__ import annotations
 
