@@ -305,3 +305,33 @@ class Swallows(Stack):
             return block(h, condition)
         except Exception:
             return h
+
+
+class MakesConstant(Block):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x * torch.tensor(0.5), condition)
+
+
+class SharesActivation(Stack):
+    """One module under several names, by which export knows what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        activation = nn.SiLU()
+        for block in self.blocks:
+            block.activation = activation
+
+    def step(self, index: int, block: nn.Module, h: Tensor, condition: Tensor) -> Tensor:
+        return block.activation(block(h, condition))
+
+
+class Autocast(Block):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = x + self.mlp(x).float()
+        return super().forward(x, condition)
+
+
+class Draws(Block):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * torch.rand_like(x), condition)
