@@ -159,6 +159,8 @@ UNLIKE = {
     "an input that is written to": repeated.KeepsInput,
     "a tensor that is kept": repeated.ReadsKept,
     "a failure that is swallowed": repeated.Swallows,
+    "a size that is noted in each": repeated.NotesSizes,
+    "a size that depends on values": lambda: Stack(repeated.Selects),
     "a constant that each makes": lambda: Stack(repeated.MakesConstant),
     "an activation that all share": repeated.SharesActivation,
 }

@@ -335,3 +335,26 @@ class Autocast(Block):
 class Draws(Block):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         return super().forward(x + 0.1 * torch.rand_like(x), condition)
+
+
+class TakesSize(Block):
+    """Reads a size that its model has noted in it."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x.unflatten(1, (2, self.half)).flip(1).flatten(1, 2), condition)
+
+
+class NotesSizes(Stack):
+    def __init__(self) -> None:
+        super().__init__(TakesSize)
+
+    def step(self, index: int, block: nn.Module, h: Tensor, condition: Tensor) -> Tensor:
+        block.half = h.shape[1] // 2
+        return block(h, condition)
+
+
+class Selects(Block):
+    """Reads as many rows as the numbers in them say."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x + x[condition.sum(-1) > -100].sum(0), condition)
