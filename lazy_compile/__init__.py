@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lazy_compile.backends.onnx.export import export_onnx as export_onnx
+    from lazy_compile.backends.onnx.replace_weights import replace_weights as replace_weights
     from lazy_compile.backends.onnx.structure import check_structure as check_structure
     from lazy_compile.backends.tensorrt.build import build_engine as build_engine
     from lazy_compile.backends.tensorrt.build import build_engines as build_engines
@@ -89,6 +90,7 @@ _HOMES = {
     "load": "lazy_compile.compiler",
     "measure_effects": "lazy_compile.planning.reuse_effects",
     "plan": "lazy_compile.plans",
+    "replace_weights": "lazy_compile.backends.onnx.replace_weights",
     "report": "lazy_compile.reporting.page:write_report",
     "restore": "lazy_compile.compiler",
     "run": "lazy_compile.execution",
@@ -133,6 +135,7 @@ __all__ = [
     "load",
     "measure_effects",
     "plan",
+    "replace_weights",
     "report",
     "restore",
     "run",

@@ -75,14 +75,16 @@ def plan(target: Any, sample: Any, budget: Any = None, **options: Any) -> Any:
         target: a lazy model, an engine, or a pipeline.
         sample: runs a trajectory; of a pipeline, the budget.
         budget: what may be spent.
-        prompts: of a pipeline: of each a sample is drawn. None if the call says what to draw, by embeddings, say.
-        loss: what of a pipeline's samples is compared: ``"latent"``, ``"decoded"``, or a differentiable function of
-            decoded samples, whose values are compared by their mean squared difference.
-        components: which models of a pipeline, by name.
-        batch_size: prompts that are drawn at once; None draws all, or as many as ``max_memory`` admits. The plan is the
-            same, to rounding.
-        repeats: how often each prompt is drawn, with other noise.
-        call: all other arguments of the pipeline's call, such as ``num_inference_steps`` and ``height``.
+        options: those of :func:`lazy_compile.planning.planner.plan`, and of a pipeline:
+
+            - ``prompts``: of each a sample is drawn. None if the call says what to draw, by embeddings, say.
+            - ``loss``: what of the samples is compared: ``"latent"``, ``"decoded"``, or a differentiable function of
+              decoded samples, whose values are compared by their mean squared difference.
+            - ``components``: which models, by name.
+            - ``batch_size``: prompts that are drawn at once; None draws all, or as many as ``max_memory`` admits. The
+              plan is the same, to rounding.
+            - ``repeats``: how often each prompt is drawn, with other noise.
+            - all other arguments of the pipeline's call, such as ``num_inference_steps`` and ``height``.
 
     Raises:
         ConfigError: the budget cannot be met, samples are not finite, or the pipeline never calls its models.

@@ -1,1 +1,1 @@
-"""Passes from graph to graph, one a file. ``lazy_compile.pipelines`` states the order in which they run."""
+"""Passes from graph to graph, one a file. ``lazy_compile.pass_pipelines`` states the order in which they run."""

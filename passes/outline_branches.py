@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,9 +16,9 @@ from lazy_compile.analysis.branch_borders import inputs_of
 from lazy_compile.analysis.folded_rows import FOLDED, insert_fold, insert_unfold, unfolded
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import TAG
-from lazy_compile.ir.operators import NUMBERS, value_of
+from lazy_compile.ir.operators import NUMBERS, VIEWS, operator_name, value_of
 from lazy_compile.ir.pass_manager import GraphPass
-from lazy_compile.ir.program import Program
+from lazy_compile.ir.program import Program, Role
 
 _NAME = "name_in_branch"
 """``node.meta[_NAME]`` is the name that an output of an outlined branch had: another branch may read it under that."""
@@ -39,7 +39,8 @@ class OutlineBranches(GraphPass):
        every tensor that is read outside.
     2. A size that the body reads is measured again inside, from its own inputs, so that the body also serves a part of
        the batch. Rows that are folded into an axis are taken out of it at the border.
-    3. Nodes are put in a topological order that keeps the old one where it can. The hull is convex, so one exists.
+    3. Views of weights that nobody else reads (``weight.T``) belong to the body.
+    4. Nodes are put in a topological order that keeps the old one where it can. The hull is convex, so one exists.
 
     Numerics are preserved bit for bit.
     """
@@ -49,13 +50,37 @@ class OutlineBranches(GraphPass):
         for node in program.graph.nodes:
             if node.op == "call_function" and TAG in node.meta:
                 members[node.meta[TAG]].append(node)
+        order = {node: index for index, node in enumerate(program.graph.nodes)}
         for branch in program.branches:
-            if members[branch.index]:
-                _outline(program, branch, members[branch.index])
+            if body := members[branch.index]:
+                body = sorted([*body, *_views_of_weights(program, body)], key=order.__getitem__)
+                _outline(program, branch, body)
         modified = any(members.values())
         if modified:
             stable_topological_sort(program.graph_module)
         return modified
+
+
+def _views_of_weights(program: Program, body: Sequence[fx.Node]) -> list[fx.Node]:
+    roles = {node: item.role for node, item in zip(program.placeholders, program.inputs, strict=True)}
+    inside, found = set(body), []
+    waiting = list(inputs_of(body))
+    while waiting:
+        node = waiting.pop()
+        source = node.args[0] if operator_name(node) in VIEWS else None
+        is_own = node not in inside and all(user in inside for user in node.users)
+        if is_own and isinstance(source, fx.Node) and node.all_input_nodes == [source] and _is_weight(source, roles):
+            inside.add(node)
+            found.append(node)
+            waiting.append(source)
+    return found
+
+
+def _is_weight(node: fx.Node, roles: Mapping[fx.Node, Role]) -> bool:
+    """A parameter, a buffer or a constant, or a view of one."""
+    while operator_name(node) in VIEWS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return roles.get(node) in (Role.PARAMETER, Role.BUFFER, Role.CONSTANT)
 
 
 def _outline(program: Program, branch: ResidualBranch, body: Sequence[fx.Node]) -> None:

@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._dynamo import lookup_backend
+from torch._dynamo.utils import calculate_time_spent
+from torch._inductor.utils import fresh_cache
 
 from lazy_compile.bench.midsize import build, later
 from lazy_compile.bench.rows import RowFile
 from lazy_compile.bench.speed import rotating_schedule
 from lazy_compile.bench.timing import all_in_turn, one_thread
 from lazy_compile.compiler import transform
+from lazy_compile.errors import VerificationError
 from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, no_progress
@@ -39,9 +43,9 @@ class CompileRow:
         quartiles: of the same ratios.
         ideal_ratio: MACs spent over dense MACs, always-on parts included.
         efficiency: measured speed-up over the ideal, ``ideal_ratio / compiled_ratio``.
-        compilations: pieces that ``torch.compile`` was asked for, for all shares of reuse so far.
-        dense_compile_s, lazy_compile_s: wall time of the first call of the compiled dense model, and what the steps
-            of a trajectory took longer when they ran compiled for the first time.
+        dense_graphs, lazy_graphs: graphs that the backend compiled, for all shares of reuse so far.
+        dense_compile_s, lazy_compile_s: wall time that Dynamo took for them, from empty caches.
+        compiled_calls: how often a step of the lazy model runs one of its compiled graphs, the mean.
         error: largest difference between lazy compiled and lazy eager, per unit of the largest value.
     """
 
@@ -57,9 +61,11 @@ class CompileRow:
     quartiles: tuple[float, float]
     ideal_ratio: float
     efficiency: float
-    compilations: int
+    dense_graphs: int
+    lazy_graphs: int
     dense_compile_s: float
     lazy_compile_s: float
+    compiled_calls: float
     error: float
 
 
@@ -83,12 +89,15 @@ def run(
         layers: other than those of about 100 million parameters.
         backend: of ``torch.compile``.
         on_progress: told of every row.
+
+    Raises:
+        VerificationError: compiled graphs were not compiled, or did not run.
     """
     settings = {"repeats": repeats, "layers": layers, "backend": backend, "threads": 1}
     path = None if output is None else Path(output) / "compile.json"
     rows = RowFile(path, CompileRow, ("model", "reuse"), settings)
     total = len(models) * len(reuse)
-    with one_thread():
+    with one_thread(), fresh_cache():
         for name in models:
             if all(rows.has(model=name, reuse=share) for share in reuse):
                 continue
@@ -99,65 +108,97 @@ def run(
     return rows.rows
 
 
+class CountingBackend:
+    """A backend of ``torch.compile`` that counts what it compiles, and how often that runs.
+
+    Args:
+        name: the backend that does it.
+
+    Attributes:
+        graphs: how many were compiled.
+        calls: how often compiled graphs ran.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._compile = lookup_backend(name)
+        self.graphs = self.calls = 0
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiled = self._compile(graph_module, inputs)
+        self.graphs += 1
+
+        def run(*arguments: Any) -> Any:
+            self.calls += 1
+            return compiled(*arguments)
+
+        return run
+
+
 class _Bench:
     """One model four times: dense and lazy, eager and compiled; the two lazy ones share nothing."""
 
     def __init__(self, name: str, sizes: dict[str, int], backend: str) -> None:
         self.name = name
         self.model, self.inputs = build(name, **sizes)
+        self.of_dense, self.of_lazy = CountingBackend(backend), CountingBackend(backend)
         self.eager, self.compiled = (transform(self.model, self.inputs) for _ in range(2))
-        self.compiled.compile(backend=backend)
-        self.dense = torch.compile(self.model, backend=backend)
-        start = time.perf_counter()
+        self.compiled.compile(backend=self.of_lazy)
+        self.dense = torch.compile(self.model, backend=self.of_dense)
+        self.lazy_compile_s = 0.0
+        start = _seconds_compiling()
         self._call(self.dense, 0)
-        self.dense_compile_s = time.perf_counter() - start
+        self.dense_compile_s = _seconds_compiling() - start
 
     def measure(self, reuse: float, repeats: int) -> CompileRow:
-        lazy = self.eager
-        schedule = _schedule(lazy, reuse, repeats + _WARM_STEPS)
+        schedule = _schedule(self.eager, reuse, repeats + _WARM_STEPS)
         for each in (self.eager, self.compiled):
             each.policy = Scheduled(schedule)
-        lazy_compile_s, error = self._warm_up(schedule)
+        error = self._warm_up(schedule)
         acts: dict[str, Callable[[int], object]] = {
             "dense eager": lambda step: self._call(self.model, step),
             "dense compiled": lambda step: self._call(self.dense, step),
-            "lazy eager": lambda step: self._call(self.eager, step),
             "lazy compiled": lambda step: self._call(self.compiled, step),
+            "lazy eager": lambda step: self._call(self.eager, step),
         }
+        calls = self.of_dense.calls, self.of_lazy.calls
         taken = all_in_turn(acts, repeats=repeats, warm_steps=_WARM_STEPS, clock=time.process_time)
+        dense_calls, lazy_calls = self.of_dense.calls - calls[0], self.of_lazy.calls - calls[1]
+        if not dense_calls or not lazy_calls:
+            raise VerificationError(
+                f"{self.name} ran {dense_calls} compiled graphs of the dense model and {lazy_calls} of the lazy one; "
+                "both were to run compiled, see TORCH_LOGS=graph_breaks,recompiles"
+            )
         ratios = [b / a for a, b in zip(taken["dense compiled"], taken["lazy compiled"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        timed = schedule.should_compute[_WARM_STEPS:]
-        macs = np.array([branch.macs for branch in lazy.branches], dtype=np.float64)
-        ideal = 1.0 - float((~timed * macs).sum()) / (len(timed) * lazy.graph.total_macs)
+        ideal = _ideal_ratio(self.eager, schedule)
         medians = {f"{name.replace(' ', '_')}_ms": statistics.median(times) for name, times in taken.items()}
         return CompileRow(
             model=self.name,
             parameters=sum(item.numel() for item in self.model.parameters()),
-            branches=len(lazy.branches),
+            branches=len(self.eager.branches),
             reuse=reuse,
             **medians,
             compiled_ratio=middle,
             quartiles=(low, high),
             ideal_ratio=ideal,
             efficiency=ideal / middle,
-            compilations=self.compiled.compilations,
+            dense_graphs=self.of_dense.graphs,
+            lazy_graphs=self.of_lazy.graphs,
             dense_compile_s=self.dense_compile_s,
-            lazy_compile_s=lazy_compile_s,
+            lazy_compile_s=self.lazy_compile_s,
+            compiled_calls=lazy_calls / (repeats + _WARM_STEPS),
             error=error,
         )
 
-    def _warm_up(self, schedule: CacheSchedule) -> tuple[float, float]:
-        """Seconds that the compiled model took longer than the eager one for some steps, and how far it is from it."""
-        seconds = {}
+    def _warm_up(self, schedule: CacheSchedule) -> float:
+        """Compile what all steps run on; how far compiled and eager outputs of the lazy model differ."""
+        start = _seconds_compiling()
+        outputs = [self._call(self.compiled, step) for step in range(schedule.steps)]
+        self.lazy_compile_s += _seconds_compiling() - start
+        expected = [self._call(self.eager, step) for step in range(_WARM_STEPS + 2)]
         for each in (self.compiled, self.eager):
-            start = time.perf_counter()
-            outputs = [self._call(each, step) for step in range(_WARM_STEPS + 1)]
-            seconds[each] = time.perf_counter() - start, outputs
             each.reset()
-        compiled, eager = seconds[self.compiled], seconds[self.eager]
-        errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(compiled[1], eager[1], strict=True)]
-        return max(0.0, compiled[0] - eager[0]), float(max(errors))
+        return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(outputs, expected, strict=False))
 
     def _call(self, denoiser: nn.Module | Callable[..., Any], step: int) -> Any:
         inputs = later(self.inputs, step)
@@ -166,6 +207,17 @@ class _Bench:
                 with denoiser.trajectory("bench", step=step):
                     return denoiser(**inputs)[0]
             return denoiser(**inputs)[0]
+
+
+def _ideal_ratio(lazy: LazyModule, schedule: CacheSchedule) -> float:
+    timed = schedule.should_compute[_WARM_STEPS:]
+    macs = np.array([branch.macs for branch in lazy.branches], dtype=np.float64)
+    return 1.0 - float((~timed * macs).sum()) / (len(timed) * lazy.graph.total_macs)
+
+
+def _seconds_compiling() -> float:
+    """Wall time that Dynamo and its backends took so far, of this process."""
+    return calculate_time_spent()["total_wall_time"]
 
 
 def _schedule(lazy: LazyModule, reuse: float, steps: int) -> CacheSchedule:

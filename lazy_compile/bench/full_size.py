@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lazy_compile import pipelines
+from lazy_compile import pass_pipelines
 from lazy_compile.bench.full_size_models import FULL_SIZE
 from lazy_compile.compiler import transform
 from lazy_compile.ir.operators import macs
@@ -133,14 +133,14 @@ def step_invariant_macs(graph: LazyGraph) -> int:
     """Multiply-accumulates that stay the same if all inputs but the first, the latents, and the time do."""
     _latents, *others = graph.layout.names
     invariants = frozenset(others) - {graph.timestep_input}
-    prologue = pipelines.hoisting(invariants).run(graph.captured.program).prologue
+    prologue = pass_pipelines.hoisting(invariants).run(graph.captured.program).prologue
     return sum(map(macs, prologue.graph.nodes)) if prologue else 0
 
 
 def time_passes(lazy: LazyModule) -> dict[str, float]:
     """Seconds that each pass takes on the graph that was captured last."""
     program, seconds = lazy.graph.captured.program, {}
-    for item in pipelines.gating(lazy.lazy_config).passes:
+    for item in pass_pipelines.gating(lazy.lazy_config).passes:
         start = time.process_time()
         program = item(program).program
         seconds[item.name] = time.process_time() - start

@@ -136,6 +136,19 @@ class ExportAid(TorchFunctionMode):
         """What the model returns, without gradients where they end inside the model."""
         return self._gradients.outside(result)
 
+    def remembers(self, tensor: Tensor) -> tuple[bool, bool]:
+        """Whether it stands for a Python number, and whether it was made where gradients are switched off."""
+        return id(tensor) in self._numbers, self._gradients.made(tensor)
+
+    @property
+    def count_remembered(self) -> tuple[int, int]:
+        """Of how many tensors it knows either."""
+        return len(self._numbers), len(self._gradients)
+
+    @property
+    def gradients_enabled(self) -> bool:
+        return self._gradients.enabled
+
     def _call(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not self._tapes:
             return func(*args, **kwargs)
@@ -224,27 +237,33 @@ class GradientRegions:
     """
 
     def __init__(self) -> None:
-        self._enabled = True
+        self.enabled = True
         self._before: dict[int, tuple[Any, bool]] = {}
         self._made_inside: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._made_inside)
+
+    def made(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._made_inside
 
     def switch(self, enabled: bool) -> None:
         """A call to ``torch._C._set_grad_enabled``, which is not made."""
         manager, method = _grad_manager()
         if method in ("__exit__", "__call__"):
-            _, self._enabled = self._before.pop(id(manager), (None, enabled))
+            _, self.enabled = self._before.pop(id(manager), (None, enabled))
             return
         if method:
-            self._before.setdefault(id(manager), (manager, self._enabled))
-        self._enabled = enabled
+            self._before.setdefault(id(manager), (manager, self.enabled))
+        self.enabled = enabled
 
     def enter(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """The arguments of a call to torch."""
-        return self.outside((args, kwargs)) if self._enabled and self._made_inside else (args, kwargs)
+        return self.outside((args, kwargs)) if self.enabled and self._made_inside else (args, kwargs)
 
     def leave(self, result: Any) -> Any:
         """The result of a call to torch."""
-        if not self._enabled:
+        if not self.enabled:
             tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
             self._made_inside |= {id(leaf): leaf for leaf in tensors if leaf.is_floating_point()}
         return result

@@ -20,10 +20,14 @@ from torch.utils import _pytree as pytree
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.comparison import ExampleResult
 from lazy_compile.capture.evaluation import comparable_evaluation, first_line, quiet_evaluation
+from lazy_compile.capture.functional import functional
 from lazy_compile.capture.opaque_modules import NotOneOperator, OpaqueModules, culprit, parent_of
 from lazy_compile.capture.opaque_modules import scripted_modules as scripted
 from lazy_compile.capture.refusals import eager_modules, require_capturable, unreadable
+from lazy_compile.capture.region_copies import require_unwritten, with_copies
+from lazy_compile.capture.regions import Regions
 from lazy_compile.capture.restored_state import left_as_it_was
+from lazy_compile.capture.restored_tensors import same_random_numbers
 from lazy_compile.capture.rungs import (
     LADDER,
     WITHOUT_FIXING,
@@ -40,6 +44,8 @@ from lazy_compile.ir.program import Program, Role, module_state
 
 logger = logging.getLogger("lazy_compile")
 
+_Found = tuple[ExportedProgram, Program, list[OpaqueCall], int]
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -55,6 +61,7 @@ class Capture:
         specialised_size: where the model made a Python number of a size, which this way of export fixes.
         fixing_lines: for axes of the user's tensors that the model fixes, by position and axis, the line that does.
         opaque: the modules that it does not look into.
+        copies: how many repeated modules are copies of the graph of another.
     """
 
     program: Program
@@ -66,6 +73,7 @@ class Capture:
     specialised_size: str = ""
     fixing_lines: Mapping[tuple[int, int], str] = field(default_factory=dict)
     opaque: tuple[OpaqueCall, ...] = ()
+    copies: int = 0
     _guards: CodeType | None = None
     _verdicts: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
 
@@ -123,7 +131,9 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
        no rung can follow (NumPy, a kernel that torch knows no shapes of); then the ladder is climbed again.
     6. The model is called on the example before, and the graph behind: a graph that returns something else is none.
        On the meta device, where there is nothing to compare, ``attempts`` says so.
-    7. Whatever comes of it, the model is left as it was.
+    7. Modules that are alike are captured once and copied, see :mod:`lazy_compile.capture.regions`, if that can be done
+       without changing the graph.
+    8. Whatever comes of it, the model is left as it was.
 
     Raises:
         CaptureError: every rung failed; the message names the decisive reason. Or something moves, packs or replaces
@@ -151,6 +161,7 @@ class _Search:
         opaque: the modules that are not looked into.
         error: what the last export failed with; None if it was the comparison.
         unguardable_read: where the model decided by a value that could not be checked beforehand; empty if it did not.
+        copying: whether modules that are alike are captured once.
     """
 
     model: nn.Module
@@ -160,6 +171,7 @@ class _Search:
     attempts: list[str] = field(default_factory=list)
     error: Exception | None = None
     unguardable_read: str = ""
+    copying: bool = True
     _failed_first: str = ""
 
     def __post_init__(self) -> None:
@@ -255,15 +267,17 @@ class _Search:
                     note_example_sizes(fake.shape, tensor.shape)
                 if not (trouble := _why_not_equal(found, self.model, self.tensors, self.expected)):
                     return found
+                if found.copies:
+                    logger.info("%s: %s; its repeated modules are captured one by one", label, trouble)
+                    self.copying = False
+                    return self._try(rung)
                 self._note(f"{label}: {trouble}")
         return None
 
     def _export(self, rung: Rung, label: str, example: Sequence[Tensor]) -> Capture | None:
         flat = FlatModel(self.model, self.layout)
         try:
-            with quiet_evaluation(self.model), left_as_it_was(self.model), self.opaque.installed() as called:
-                exported = rung.export(flat, example).run_decompositions({})
-            program = Program.from_exported(exported, parameter_prefix="model.")
+            exported, program, called, copies = self._program(rung, flat, example)
             program.name_users(self.layout.names)
         except LazyCompileError:
             raise
@@ -278,9 +292,38 @@ class _Search:
         return Capture(
             program, f"{name}, {self.opaque}" if self.opaque else name, tuple(self.attempts), output_spec,
             values=values, state=state, specialised_size=flat.specialised_size, opaque=tuple(dict.fromkeys(called)),
-            fixing_lines=flat.fixing_lines,
+            fixing_lines=flat.fixing_lines, copies=copies,
             _guards=_compile_guards(exported),
         )  # fmt: skip
+
+    def _program(self, rung: Rung, flat: FlatModel, example: Sequence[Tensor]) -> _Found:
+        """What an export gives, as a graph, the opaque modules in it, and how many of the others are copies."""
+        copying = self.copying and rung.copies_repeats and not self.opaque
+        regions = Regions.of(self.model) if copying else Regions(self.model)
+        try:
+            with same_random_numbers():
+                return self._program_with(regions, rung, flat, example)
+        except LazyCompileError:
+            raise
+        except Exception as error:
+            if not regions.are_used:
+                raise
+            logger.info("%s is captured module by module: %s", type(self.model).__name__, first_line(error))
+            self.copying = False
+            return self._program_with(Regions(self.model), rung, flat, example)
+
+    def _program_with(self, regions: Regions, rung: Rung, flat: FlatModel, example: Sequence[Tensor]) -> _Found:
+        with (
+            quiet_evaluation(self.model),
+            left_as_it_was(self.model),
+            self.opaque.installed() as called,
+            regions.installed(lambda: flat.aid),
+        ):
+            exported = rung.export(flat, example)
+            require_unwritten(exported, regions)
+            exported = functional(exported)
+        program = Program.from_exported(exported, parameter_prefix="model.")
+        return exported, with_copies(program, regions), called, regions.copies
 
     def _fixes_rows(self, found: Capture) -> bool:
         """Whether a batch of this size has a graph of its own, as one of 1 often has whatever the model does."""

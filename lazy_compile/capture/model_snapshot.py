@@ -155,7 +155,8 @@ def _attributes(module: nn.Module, seen: set[int]) -> list[tuple[str, Any]]:
     ]
 
 
-_LOOKED_UP = frozenset({"training", "_parameters", "_buffers", "_modules"})
+_LOOKED_UP = frozenset({"training", "_parameters", "_buffers", "_modules", "_is_torch_compile", "_compiled_call_impl"})
+"""What a graph does not depend on, or looks up itself; the last two are left on a module by ``torch.compile``."""
 _HOOKS = frozenset({"_hf_hook", "_diffusers_hook"})
 """Where accelerate and diffusers keep their hooks: what these note of themselves at every call says nothing of the
 model, and one that comes or goes replaces the module's ``forward``."""

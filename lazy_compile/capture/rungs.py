@@ -35,6 +35,11 @@ class Rung:
         way = "strict export" if self.strict else "export"
         return f"{way}, fixed sizes" if self.dynamic == "nothing" else f"{way}, dynamic {self.dynamic}"
 
+    @property
+    def copies_repeats(self) -> bool:
+        """Whether what a module does can be copied: not where values are read, or byte code."""
+        return not self.strict and not self.reads_values
+
     def export(self, flat: FlatModel, example: Sequence[Tensor]) -> ExportedProgram:
         tapes = (Tape(example), StateTape(flat.model)) if self.reads_values else ()
         flat.aid = None if self.strict else ExportAid(*tapes)

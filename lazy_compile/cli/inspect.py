@@ -70,13 +70,13 @@ def inspect(options: InspectOptions) -> None:
 
 
 def _graph_after(lazy: LazyModule, wanted: str) -> str:
-    from lazy_compile import pipelines
+    from lazy_compile import pass_pipelines
     from lazy_compile.ir.pass_manager import PassManager
     from lazy_compile.passes.lift_cache_slots import LiftCacheSlots
 
-    lifting = pipelines.lifting(LiftCacheSlots(lazy.lazy_config.reuse, order=lazy.lazy_config.order))
-    before = (*pipelines.gating(lazy.lazy_config).passes, *lifting.passes)
-    lowering, scheduled = pipelines.lowering(), pipelines.scheduled([True] * len(lazy.branches))
+    lifting = pass_pipelines.lifting(LiftCacheSlots(lazy.lazy_config.reuse, order=lazy.lazy_config.order))
+    before = (*pass_pipelines.gating(lazy.lazy_config).passes, *lifting.passes)
+    lowering, scheduled = pass_pipelines.lowering(), pass_pipelines.scheduled([True] * len(lazy.branches))
     after = scheduled if wanted in {item.name for item in scheduled.passes[:1]} else lowering
     pipeline = PassManager([*before, *after.passes])
     names = dict.fromkeys(item.name for item in (*before, *lowering.passes, *scheduled.passes))

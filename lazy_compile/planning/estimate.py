@@ -63,9 +63,7 @@ def estimate_plan(
 ) -> PlanEstimate:
     """Run the model once at the sizes of ``sample``, timed; later calls of the trajectory repeat its answer.
 
-    Args:
-        lazy, sample, options, calls, seed: as for :func:`lazy_compile.plan`.
-        max_memory: bytes on the device of the model, beside the model.
+    Arguments are those of :func:`lazy_compile.plan`; ``max_memory`` are bytes on the model's device, beside the model.
 
     Raises:
         ConfigError: no way to plan keeps to ``max_memory``.

@@ -190,7 +190,7 @@ def overhead_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def compile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = new_table(
         "model", ">reuse", ">dense eager", ">dense compiled", ">lazy eager", ">lazy compiled", ">compiled ratio",
-        ">quartiles", ">ideal", ">efficiency", ">pieces", ">compile time", ">error",
+        ">quartiles", ">ideal", ">efficiency", ">graphs", ">compile time", ">calls a step", ">error",
     )  # fmt: skip
     for row in rows:
         low, high = row["quartiles"]
@@ -198,8 +198,9 @@ def compile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         add_row(
             table, row["model"], f"{row['reuse']:.0%}", *(f"{row[name]:.1f} ms" for name in times),
             f"{row['compiled_ratio']:.3f}", f"{low:.3f} - {high:.3f}", f"{row['ideal_ratio']:.3f}",
-            f"{row['efficiency']:.3f}", str(row["compilations"]),
-            f"{row['dense_compile_s']:.0f} / {row['lazy_compile_s']:.0f} s", f"{row['error']:.0e}",
+            f"{row['efficiency']:.3f}", f"{row['dense_graphs']} / {row['lazy_graphs']}",
+            f"{row['dense_compile_s']:.0f} / {row['lazy_compile_s']:.0f} s", f"{row['compiled_calls']:.0f}",
+            f"{row['error']:.0e}",
         )  # fmt: skip
     return table
 

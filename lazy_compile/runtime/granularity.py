@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lazy_compile import pipelines
+from lazy_compile import pass_pipelines
 from lazy_compile.config import Granularity, LazyConfig, ReuseArm
 from lazy_compile.errors import ConfigError
 from lazy_compile.ir.branch import ResidualBranch
@@ -39,10 +39,12 @@ class GranularityRow:
 
 def granularity_rows(graph: LazyGraph, wanted: Sequence[Granularity] = GRANULARITIES) -> Iterator[GranularityRow]:
     """One row for each granularity that gives another number of decisions than those before."""
-    discovered = pipelines.discovering(graph.config).run(graph.captured.program)
+    discovered = pass_pipelines.discovering(graph.config).run(graph.captured.program)
     seen: set[int] = set()
     for granularity in wanted:
-        row = _row(pipelines.spanning(granularity, graph.config.probe).run(discovered), granularity, graph.total_macs)
+        row = _row(
+            pass_pipelines.spanning(granularity, graph.config.probe).run(discovered), granularity, graph.total_macs
+        )
         if row.decisions not in seen:
             seen.add(row.decisions)
             yield row
@@ -66,13 +68,13 @@ def fitting(graph: LazyGraph, config: LazyConfig, *, any_granularity: bool) -> L
     """
     most = config.max_cache_bytes
     assert most is not None
-    discovered = pipelines.discovering(config).run(graph.captured.program)
+    discovered = pass_pipelines.discovering(config).run(graph.captured.program)
     granularities = [config.granularity]
     if any_granularity:
         known = config.granularity in GRANULARITIES
         granularities += GRANULARITIES[GRANULARITIES.index(config.granularity) + 1 :] if known else ("model",)
     branches = {
-        granularity: pipelines.spanning(granularity, config.probe if granularity != "branch" else None)
+        granularity: pass_pipelines.spanning(granularity, config.probe if granularity != "branch" else None)
         .run(discovered)
         .branches
         for granularity in granularities

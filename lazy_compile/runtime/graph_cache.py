@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lazy_compile import pipelines
+from lazy_compile import pass_pipelines
 from lazy_compile.analysis.timestep_input import find_timestep_input, names_the_time
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.evaluation import comparable_evaluation
@@ -121,7 +121,7 @@ class GraphCache:
             return graph.hoisted[inputs]
 
     def _hoist(self, graph: LazyGraph, inputs: frozenset[str]) -> LazyGraph:
-        program = pipelines.gating(graph.config, inputs).run(graph.captured.program)
+        program = pass_pipelines.gating(graph.config, inputs).run(graph.captured.program)
         if program.prologue is None or list(map(_identity, program.branches)) != list(map(_identity, graph.branches)):
             return graph
         result = replace(graph, program=replace(program, branches=graph.branches))
@@ -238,7 +238,7 @@ class GraphCache:
 
     def _gated(self, graph: LazyGraph, config: LazyConfig) -> LazyGraph:
         """A graph of the same capture for these options."""
-        program = pipelines.gating(config).run(graph.captured.program)
+        program = pass_pipelines.gating(config).run(graph.captured.program)
         if not program.branches:
             reasons = "; ".join(f"{refusal.path or refusal.node}: {refusal.reason}" for refusal in program.refusals[:3])
             raise NoBranchError(

@@ -24,10 +24,12 @@ from lazy_compile.runtime.cache import (
     reused_behind,
     usable,
 )
+from lazy_compile.runtime.cache_format import Values
 from lazy_compile.runtime.model_call import RowGroup
+from lazy_compile.runtime.signatures import Signature
 from lazy_compile.runtime.stats import LazyStats
 
-Signatures = Mapping[int, tuple[Any, ...]]
+Signatures = Mapping[int, Signature]
 """For each branch what a slot must agree with, see :class:`~lazy_compile.runtime.cache.CacheSlot`."""
 
 
@@ -62,18 +64,20 @@ class KnownStep:
         self._inference = torch.is_inference_mode_enabled()
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        weights = self.weights[branch.index]
+        index = branch.index
+        weights = self.weights[index]
         if weights is not None:
-            outputs = branch.restored(inputs, self._extrapolated(branch.index, weights))
+            outputs = branch.restored(inputs, self._extrapolated(index, weights))
         else:
             outputs = branch.compute(inputs)
-            if self.keeps[branch.index]:
-                self._keep(branch.index, branch.kept(inputs, outputs))
-        if not self.keeps[branch.index]:
-            self._slots.pop(branch.index, None)
+            if self.keeps[index]:
+                self.keep(index, branch.kept(inputs, outputs))
+        if not self.keeps[index]:
+            self.drop(index)
         return outputs
 
-    def _keep(self, index: int, kept: tuple[Tensor, ...]) -> None:
+    def keep(self, index: int, kept: tuple[Tensor, ...]) -> None:
+        """Store what a branch computed."""
         signature, slot = self.signatures[index], self._slots.get(index)
         if slot is not None and slot.signature != signature:
             slot = None
@@ -81,6 +85,17 @@ class KnownStep:
         earlier = (slot.values, *slot.earlier)[: self.order] if slot is not None else ()
         now, before = self._behind(signature[-1], slot)
         self._slots[index] = CacheSlot(values, earlier, now, before, signature)
+
+    def drop(self, index: int) -> None:
+        """Forget what a branch stored."""
+        self._slots.pop(index, None)
+
+    def stored(self, index: int) -> tuple[Values, Sequence[Values]]:
+        """What the slot of a branch holds: the last values, and those before them."""
+        slot = self._slots[index]
+        if self._inference:
+            return slot.values, slot.earlier
+        return tuple(map(usable, slot.values)), [tuple(map(usable, each)) for each in slot.earlier]
 
     def _behind(self, rows: int, slot: CacheSlot | None) -> tuple[Steps, Steps]:
         """The times of a slot behind this step; slots share them, as nobody writes to them."""
@@ -92,12 +107,8 @@ class KnownStep:
         found: tuple[Steps, Steps] = self._times[key]
         return found
 
-    def _extrapolated(self, index: int, weights: Weights) -> tuple[Tensor, ...]:
-        slot = self._slots[index]
-        values, earlier = slot.values, slot.earlier
-        if not self._inference:
-            values = tuple(map(usable, values))
-            earlier = tuple(tuple(map(usable, each)) for each in earlier)
+    def _extrapolated(self, index: int, weights: Weights) -> Values:
+        values, earlier = self.stored(index)
         if not any(weights):
             return values
         return tuple([along(value, before, weights) for value, *before in zip(values, *earlier, strict=True)])
@@ -122,7 +133,7 @@ def known_step(
     Args:
         columns: for each branch its index among those that the policy was made for; None if it is none of them.
         leaders: for each branch the one that decides for it.
-        signatures: of the branches, from an earlier call of these sizes; None if there was none.
+        signatures: of the branches at a call of these sizes; None if they are not known.
     """
     special = config.cache_dtype or config.cache_device or config.max_cache_bytes
     if special or signatures is None or len(groups) != 1 or not _decides_before_step(policy):

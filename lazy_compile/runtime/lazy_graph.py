@@ -22,7 +22,9 @@ from lazy_compile.ir.operators import collective_group, value_of
 from lazy_compile.ir.program import Program, Role, parts_of
 from lazy_compile.policies.gate_layout import leaders_of
 from lazy_compile.runtime.compiled_pieces import CompiledPieces
+from lazy_compile.runtime.compiled_program import CompiledProgram
 from lazy_compile.runtime.fingerprint import Latents, moving_pair, samples_of
+from lazy_compile.runtime.signatures import Signature, expected_signatures
 
 MAX_SIZES = 64
 """Sizes of calls that a graph remembers the branches' signatures of."""
@@ -52,8 +54,8 @@ class LazyGraph:
     sources: tuple[Source, ...]
     config: LazyConfig
     hoisted: dict[frozenset[str], LazyGraph] = field(default_factory=dict, init=False)
-    _compiled: list[fx.GraphModule] = field(default_factory=list, init=False)
-    _signatures: dict[tuple[torch.Size, ...], Mapping[int, tuple[Any, ...]]] = field(default_factory=dict, init=False)
+    _compiled: list[CompiledProgram] = field(default_factory=list, init=False)
+    _signatures: dict[tuple[torch.Size, ...], Mapping[int, Signature] | None] = field(default_factory=dict, init=False)
     _leaders: dict[Group, tuple[int, ...]] = field(default_factory=dict, init=False)
 
     @property
@@ -152,16 +154,23 @@ class LazyGraph:
             self._leaders[group] = leaders_of([lazy.branch for _, lazy in lazy_calls(self.program)], group)
         return self._leaders[group]
 
-    def signatures(self, tensors: Sequence[Tensor]) -> Mapping[int, tuple[Any, ...]] | None:
-        """What slots of each branch must agree with in calls of these sizes; None before the first such call, and where
-        a size depends on what is in a tensor."""
-        return self._signatures.get(tuple(tensor.shape for tensor in tensors))
+    def signatures(self, tensors: Sequence[Tensor]) -> Mapping[int, Signature] | None:
+        """What slots of each branch must agree with in calls of these sizes; None where a size depends on what is in a
+        tensor, or does not follow from those of the inputs and no such call was made yet."""
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self._signatures and not self.captured.has_open_sizes:
+            self._keep_signatures(shapes, expected_signatures(self.program, self.captured.fake_tensors, tensors))
+        return self._signatures.get(shapes)
 
-    def keep_signatures(self, tensors: Sequence[Tensor], signatures: Mapping[int, tuple[Any, ...]]) -> None:
+    def keep_signatures(self, tensors: Sequence[Tensor], signatures: Mapping[int, Signature]) -> None:
+        """Remember those that a call had."""
         if len(signatures) == len(self.branches) and not self.captured.has_open_sizes:
-            if len(self._signatures) >= MAX_SIZES:
-                self._signatures.clear()
-            self._signatures[tuple(tensor.shape for tensor in tensors)] = signatures
+            self._keep_signatures(tuple(tensor.shape for tensor in tensors), signatures)
+
+    def _keep_signatures(self, shapes: tuple[torch.Size, ...], signatures: Mapping[int, Signature] | None) -> None:
+        if len(self._signatures) >= MAX_SIZES:
+            self._signatures.clear()
+        self._signatures[shapes] = signatures
 
     def state(self) -> list[Any]:
         """Current parameters, buffers and constants in graph order: a weight that was changed takes effect."""
@@ -169,7 +178,7 @@ class LazyGraph:
 
     def compile(self, pieces: CompiledPieces) -> None:
         """From now on run by compiled pieces, and so do the graphs that were hoisted from this one."""
-        self._compiled[:] = [pieces.apply(self.program)]
+        self._compiled[:] = [CompiledProgram(self.program, pieces)]
         for each in self.hoisted.values():
             if each is not self:
                 each.compile(pieces)
@@ -177,8 +186,11 @@ class LazyGraph:
     def run(
         self, state: Sequence[Tensor], tensors: Sequence[Tensor], step: LazyStep, invariants: Sequence[Tensor] = ()
     ) -> Any:
-        run = self._compiled[0] if self._compiled else self.program.graph_module
-        outputs = run(*state, *tensors, *invariants, step)
+        arguments = (*state, *tensors, *invariants)
+        if self._compiled:
+            outputs = self._compiled[0].run(arguments, step)
+        else:
+            outputs = self.program.graph_module(*arguments, step)
         return pytree.tree_unflatten(list(outputs), self.captured.output_spec)
 
 

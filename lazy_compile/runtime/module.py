@@ -307,11 +307,12 @@ class LazyModule(nn.Module):
         self._trajectories.end(keys)
 
     def compile(self, **options: Any) -> None:
-        """Compile the branches and what lies between them, with the options of ``torch.compile``, at first use.
+        """Compile the model in parts, with the options of ``torch.compile``, each at first use.
 
-        Pieces that do the same are compiled once: the blocks of a transformer share their code, and so do all rows of a
-        schedule. Decisions and caches stay as they are, so that any policy may be set afterwards.
-        ``torch.compile(lazy)`` does the same. With CUDA graphs (``mode="reduce-overhead"``) each piece is one graph.
+        Where the decisions of a step are known when it begins, a step is one compiled call for each branch, computed or
+        reused. Else each branch decides between two of them. Parts that do the same are compiled once: the blocks of a
+        transformer share their code, and so do all rows of a schedule. Any policy may be set afterwards.
+        ``torch.compile(lazy)`` does the same. With CUDA graphs (``mode="reduce-overhead"``) each part is one graph.
 
         Raises:
             ConfigError: ``torch.compile`` has no such options, or not together.
@@ -326,7 +327,7 @@ class LazyModule(nn.Module):
 
     @property
     def compilations(self) -> int:
-        """How many pieces of the model ``torch.compile`` was asked for so far, see :meth:`compile`."""
+        """How many parts of the model ``torch.compile`` was asked for so far, see :meth:`compile`."""
         return 0 if self._pieces is None else self._pieces.compilations
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -382,9 +383,6 @@ class LazyModule(nn.Module):
             logger.warning("%s: %s", type(self.original).__name__, changes(self.lazy_config, self._fitted))
             self.lazy_config = self._fitted
         return self._store.find(args, kwargs, self.lazy_config)
-
-    def _state_of(self, graph: LazyGraph) -> list[Any]:
-        return graph.state()
 
     def _admit(self, graph: LazyGraph) -> None:
         """Hold the policy against the first graph; in others, branches are matched to that one's by their names."""

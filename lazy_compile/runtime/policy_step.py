@@ -20,6 +20,7 @@ from lazy_compile.processes import averaged
 from lazy_compile.runtime.cache import NEVER, CacheSlot, CacheState, reused_behind, usable
 from lazy_compile.runtime.cache_format import CacheFormat
 from lazy_compile.runtime.model_call import RowGroup
+from lazy_compile.runtime.signatures import Signature, signature_of
 from lazy_compile.runtime.stats import LazyStats, Rows
 
 Steps = npt.NDArray[np.int64]
@@ -52,13 +53,13 @@ class PolicyStep:
     collective_groups: tuple[str, ...] = ()
     decisions: list[tuple[int, int, Rows]] = field(default_factory=list, init=False)
     without_room: list[str] = field(default_factory=list, init=False)
-    signatures: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False)
+    signatures: dict[int, Signature] = field(default_factory=dict, init=False)
     _decided: dict[int, Rows] = field(default_factory=dict, init=False)
     _slopes: dict[int, Slopes] = field(default_factory=dict, init=False)
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         index = branch.branch.index
-        signature = self.signatures[index] = _signature(branch, inputs)
+        signature = self.signatures[index] = signature_of(branch, inputs)
         slot = self.state.slots.get(index)
         if slot is not None and slot.signature != signature:
             slot = None
@@ -242,7 +243,7 @@ class PolicyStep:
         branch: ResidualBranch,
         kept: tuple[Tensor, ...],
         rows: int,
-        signature: tuple[Any, ...],
+        signature: Signature,
     ) -> CacheSlot:
         values, now = self._format.store([value.detach() for value in kept], branch), self._steps(rows)
         if slot is None:
@@ -274,14 +275,3 @@ class PolicyStep:
     @cached_property
     def _format(self) -> CacheFormat:
         return CacheFormat.of(self.config)
-
-
-def _signature(branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """The number of rows comes last, and no size counts it before."""
-    entries = []
-    for position in branch.entry_positions:
-        entry = inputs[position]
-        axis = branch.row_axes[position] if branch.branch.row_separable else None
-        shape = [size for index, size in enumerate(entry.shape) if index != axis]
-        entries.append((*shape, entry.dtype, entry.device))
-    return branch.branch.name, *entries, *(output.dtype for output in branch.branch.outputs), branch.rows(inputs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lazy_compile
+from lazy_compile.capture.refusals import require_capturable
 from lazy_compile.errors import LazyCompileError
 from support.expert_models import Denoiser, NoisyMLP, Outermost, WritingMLP
 from support.layers import MLP
@@ -106,7 +107,7 @@ def test_a_cache_of_diffusers_has_to_go_first(config: Any) -> None:
     assert text.startswith("WanTransformer3DModel has a cache of diffusers already (")
     assert text.endswith("; call disable_cache() on it first")
     model.disable_cache()
-    assert lazy_compile.transform(model, arguments).branches
+    require_capturable(model)
 
 
 def test_a_cache_of_cache_dit_has_to_go_first() -> None:

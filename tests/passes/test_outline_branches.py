@@ -70,6 +70,29 @@ def test_a_tagged_body_becomes_a_submodule_modified_true() -> None:
     assert_same_results(MLP)
 
 
+def test_views_of_weights_that_nobody_else_reads_belong_to_the_body() -> None:
+    source = """
+        z = mul.Tensor(x, c)
+        p = t(down)
+        q = permute(p, [1, 0])
+        v = t(w)
+        u = linear(z, up)
+        a = gelu(u)
+        d = linear(a, q)
+        y = add.Tensor(x, d)
+        e = matmul(y, v)
+        f = add.Tensor(y, e)
+        g = matmul(f, v)
+        r = mul.Tensor(g, 2.0)
+        return r
+    """
+    found = outline(source)
+    assert "branch_0 = branch_0(down, z, up)" in text(found.graph)
+    assert "p = t(down)" in text(body(found, 0).graph)
+    assert "v = t(w)" in text(found.graph)  # two read it
+    assert_same_results(source)
+
+
 def test_a_graph_without_tags_modified_false() -> None:
     assert after(OutlineBranches(), INPUTS + MLP)[1] is False
 

@@ -123,8 +123,8 @@ HOSTS = (
     ),
     Host(
         "[`torch.compile`](integrations/torch_compile.md)",
-        '`torch.compile(model, backend="lazy_compile")`, or `lazy.compile()`',
-        "not `torch.compile(lazy)`",
+        '`torch.compile(model, backend="lazy_compile")`, `lazy.compile()`, `torch.compile(lazy)`',
+        "",
         (*_in("integrations", "dynamo"), *_in("runtime", "interop_compile")),
         not_run="a GPU",
     ),

@@ -20,7 +20,7 @@ ORDER = [  # lowest first
     *["errors", "digests", "storage", "tree_specs", "config", "progress", "processes"],
     "ir",
     *["analysis", "policies", "capture"],
-    *["passes", "pipelines"],
+    *["passes", "pass_pipelines"],
     "runtime",
     *["planning", "calibration"],
     *["backends", "backends.onnx", "backends.runner", "backends.denoiser"],

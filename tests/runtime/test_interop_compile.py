@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -12,6 +13,7 @@ from torch._dynamo.utils import counters
 import lazy_compile
 from lazy_compile import CacheSchedule, Policy, Scheduled
 from lazy_compile.errors import ConfigError
+from lazy_compile.runtime.known_step import KnownStep
 from support.layers import MLP
 from support.small_model import SMALL, Decides, fresh, reused, run, same
 from support.toy_models import TOYS, call, trajectory
@@ -30,8 +32,11 @@ def without_leftovers() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-PIECES = 5
-"""Of the small model: two branches, and what lies before, between and behind them."""
+PIECES = 3
+"""Of a step of the small model that is known when it begins: one ends at each of two branches, one at the output."""
+
+TABLE = np.array([[1, 1], [1, 1], [0, 1], [0, 0], [1, 0], [0, 0]], dtype=bool)
+SLOPES = np.array([[1, 1], [1, 1], [0.5, 1], [0.0, 2.0], [1, 0.7], [1.5, 1]])
 
 
 def test_a_compiled_lazy_model_compiles_its_pieces_once_for_all_steps() -> None:
@@ -41,12 +46,12 @@ def test_a_compiled_lazy_model_compiles_its_pieces_once_for_all_steps() -> None:
     expected = run(lazy, calls)
     compiled = torch.compile(lazy, backend="eager")
     lazy.reset()
-    run(compiled, calls[:2])
+    run(compiled, calls[:4])  # computes, repeats one value, computes, follows a line through two
     frames = counters["stats"]["unique_graphs"], counters["frames"]["total"]
     lazy.reset()
     assert same(run(compiled, calls), expected)
     assert (counters["stats"]["unique_graphs"], counters["frames"]["total"]) == frames
-    assert frames[0] == lazy.compilations == PIECES
+    assert frames[0] == lazy.compilations
 
 
 def test_torch_compile_hands_its_backend_to_the_pieces() -> None:
@@ -73,6 +78,46 @@ def test_compiled_pieces_decide_and_reuse_as_in_eager_mode(policy: Policy) -> No
     assert same(run(lazy, calls), expected)
     assert reused(lazy) == table
     assert lazy.stats.captures == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"reuse": "last"}, {"reuse": "taylor"}, {"granularity": "block"}], ids=str)
+def test_every_reuse_arm_is_compiled(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy, calls = fresh(**options), trajectory(SMALL, steps=len(TABLE))
+    branches = len(lazy.branches)
+    lazy.policy = Scheduled(CacheSchedule(TABLE[:, :branches], SLOPES[:, :branches]))
+    expected, table = run(lazy, calls), reused(lazy)
+    lazy.compile(backend="eager")
+    lazy.reset()
+    lazy.reset_stats()
+    monkeypatch.setattr(KnownStep, "evaluate", lambda *args: 1 / 0)  # no branch is evaluated apart
+    assert same(run(lazy, calls), expected)
+    assert reused(lazy) == table
+
+
+def test_what_only_a_body_reads_is_left_out_where_it_is_reused() -> None:
+    lazy, seen = fresh(), set[str]()
+
+    def backend(graph_module: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.update(str(node.target).split(".")[1] for node in graph_module.graph.nodes if node.op == "call_function")
+        return graph_module.forward
+
+    lazy.policy = Scheduled(CacheSchedule(np.array([[1, 1], [0, 0]], dtype=bool)))
+    lazy.compile(backend=backend)
+    run(lazy, trajectory(SMALL, steps=1))
+    assert {"layer_norm", "linear"} <= seen
+    seen.clear()
+    run(lazy, trajectory(SMALL, steps=2)[1:])
+    assert "add" in seen
+    assert not {"layer_norm", "linear", "scaled_dot_product_attention"} & seen
+
+
+def test_the_original_may_be_compiled_too() -> None:
+    lazy, calls = fresh(), trajectory(SMALL, steps=2)
+    run(lazy, calls[:1])
+    torch.compile(lazy.original, backend="eager")(**calls[0])
+    run(lazy, calls[1:])
+    assert lazy.stats.captures == 1
+    assert lazy.stats.reuse_table.shape[0] == 2  # the trajectory goes on
 
 
 def test_a_graph_that_is_captured_later_is_compiled_too_and_shares_the_pieces() -> None:
@@ -102,10 +147,9 @@ def test_what_goes_wrong_in_a_compiled_model_leaves_no_trace() -> None:
     lazy.policy = Scheduled(CacheSchedule.every(2, STEPS, 2))
     expected = run(lazy, calls)
     lazy.reset()
-    branch = lazy.graph.program.graph_module.get_submodule("lazy_branch_1")
     outputs = run(lazy, calls[:2])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branch, "forward", lambda *inputs: 1 / 0)
+        patch.setattr(KnownStep, "keep", lambda step, index, kept: step.drop(1) if index else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(lazy, calls[2:3])
     assert same(outputs + run(lazy, calls[2:]), expected)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lazy_compile
 from support.layers import WIDTH, norm
@@ -116,3 +117,23 @@ def test_requires_grad_is_that_of_the_original() -> None:
     assert not lazy(**call(SMALL)).requires_grad
     lazy.requires_grad_(True)
     assert lazy(**call(SMALL)).requires_grad
+
+
+class Transposes(nn.Module):
+    """An MLP whose weights lie the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.empty(WIDTH, 2 * WIDTH)), nn.Parameter(torch.empty(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = x * t[:, None, None]
+        return h + torch.tanh(h @ self.up) @ self.down.T.T
+
+
+def test_torch_counts_the_operations_of_a_model_that_transposes_its_weights() -> None:
+    inputs = {"x": torch.randn(2, 16, WIDTH), "t": torch.ones(2)}
+    lazy = lazy_compile.transform(randomize(Transposes()), inputs)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        lazy(**inputs)
+    assert counter.get_total_flops() == 2 * lazy.graph.total_macs > 0

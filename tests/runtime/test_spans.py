@@ -143,10 +143,12 @@ DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
     ("build", "granularity", "spans"),
     [
         (sd3, "model", [(f"{DOUBLE}.0", f"{DOUBLE}.2")]),
-        (sd3, "block", [(f"{DOUBLE}.{i}", f"{DOUBLE}.{i}") for i in range(3)]),
+        pytest.param(sd3, "block", [(f"{DOUBLE}.{i}",) * 2 for i in range(3)], marks=pytest.mark.slow),
         (flux, "model", [(f"{DOUBLE}.0", f"{SINGLE}.1")]),
         (flux, 2, [(f"{DOUBLE}.0", f"{DOUBLE}.1"), (f"{SINGLE}.0", f"{SINGLE}.1")]),
-        (flux, "block", [*((f"{DOUBLE}.{i}",) * 2 for i in range(2)), *((f"{SINGLE}.{i}",) * 2 for i in range(2))]),
+        pytest.param(
+            flux, "block", [(f"{name}.{i}",) * 2 for name in (DOUBLE, SINGLE) for i in range(2)], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_spans_of_diffusers_models_give_what_the_oracle_gives(build: Any, granularity: object, spans: Any) -> None:

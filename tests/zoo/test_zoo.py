@@ -18,10 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of diffusers
 EVERY_RUN = (
     "DiTTransformer2DModel",  # adaLN
     "FluxTransformer2DModel",  # joint attention, then attention and MLP in parallel
-    "PixArtTransformer2DModel",  # a masked text, modulation shared by all blocks
     "SD3Transformer2DModel",  # the last block drops its text
     "SanaTransformer2DModel",  # linear attention, convolutional MLP
-    "UNet2DConditionModel",  # transformers between convolutions
     "WanTransformer3DModel",  # the skip is seen through casts
 )
 

@@ -20,6 +20,7 @@ from lazy_compile.backends.onnx.rewrites import in_known_operators
 from lazy_compile.backends.onnx.sink import DOMAIN
 from lazy_compile.backends.onnx.sizes import Size, names_in
 from lazy_compile.backends.onnx.structure import MARK
+from lazy_compile.backends.onnx.weight_places import note_places
 from lazy_compile.errors import BackendError, import_optional
 from lazy_compile.ir.branch_arms import state_names
 from lazy_compile.ir.lazy_branch import TAG, LazyBranch
@@ -81,6 +82,7 @@ def convert(
     model = converted.model
     if model.opset_imports[""] != opset:
         raise BackendError(f"the exporter wrote opset {model.opset_imports['']}, not {opset}; ask for that one")
+    note_places(model, original, program)
     _reveal_constants(model)
     _without_bool_where(model)
     _name_sizes(model, formulas)

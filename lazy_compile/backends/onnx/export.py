@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lazy_compile import pipelines
+from lazy_compile import pass_pipelines
 from lazy_compile.analysis.timestep_input import names_the_time
 from lazy_compile.backends.onnx.convert import (
     SpecialisedError,
@@ -46,6 +46,7 @@ from lazy_compile.backends.onnx.sink import sink_branches
 from lazy_compile.backends.onnx.sizes import ShapeRange, Size
 from lazy_compile.backends.onnx.structure import StructureReport as StructureReport
 from lazy_compile.backends.onnx.structure import check_structure
+from lazy_compile.backends.onnx.weight_places import write_places
 from lazy_compile.config import BatchRule, Group, check_group
 from lazy_compile.errors import BackendError, ConfigError, import_optional
 from lazy_compile.ir.program import Program, Role
@@ -313,7 +314,7 @@ class _Export:
             predictors,
             config.order,
         )
-        lifted = without_prologue(pipelines.lifting(lift).run(graph.program))
+        lifted = without_prologue(pass_pipelines.lifting(lift).run(graph.program))
         free = FreeSizes.of(graph, tensors, request.dynamic, request.shapes, fixed_sizes, lifted.fake_inputs())
         return cls(request, graph, lifted, tensors, free, leaders, rule, predictors, table)
 
@@ -392,7 +393,7 @@ class _Export:
     def make(self, mask: tuple[bool, ...], on_progress: OnProgress = no_progress) -> Model:
         """The model for one set of decisions; without a mask, the one with conditionals."""
         name = type(self.lazy.original).__name__
-        passes = pipelines.scheduled(mask) if mask else pipelines.lowering()
+        passes = pass_pipelines.scheduled(mask) if mask else pass_pipelines.lowering()
         program = passes.run(self.lifted)
         on_progress("exporting to ONNX", 1, 4, "branches lowered")
         roles = (Role.USER, Role.INVARIANT, Role.SLOT, Role.GATE)
@@ -407,6 +408,8 @@ class _Export:
         drop_unread_inputs(model, self.hoisted_from)
         metadata = self._metadata(program, model, mask, conditionals).with_policy(self.lazy.policy)
         model.metadata_props[KEY] = metadata.to_json()
+        if not mask:  # the files of a set share their weights
+            write_places(model, self.lazy.original)
         structure = check_structure(model)
         broken = (*structure.problems[: structure.if_nodes != structure.conditionals], *check_rules(model))
         if broken:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from lazy_compile import pipelines
+from lazy_compile import pass_pipelines
 from lazy_compile.backends.onnx.convert import convert, name_values
 from lazy_compile.backends.onnx.metadata import Gating, OnnxMetadata
 from lazy_compile.backends.onnx.seal import PROLOGUE_KEY as PROLOGUE_KEY
 from lazy_compile.backends.onnx.sizes import Size
+from lazy_compile.backends.onnx.weight_places import write_places
 from lazy_compile.digests import new_digest
 from lazy_compile.errors import ArtifactError, ConfigError, import_optional
 from lazy_compile.ir.operators import macs
@@ -138,11 +139,12 @@ def make_prologue(
         BackendError: an operator has no ONNX form.
     """
     own, results = prologue_of(program)
-    own = pipelines.prologue().run(own)
+    own = pass_pipelines.prologue().run(own)
     model = convert(original, own, tensors, opset, shapes)
     name_values(model, [item.name for item in own.inputs if item.role is Role.USER], results)
     drop_unread_inputs(model, {str(value.name) for value in model.graph.inputs})
-    model.metadata_props[PROLOGUE_KEY] = _digest(model)
+    write_places(model, original)
+    model.metadata_props[PROLOGUE_KEY] = digest_of_prologue(model)
     return model
 
 
@@ -158,7 +160,7 @@ def drop_unread_inputs(model: Model, names: Collection[str]) -> None:
             model.graph.inputs.remove(value)
 
 
-def _digest(model: Model) -> str:
+def digest_of_prologue(model: Model) -> str:
     """Over nodes and weights; where the weights will lie does not count."""
     ir = import_optional("onnx_ir", "onnx")
     content = new_digest()
