@@ -15,7 +15,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -144,14 +144,16 @@ class PeerRun:
             search_samples=settings.search_samples, search_seed=settings.search_seed,
             folder=folder and folder / "plans",
         )  # fmt: skip
-        identity = json.loads(json.dumps({"model": name, **asdict(settings), **versions("torch", "diffusers")}))
-        for each in ("finalists", "most_settings"):  # these say which rows there are, not what is in them
-            del identity[each]
         path = folder and folder / f"{name}-{settings.steps}"
-        self.swept = RowFile(path and path.with_suffix(".swept.json"), SweptRow, ("system", "setting"), identity)
-        self.judged = RowFile(
-            path and path.with_suffix(".judged.json"), JudgedRow, ("system", "setting", "budget"), identity
-        )
+        key = ("system", "setting", "budget")
+        self.swept = RowFile(path and path.with_suffix(".swept.json"), SweptRow, key[:2], self._identity(SWEEPING))
+        self.judged = RowFile(path and path.with_suffix(".judged.json"), JudgedRow, key, self._identity(JUDGING))
+
+    def _identity(self, fields: Sequence[str]) -> dict[str, Any]:
+        """What the figures of a row depend on, as it is read back."""
+        given = {"model": self.task.name, **{name: getattr(self.settings, name) for name in fields}}
+        identity: dict[str, Any] = json.loads(json.dumps({**given, **versions("torch", "diffusers")}))
+        return identity
 
     def run(self, systems: Sequence[System]) -> tuple[list[JudgedRow], list[dict[str, Any]]]:
         failures = []
@@ -254,6 +256,9 @@ class PeerRun:
 
         return max(float((first(8, seed) - first(1, seed)).abs().max()) for seed in range(self.settings.paired))
 
+
+SWEEPING = ("steps", "search_samples", "search_seed")
+JUDGING = ("steps", "samples", "seeds", "timed_samples", "timings", "paired")
 
 GIVE_UP = 10
 """Settings that fail, none before them having worked, after which a system is not tried further."""

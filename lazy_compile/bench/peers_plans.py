@@ -1,4 +1,4 @@
-"""This package among its peers: plans of both planners, and the presets."""
+"""This package among its peers: plans of both planners, every n-th step with our extrapolation, and the presets."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from lazy_compile.bench.peer_task import Denoiser, PeerTask, Setting, System
 from lazy_compile.compiler import transform
 from lazy_compile.planning.budget import Budget
-from lazy_compile.planning.planner import CALLS, plan
+from lazy_compile.planning.planner import plan
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.presets import PRESETS
@@ -20,6 +22,9 @@ from lazy_compile.storage import save_json
 ROUNDS = 3
 """Of the search with gradient."""
 
+CALLS = 20
+"""Of the model for each denoising step, in a search without gradient: as many as 20 settings of a peer take."""
+
 
 @cache
 def _lazy(task: PeerTask, granularity: str, order: int) -> LazyModule:
@@ -29,37 +34,56 @@ def _lazy(task: PeerTask, granularity: str, order: int) -> LazyModule:
     return lazy
 
 
-def _budgets(granularity: str) -> Any:
+def _budgets(granularity: str, with_gradient: bool) -> Any:
     def settings(task: PeerTask) -> Sequence[Setting]:
-        return [{"budget": budget, "granularity": granularity, "order": 2} for budget in task.budgets]
+        shared = {"granularity": granularity, "order": 2, "images": task.search_samples}
+        if not with_gradient:
+            shared["calls"] = CALLS * task.steps
+        return [{"budget": each, "compute_ratio": round(task.allowance(each), 4), **shared} for each in task.budgets]
 
     return settings
 
 
-def _planned(with_gradient: bool) -> Any:
-    def denoiser(task: PeerTask, setting: Setting) -> Denoiser:
-        lazy = _lazy(task, setting["granularity"], setting["order"])
-        lazy.policy = Scheduled(_schedule(task, with_gradient, **setting))
-        return lazy
-
-    return denoiser
+def _planned(task: PeerTask, setting: Setting) -> Denoiser:
+    lazy = _lazy(task, setting["granularity"], setting["order"])
+    lazy.policy = Scheduled(_schedule(task, setting))
+    return lazy
 
 
-def _schedule(task: PeerTask, with_gradient: bool, budget: float, granularity: str, order: int) -> CacheSchedule:
+def _schedule(task: PeerTask, setting: Setting) -> CacheSchedule:
     """Made once on the noise on which peers are swept, and kept."""
-    kind = "gradient" if with_gradient else "calls"
-    folder = task.folder and task.folder / f"{task.name}-{task.steps}-{kind}-{granularity}-{order}-{budget}"
+    name = "-".join(map(str, [task.name, task.steps, *setting.values()]))
+    folder = task.folder and task.folder / name
     if folder and (folder / "schedule.json").exists():
         return CacheSchedule.load(folder / "schedule.json")
-    spend = Budget(compute_ratio=task.allowance(budget) + 1e-6)
+    lazy = _lazy(task, setting["granularity"], setting["order"])
+    spend = Budget(compute_ratio=setting["compute_ratio"] + 1e-4)
     found = plan(
-        _lazy(task, granularity, order), task.subject.sampler(task.steps, task.search_samples), spend,
-        options=SearchOptions(rounds=ROUNDS), calls=None if with_gradient else CALLS * task.steps // 20,
+        lazy, task.subject.sampler(task.steps, setting["images"]), spend,
+        options=SearchOptions(rounds=ROUNDS), calls=setting.get("calls"),
         seed=task.search_seed, checkpoint=folder and folder / "checkpoint",
     )  # fmt: skip
     if folder:
         save_json(folder / "schedule.json", found.to_json())
     return found
+
+
+def _every_nth_settings(task: PeerTask) -> Sequence[Setting]:
+    return [
+        {"warmup": warmup, "interval": interval, "order": order}
+        for warmup, interval, _ in task.families()
+        for order in (2, 3)
+    ]
+
+
+def _every_nth(task: PeerTask, setting: Setting) -> Denoiser:
+    """The steps that TaylorSeer of diffusers computes, as a schedule."""
+    known = {(warmup, interval): steps for warmup, interval, steps in task.families()}
+    lazy = _lazy(task, "branch", setting["order"])
+    table = np.zeros((task.steps, len(lazy.branches)), dtype=bool)
+    table[known[setting["warmup"], setting["interval"]]] = True
+    lazy.policy = Scheduled(CacheSchedule(table))
+    return lazy
 
 
 def _preset_settings(task: PeerTask) -> Sequence[Setting]:
@@ -72,8 +96,9 @@ def _preset(task: PeerTask, setting: Setting) -> Denoiser:
 
 
 SYSTEMS = (
-    System("plan", "lazy_compile", _budgets("branch"), _planned(True)),
-    System("plan, spans", "lazy_compile", _budgets("block"), _planned(True)),
-    System("plan without gradient", "lazy_compile", _budgets("branch"), _planned(False)),
+    System("plan", "lazy_compile", _budgets("branch", True), _planned),
+    System("plan, spans", "lazy_compile", _budgets("block", True), _planned),
+    System("plan without gradient", "lazy_compile", _budgets("branch", False), _planned),
+    System("every n-th step", "lazy_compile", _every_nth_settings, _every_nth),
     System("preset", "lazy_compile", _preset_settings, _preset),
 )

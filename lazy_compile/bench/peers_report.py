@@ -21,8 +21,8 @@ Row = Mapping[str, Any]
 
 COLUMNS = ("system", "package", "MACs", "RMSE to dense", "±", "median image", "time", "batch", "setting")
 
-TASKS = {"digits": 32, "scenes": 16}
-"""Images on which settings and plans are chosen: the larger model gets fewer."""
+TASKS: dict[str, dict[str, Any]] = {"digits": {}, "scenes": {"search_samples": 16, "timed_samples": 8}}
+"""The larger model gets fewer images to choose settings and plans on, and to be timed with."""
 
 
 def measure_peers(
@@ -49,7 +49,7 @@ def measure_peers(
     found: dict[str, Any] = load_json(path) if path.exists() else {"rows": [], "failures": []}
     for count in steps:
         for name in SUBJECTS if wanted == "all" else [wanted]:
-            settings = PeerSettings(**{"steps": count, "search_samples": TASKS[name], **changes})
+            settings = PeerSettings(**{"steps": count, **TASKS[name], **changes})
             rows, failures = measure(name, settings, output / "peers", on_progress=on_progress)
             key = {"model": name, "steps": count}
             for part, fresh in (("rows", list(map(asdict, rows))), ("failures", failures)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,8 +52,8 @@ class CallSearch:
     """From whole steps to groups of branches.
 
     1. One dense trajectory is recorded. What its outputs tell of every choice of steps (:mod:`.step_paths`) orders the
-       starts of :mod:`.starts`, and adds the shortest paths. Every n-th step after a warm-up comes first: a plan is not
-       worse than that on the samples it is made from.
+       starts of :mod:`.starts`, and adds the shortest paths. Every n-th step after a warm-up takes turns with them and
+       goes on when they have had theirs: a plan is not worse than that on the samples it is made from.
     2. The best of them is improved by exchanging one step that computes for one that reuses, in the order in which the
        same costs, with the weights that agreed best with what was measured, promise most.
     3. Groups of neighbouring branches spend what whole steps leave of the budget, and are exchanged.
@@ -109,14 +110,14 @@ class CallSearch:
         ranks = np.mean(
             [_ranks([self._costs.cost(each, power) for each in tables.values()]) for power in POWERS], axis=0
         )
-        by_rank = sorted(zip(ranks, tables, strict=True))
+        by_rank = [name for _, name in sorted(zip(ranks, tables, strict=True))]
+        lists = [[name for name in by_rank if (name in simple) == wanted] for wanted in (True, False)]
         best: _Judged | None = None
-        for _, name in sorted(by_rank, key=lambda item: item[1] not in simple):
+        for name in (name for pair in itertools.zip_longest(*lists) for name in pair if name is not None):
             share = EXCHANGES if name in simple else STARTS
             judged = self._judge(self._whole(tables[name]), share if best else 1.0)
-            if judged is None:
-                break
-            best = judged if best is None or self._loss(judged) < self._loss(best) else best
+            if judged is not None:
+                best = judged if best is None or self._loss(judged) < self._loss(best) else best
         assert best is not None
         return best
 

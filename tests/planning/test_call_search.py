@@ -113,14 +113,14 @@ def test_a_plan_keeps_to_its_calls_and_its_budget(denoiser: Any, calls: int, mon
     assert denoiser.policy is policy
 
 
-def test_every_nth_step_after_a_warm_up_is_tried_before_anything_else(lazy: LazyModule) -> None:
+def test_every_nth_step_after_a_warm_up_is_always_tried(lazy: LazyModule) -> None:
     target, cost = replayable(lazy), np.ones(4)
     search = CallSearch(target, (sample,), cost, BUDGET, calls=80)
     found = search.run(0, no_progress)
     tables = [fitting(rule, search._affordable(), 1) for rule in every_nth(STEPS)]
     simple = {digest(CacheSchedule(np.repeat(steps[:, None], 4, axis=1))) for steps in tables if steps is not None}
     assert len(simple) > 2
-    assert set(list(search._judged)[: len(simple)]) == simple
+    assert simple < set(search._judged)
     assert found.lazy_ratio >= 0.5
 
 
