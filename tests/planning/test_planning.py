@@ -29,12 +29,6 @@ from support.toy_networks import TinyDiT
 QUICK = SearchOptions(rounds=1)
 
 
-@pytest.fixture(autouse=True)
-def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last comparison takes two batches."""
-    monkeypatch.setattr(schedule_search, "FINAL_SAMPLES", 8)
-
-
 def made_up_effects(steps: int = 5, branches: int = 2, seed: int = 0) -> EffectTable:
     effect = np.random.default_rng(seed).lognormal(size=(steps, branches))
     effect[0] = np.nan

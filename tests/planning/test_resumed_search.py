@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torch import Tensor
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
 from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.planning import search
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.journal import Journal
 from lazy_compile.planning.planner import plan
@@ -38,6 +40,21 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def lazy() -> LazyModule:
     return planted.planted(depends_on_sample=True)
+
+
+@pytest.fixture(scope="module")
+def finished(lazy: LazyModule, tmp_path_factory: pytest.TempPathFactory) -> tuple[CacheSchedule, Path]:
+    """A plan, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "FINAL_SAMPLES", 8)
+        return planned(lazy, folder), folder
+
+
+@pytest.fixture
+def checkpoint(finished: tuple[CacheSchedule, Path], tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished[1], tmp_path / "checkpoint"))
 
 
 def planned(lazy: LazyModule, checkpoint: Path | None = None, **changes: Any) -> CacheSchedule:
@@ -66,15 +83,17 @@ def test_a_search_that_is_killed_at_every_measurement_ends_at_the_same_plan(
     assert runs == len(list(tmp_path.glob("*.safetensors"))) > 20
 
 
-def test_what_was_measured_is_not_measured_again(lazy: LazyModule, tmp_path: Path) -> None:
-    first, trajectories = planned(lazy, tmp_path), 0
+def test_what_was_measured_is_not_measured_again(
+    lazy: LazyModule, finished: tuple[CacheSchedule, Path], checkpoint: Path
+) -> None:
+    trajectories = 0
 
     def counted(denoiser: Any, seed: int) -> Tensor:
         nonlocal trajectories
         trajectories += 1
         return planted.sample(denoiser, seed)
 
-    assert plan(lazy, counted, BUDGET, options=QUICK, checkpoint=tmp_path) == first
+    assert plan(lazy, counted, BUDGET, options=QUICK, checkpoint=checkpoint) == finished[0]
     assert trajectories == 1  # counts the steps
 
 
@@ -83,34 +102,33 @@ def test_what_was_measured_is_not_measured_again(lazy: LazyModule, tmp_path: Pat
     [({"budget": Budget(lazy_ratio=0.3)}, "budget"), ({"seed": 5}, "seed"), ({"options": SearchOptions(2)}, "options")],
 )
 def test_a_checkpoint_of_another_search_is_refused(
-    lazy: LazyModule, tmp_path: Path, changes: dict[str, Any], what: str
+    lazy: LazyModule, checkpoint: Path, changes: dict[str, Any], what: str
 ) -> None:
-    planned(lazy, tmp_path)
     with pytest.raises(ArtifactError, match=f"belongs to another search: {what} differ"):
-        planned(lazy, tmp_path, **changes)
+        planned(lazy, checkpoint, **changes)
 
 
-def test_a_checkpoint_of_other_weights_is_refused(lazy: LazyModule, tmp_path: Path) -> None:
-    planned(lazy, tmp_path)
+def test_a_checkpoint_of_other_weights_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ArtifactError, match="weights differ"):
-        planned(planted.planted(depends_on_sample=False), tmp_path)
+        planned(planted.planted(depends_on_sample=False), checkpoint)
 
 
-def test_a_damaged_measurement_is_reported(lazy: LazyModule, tmp_path: Path) -> None:
-    planned(lazy, tmp_path)
-    file = next(tmp_path.glob("response-*.safetensors"))
+def test_a_damaged_measurement_is_reported(lazy: LazyModule, checkpoint: Path) -> None:
+    file = next(checkpoint.glob("response-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ArtifactError, match="cannot read"):
-        planned(lazy, tmp_path)
+        planned(lazy, checkpoint)
 
 
 SCRIPT = """
 import sys
+from lazy_compile.planning import search
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.planner import plan
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.storage import save_json
 from support import planted
+search.FINAL_SAMPLES = 8
 lazy = planted.planted(depends_on_sample=True)
 found = plan(
     lazy, planted.sample, Budget(lazy_ratio=7 / 16), options=SearchOptions(rounds=1), checkpoint=sys.argv[1] or None
@@ -139,16 +157,16 @@ def test_the_plan_is_not_worse_than_any_start_on_unseen_noise(
     considered: list[CacheSchedule] = []
     judge = ScheduleSearch._judge
 
-    def noted(search: ScheduleSearch, candidates: Any, seed: int) -> Any:
+    def noted(self: ScheduleSearch, candidates: Any, seed: int) -> Any:
         considered.extend(candidates)
-        return judge(search, candidates, seed)
+        return judge(self, candidates, seed)
 
     monkeypatch.setattr(ScheduleSearch, "_judge", noted)
     found = planned(lazy)
     starts = [each for each in considered if each.slopes is None and each.lazy_ratio >= 7 / 16]
     assert len(starts) > 8
-    search = ScheduleSearch(lazy, planted.sample, np.ones(2), 9.0, QUICK)
-    errors = np.concatenate([judge(search, [found, *starts], seed) for seed in range(500, 504)], axis=1)
+    judging = ScheduleSearch(lazy, planted.sample, np.ones(2), 9.0, QUICK)
+    errors = np.concatenate([judge(judging, [found, *starts], seed) for seed in range(500, 504)], axis=1)
     losses = robust_losses(errors).mean(axis=1)
     assert losses[0] <= losses.min() * (1 + 1e-6)
     assert errors[0].mean() <= errors.mean(axis=1).min() * (1 + 1e-6)

@@ -18,8 +18,5 @@ FAILING: dict[str, dict[str, str]] = {
         "onnx": "it computes its linear attention in bfloat16, for which ONNX Runtime has no Mul on a CPU; compute "
         "it in float32 there",
     },
-    "HiDreamImageTransformer2DModel": {
-        "captures": "experts are counted in numpy: a decision in Python by values computed with the weights",
-    },
 }
 """Model -> check -> why it fails. A model that is not captured is asked nothing else."""
