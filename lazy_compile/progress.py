@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 OnProgress = Callable[..., None]
 """``(stage, done, total, note="")``: called whenever ``done`` of ``total`` units of ``stage`` are finished."""
@@ -36,3 +46,18 @@ def progress_bars(enabled: bool = True) -> Iterator[OnProgress]:
             bars.update(tasks[stage], completed=done, total=total, note=note)
 
         yield report
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """A line on standard error that says what takes long, and since when; where that is not a terminal, the text."""
+    console = Console(file=sys.stderr)  # this one: others may redirect it in the meantime
+    if not console.is_terminal:
+        print(text, file=sys.stderr, flush=True)
+        yield
+        return
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console
+    ) as line:
+        line.add_task(text, total=None)
+        yield

@@ -1,4 +1,4 @@
-"""Cross-references as docstrings of Python write them, ``:class:`~package.module.Name` ``, read as names on the site."""
+"""Cross-references as docstrings write them, ``:class:`~package.module.Name` ``, read as names on the site."""
 
 import re
 from typing import Any

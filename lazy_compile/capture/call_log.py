@@ -39,10 +39,13 @@ class CallLog(TorchFunctionMode):
         entries: one for each call.
         switches_gradients: whether it switched gradients on or off.
         made: what was made, to see whether it outlives the call.
+        odd_size: why a size is not known on the example; empty if all are.
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()
+        self.odd_size = ""
+        self._symbolic = any(isinstance(size, torch.SymInt) for tensor in given for size in tensor.shape)
         self.entries: list[Any] = []
         self.switches_gradients = False
         self.made: list[weakref.ref[Tensor]] = []
@@ -60,20 +63,20 @@ class CallLog(TorchFunctionMode):
         made = [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]
         if made or result is None:  # else it asked for a size, a type, or the like
             self._number_made(func, made, [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)])
-            self.entries.append((func, *asked, self._text(result), tuple(map(kind_on_example, made))))
+            self.entries.append((func, *asked, self._text(result), tuple(map(self._kind, made))))
         return result
 
     def result(self, value: Any) -> Any:
         """The same for what the module returned."""
         tensors = [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]
-        return self._text(value), tuple(map(kind_on_example, tensors))
+        return self._text(value), tuple(map(self._kind, tensors))
 
     def alive(self) -> list[Tensor]:
         """Of the tensors that were made, those that somebody holds."""
         return [tensor for tensor in (made() for made in self.made) if tensor is not None]
 
     def _number_made(self, func: Callable[..., Any], made: Sequence[Tensor], given: Sequence[Tensor]) -> None:
-        unchanged = func.__name__ in _MAY_DO_NOTHING and made and kind_on_example(made[0]) == kind_on_example(given[0])
+        unchanged = func.__name__ in _MAY_DO_NOTHING and made and self._kind(made[0]) == self._kind(given[0])
         for tensor in made:
             if not any(tensor is each for each in given):
                 self._numbers[id(tensor)] = self._numbers.get(id(given[0]), 0) if unchanged else self._number()
@@ -94,8 +97,21 @@ class CallLog(TorchFunctionMode):
             return (dict, *((key, self._text(item)) for key, item in value.items()))
         if isinstance(value, slice):
             return (slice, self._text(value.start), self._text(value.stop), self._text(value.step))
-        value = on_example(value)
+        value = self._size(value)
         return (type(value), repr(value)) if type(value) in _NUMBERS else value
+
+    def _kind(self, tensor: Tensor) -> tuple[Any, ...]:
+        return tuple(map(self._size, tensor.shape)), tensor.dtype, tensor.device
+
+    def _size(self, value: Any) -> Any:
+        """As it is on the example."""
+        if not isinstance(value, _SIZES):
+            return value
+        if value.node.hint is None:
+            self.odd_size = self.odd_size or "a size depends on values"
+        elif not self._symbolic:
+            self.odd_size = self.odd_size or "it reads a size that it is not given"
+        return value.node.hint
 
 
 _MAY_DO_NOTHING = frozenset(
@@ -140,6 +156,8 @@ class Call:
         versions = [tensor._version for tensor in given]
         with CallLog(given) as log:
             result = forward(*self.args, **self.kwargs)
+        if log.odd_size:
+            raise Unfollowed(log.odd_size, result)
         if log.switches_gradients:
             raise Unfollowed("it switches gradients on or off", result)
         if [tensor._version for tensor in given] != versions:
@@ -164,15 +182,20 @@ class Call:
 _RETURNED = (Tensor, bool, int, float, str, type(None), torch.SymInt)
 
 
+_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
 def on_example(value: Any) -> Any:
-    """A size as it is on the example; what depends on values equals nothing else."""
-    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+    """A size as it is on the example.
+
+    Raises:
+        Unfollowed: it depends on values.
+    """
+    if not isinstance(value, _SIZES):
         return value
-    return object() if value.node.hint is None else value.node.hint
-
-
-def kind_on_example(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(map(on_example, tensor.shape)), tensor.dtype, tensor.device
+    if value.node.hint is None:
+        raise Unfollowed("a size depends on values")
+    return value.node.hint
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,6 +21,11 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.tensor_constructors import build_from_tensors
 from lazy_compile.capture.value_guards import StateTape, Tape, real_tensors
+
+logger = logging.getLogger("lazy_compile")
+
+SECONDS_BETWEEN_NEWS = 3.0
+"""How often a long capture says how far it is."""
 
 READS = frozenset(
     {
@@ -50,6 +57,9 @@ class ExportAid(TorchFunctionMode):
     5. ``max(lengths)`` and ``min(lengths)`` of one tensor, which export takes for those of two, reduce it.
     6. ``np.sqrt`` of a size, which asks it for a method of that name, finds one.
 
+    Args:
+        name: of the model, for a capture that takes long.
+
     Attributes:
         inputs: what is known of the inputs; None to let every read fail.
         state: what is known of the weights.
@@ -59,8 +69,9 @@ class ExportAid(TorchFunctionMode):
         fixing_lines: the lines at which axes of the inputs became fixed, by position and axis.
     """
 
-    def __init__(self, inputs: Tape | None = None, state: StateTape | None = None) -> None:
+    def __init__(self, name: str, inputs: Tape | None = None, state: StateTape | None = None) -> None:
         super().__init__()
+        self._news = _News(name)
         self.inputs, self.state = inputs, state
         self._tapes = [tape for tape in (inputs, state) if tape is not None]
         self.stuck = self.fixed = ""
@@ -116,6 +127,7 @@ class ExportAid(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
+        self._news.count()
         if func is torch._C._set_grad_enabled:
             return self._gradients.switch(*args)
         if name == "__len__" and isinstance(args[0].shape[0], torch.SymInt):
@@ -228,6 +240,21 @@ def _of_one_tensor(function: Callable[..., Any], reduction: Callable[[Tensor], T
         return function(*args, **kwargs)
 
     return of_one
+
+
+class _News:
+    """Counts the calls of a capture, and says how many there were if it takes long."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._calls = name, 0
+        self._start = self._told = time.monotonic()
+
+    def count(self) -> None:
+        self._calls += 1
+        now = time.monotonic()
+        if now - self._told >= SECONDS_BETWEEN_NEWS:
+            self._told = now
+            logger.info("capturing %s: %d operators after %.0f s", self._name, self._calls, now - self._start)
 
 
 class GradientRegions:

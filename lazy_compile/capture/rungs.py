@@ -42,7 +42,7 @@ class Rung:
 
     def export(self, flat: FlatModel, example: Sequence[Tensor]) -> ExportedProgram:
         tapes = (Tape(example), StateTape(flat.model)) if self.reads_values else ()
-        flat.aid = None if self.strict else ExportAid(*tapes)
+        flat.aid = None if self.strict else ExportAid(type(flat.model).__name__, *tapes)
         flat.rows_of = inputs_with_rows(example) if self.dynamic != "nothing" else []
         axes = {"sizes": None, "batch": 1, "nothing": 0}[self.dynamic]
         shapes = tuple(dict.fromkeys(range(tensor.dim())[:axes], Dim.AUTO) for tensor in example)

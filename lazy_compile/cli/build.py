@@ -55,6 +55,7 @@ class BuildOptions(CaptureOptions):
     workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Limit of scratch memory.")] = None
     optimization_level: Annotated[int | None, typer.Option(help="0 builds fast, 5 searches longest.")] = None
     tf32: Annotated[bool, typer.Option(help="Whether float32 products may run in TF32.")] = True
+    refit: Annotated[bool, typer.Option("--refit", help="Let weights be replaced later; needs a GPU to build.")] = False
     sanitize: Annotated[
         bool, typer.Option("--sanitize", help="Let Polygraphy fold constants first; dropped if it moves a branch.")
     ] = False
@@ -93,6 +94,7 @@ def build(options: BuildOptions) -> None:
         optimization_level=options.optimization_level,
         timing_cache=options.timing_cache,
         tf32=options.tf32,
+        refit=options.refit,
         sanitize=options.sanitize,
     )
     parse_group(options.group)

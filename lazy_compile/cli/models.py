@@ -153,15 +153,16 @@ def parse_group(text: str | None) -> Group | None:
 def load_lazy(named: NamedModel, gates: Path | None, options: Sequence[str]) -> LazyModule:
     """The model made lazy and captured, with the options of the command line or those of an artefact."""
     from lazy_compile.compiler import load, transform
+    from lazy_compile.progress import working
 
     inputs = require_inputs(named)
-    announce(f"capturing {named.spec}")
-    if gates is not None:
-        if options:
-            raise ConfigError(f"--set {options[0]} and --gates exclude each other: the artefact carries its options")
-        result: LazyModule = load(gates, named.model, inputs)
-        return result
-    return transform(named.model, inputs, parse_options(options))
+    if gates is not None and options:
+        raise ConfigError(f"--set {options[0]} and --gates exclude each other: the artefact carries its options")
+    with working(f"capturing {named.spec}"):
+        if gates is not None:
+            result: LazyModule = load(gates, named.model, inputs)
+            return result
+        return transform(named.model, inputs, parse_options(options))
 
 
 def load_sampler(

@@ -21,6 +21,9 @@ from lazy_compile.runtime.compiled_pieces import CompiledPieces
 MAX_STEPS = 64
 """Kinds of steps whose graphs are kept: a schedule has no more than it has rows."""
 
+MAX_FACTORS = 1024
+"""Numbers that are kept on their device: a schedule needs one for each distance and slope that it has."""
+
 Values = tuple[Tensor, ...]
 
 
@@ -111,6 +114,8 @@ class CompiledProgram:
     def _factor(self, weight: float, like: Tensor) -> Tensor:
         key = weight, like.dtype, like.device
         if key not in self._factors:
+            if len(self._factors) >= MAX_FACTORS:
+                self._factors.clear()
             self._factors[key] = torch.tensor(weight, dtype=_weight_dtype(like.dtype), device=like.device)
         return self._factors[key]
 

@@ -23,6 +23,7 @@ from lazy_compile.backends.onnx.export import export_onnx
 from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.prologue import check_prologue, find_prologue
 from lazy_compile.backends.onnx.seal import read_proto
+from lazy_compile.backends.onnx.weight_places import note_places
 from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.backends.tensorrt import build
@@ -91,6 +92,7 @@ class Workshop:
         if key not in self.converted:
             self.converted[key] = converting.convert(original, program, *rest)
         model: onnx_ir.Model = self.converted[key].clone()
+        note_places(model, original, program)
         for value in model.graph.initializers.values():
             if value.const_value.dtype == onnx_ir.DataType.FLOAT:
                 value.const_value = onnx_ir.tensor(value.const_value.numpy() * 1.5**self.seed, name=value.name)

@@ -305,3 +305,56 @@ class Swallows(Stack):
             return block(h, condition)
         except Exception:
             return h
+
+
+class MakesConstant(Block):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x * torch.tensor(0.5), condition)
+
+
+class SharesActivation(Stack):
+    """One module under several names, by which export knows what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        activation = nn.SiLU()
+        for block in self.blocks:
+            block.activation = activation
+
+    def step(self, index: int, block: nn.Module, h: Tensor, condition: Tensor) -> Tensor:
+        return block.activation(block(h, condition))
+
+
+class Autocast(Block):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = x + self.mlp(x).float()
+        return super().forward(x, condition)
+
+
+class Draws(Block):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * torch.rand_like(x), condition)
+
+
+class TakesSize(Block):
+    """Reads a size that its model has noted in it."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x.unflatten(1, (2, self.half)).flip(1).flatten(1, 2), condition)
+
+
+class NotesSizes(Stack):
+    def __init__(self) -> None:
+        super().__init__(TakesSize)
+
+    def step(self, index: int, block: nn.Module, h: Tensor, condition: Tensor) -> Tensor:
+        block.half = h.shape[1] // 2
+        return block(h, condition)
+
+
+class Selects(Block):
+    """Reads as many rows as the numbers in them say."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x + x[condition.sum(-1) > -100].sum(0), condition)

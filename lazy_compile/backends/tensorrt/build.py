@@ -23,7 +23,7 @@ from lazy_compile.backends.onnx.structure import heavy_nodes
 from lazy_compile.backends.tensorrt.api import Flavor, Message, flavor_of, load, record
 from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
 from lazy_compile.backends.tensorrt.config import BuildConfig
-from lazy_compile.backends.tensorrt.layers import parse_layers
+from lazy_compile.backends.tensorrt.layers import parse_profiles
 from lazy_compile.backends.tensorrt.network import configure, parse_network, serialize
 from lazy_compile.backends.tensorrt.profile import Profile, SizeRange, size_ranges
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, path_beside, waiting_path
@@ -237,6 +237,11 @@ def builder_for(config: BuildConfig) -> tuple[Flavor, ModuleType, str]:
     flavor = flavor_of(config.flavor)
     trt = load(flavor)
     if flavor.builds_without_gpu and "CURRENT" not in config.compute_capabilities:
+        if config.refit and not torch.cuda.is_available():
+            raise BackendError(
+                f"{flavor.title} builds an engine that can be refitted on a GPU only, and PyTorch sees none here; "
+                "build it where one is, or write other weights into the file with replace_weights() and build again"
+            )
         return flavor, trt, ""
     if not torch.cuda.is_available():
         raise BackendError(
@@ -312,13 +317,14 @@ def _finished(target: Path, key: str) -> EngineSidecar | None:
 
 
 def _structure(messages: list[Message], nodes: dict[str, tuple[str, ...]]) -> EngineStructure:
+    """That of the first profile; the others are held against the model too."""
     listed = [message.text for message in messages if "LayerType: " in message.text]
-    structure = check_branches([], 0)
-    for text in listed or [""]:  # of each profile, where kernels differ
-        structure = check_branches(parse_layers(text), len(nodes) - 1, nodes)
+    profiles = [layers for text in listed or [""] for layers in parse_profiles(text)]
+    structures = [check_branches(layers, len(nodes) - 1, nodes) for layers in profiles]
+    for structure in structures:
         if len(structure.branches) != len(nodes) - 1:
             raise BackendError(f"the engine is not lazy: {structure.problems[0]}; nothing was written")
-    return structure
+    return next((structure for structure in structures if structure.problems), structures[0])
 
 
 def _sanitized(source: OnnxSource, folder: Path) -> Path:

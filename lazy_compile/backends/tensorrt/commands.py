@@ -51,6 +51,8 @@ def _trtexec_options(config: BuildConfig, profiles: Sequence[Profile]) -> Iterat
         yield f"--timingCacheFile={config.timing_cache}"
     if not config.tf32:
         yield "--noTF32"
+    if config.refit:
+        yield "--refit"
     if config.max_aux_streams is not None:
         yield f"--maxAuxStreams={config.max_aux_streams}"
 
@@ -76,6 +78,8 @@ def _polygraphy_options(config: BuildConfig, profiles: Sequence[Profile]) -> Ite
         yield from ("--load-timing-cache", str(config.timing_cache), "--save-timing-cache", str(config.timing_cache))
     if config.tf32:
         yield "--tf32"
+    if config.refit:
+        yield "--refittable"
     if config.max_aux_streams is not None:
         yield from ("--max-aux-streams", str(config.max_aux_streams))
 

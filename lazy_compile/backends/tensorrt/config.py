@@ -32,6 +32,8 @@ class BuildConfig:
         timing_cache: file of kernel timings, read if it exists and written afterwards (tensorrt only).
         tf32: whether float32 products may run in TF32, which TensorRT does unless told otherwise.
         max_aux_streams: streams beside the main one that an engine may use; None leaves it to TensorRT.
+        refit: let the weights of the engine be replaced later, by the names of the initializers. It is built on a GPU,
+            by TensorRT-RTX too.
         sanitize: let Polygraphy fold constants first, if every conditional still holds what it held. Off because it
             gains nothing on what ``export_onnx`` writes: it changed the number of nodes of no model that was tried.
     """
@@ -44,6 +46,7 @@ class BuildConfig:
     timing_cache: str | Path | None = None
     tf32: bool = True
     max_aux_streams: int | None = None
+    refit: bool = False
     sanitize: bool = False
 
     def __post_init__(self) -> None:

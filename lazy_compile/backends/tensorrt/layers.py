@@ -23,6 +23,9 @@ _TENSOR = re.compile(r"\{ Name: (.+?), (?:Dimensions|Location)")
 _TARGET = re.compile(r"(JumpTarget\w*): (.*?)(?=, (?:JumpTarget\w*|Metadata)\b|$)")
 _NODE = re.compile(r"\[ONNX Layer: ([^|\]\x1e]+?)(?: \|[^\]]*)?\]")
 
+_PROFILE = re.compile(r"\[profile (\d+)\]")
+_GRAPH = re.compile(r"_(myl\d+)_\d+$")
+
 _HEAVY_KIND = re.compile(r"gemm|matmul|matrixmultiply|matrix_multiply|conv|correlation|attention|mha", re.IGNORECASE)
 _HEAVY_NAME = re.compile(r"gemm|mha|attention|(?:^|_|[a-z])(?:Fc|Gemm|Mmul)(?=[A-Z_])")
 
@@ -82,12 +85,23 @@ class EngineLayer:
 
 
 def parse_layers(text: str) -> tuple[EngineLayer, ...]:
-    """The layer list in a builder's log, or in what an engine inspector returns, as JSON or one layer a line.
+    """The layer list in a builder's log, or in what an engine inspector returns, as JSON or one layer a line; that of
+    the first optimization profile, should there be several.
 
     The builder must have run with ``ProfilingVerbosity.DETAILED``, and its log hold the messages of ``VERBOSE``.
 
     Raises:
         ArtifactError: there is no such list in it.
+    """
+    return parse_profiles(text)[0]
+
+
+def parse_profiles(text: str) -> list[tuple[EngineLayer, ...]]:
+    """The same for each optimization profile: an engine has kernels of its own for each of them, one list after the
+    other. Tensors and nodes of all but the first carry its number, and so does the graph that a layer belongs to.
+
+    Raises:
+        ArtifactError: there is no list of layers in it.
     """
     layers = tuple(map(_from_fields, _json_fields(text) or _line_fields(text)))
     if not layers:
@@ -95,7 +109,20 @@ def parse_layers(text: str) -> tuple[EngineLayer, ...]:
             "this holds no list of layers; expected the VERBOSE log of a build with detailed profiling, or what an "
             "engine inspector wrote"
         )
-    return layers
+    profiles: dict[str, int] = {}
+    for layer in layers:
+        tags = [int(tag) for name in (layer.name, *layer.inputs, *layer.outputs) for tag in _PROFILE.findall(name)]
+        profiles[_graph_of(layer)] = max(profiles.get(_graph_of(layer), 0), *tags, 0)
+    parts: dict[int, list[EngineLayer]] = {}
+    for layer in layers:
+        parts.setdefault(profiles[_graph_of(layer)], []).append(layer)
+    return [tuple(parts[number]) for number in sorted(parts)]
+
+
+def _graph_of(layer: EngineLayer) -> str:
+    """The part of an engine that was compiled as one; a layer without one is told by its own names."""
+    found = _GRAPH.search(layer.name)
+    return found[1] if found else f"layer {layer.name}"
 
 
 def _json_fields(text: str) -> list[Mapping[str, Any]]:

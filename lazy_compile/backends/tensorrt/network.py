@@ -111,6 +111,8 @@ def configure(network: Network, config: BuildConfig, profiles: Sequence[Profile]
     settings.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if not config.tf32:
         settings.clear_flag(trt.BuilderFlag.TF32)
+    if config.refit:
+        settings.set_flag(trt.BuilderFlag.REFIT)
     if config.workspace_bytes is not None:
         settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
     if config.optimization_level is not None:

@@ -173,6 +173,27 @@ def test_free_sizes_get_a_profile(tmp_path: Path) -> None:
     sidecar = EngineSidecar.load(tmp_path / "m.engine")
     assert sidecar.tensors[0].profiles == (((1, 8), (2, 8), (4, 8)),)
     assert sidecar.options["profiles"][0]["max"] == {"x": [4, 8]}
+
+
+def test_an_engine_that_can_be_refitted_is_built_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, config = written(tmp_path, one_if()), replace(RTX, refit=True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(BackendError, match=r"refitted on a GPU only.* replace_weights\(\)"):
+        build_engine(path, tmp_path / "m.engine", config)
+    assert "--refit" in trtexec_command(path, tmp_path / "m.engine", config)
+    assert "--refittable" in polygraphy_command(path, tmp_path / "m.engine", config)
+    assert "--refit" not in trtexec_command(path, tmp_path / "m.engine", RTX)
+
+
+def test_branches_are_checked_in_every_profile(tmp_path: Path) -> None:
+    profiles = tuple(ShapeRange({"x": (low, 8)}, {"x": (high, 8)}, {"x": (high, 8)}) for low, high in ((1, 2), (4, 8)))
+    path = written(tmp_path, one_if(batch="batch"))
+    structure = build_engine(path, tmp_path / "m.engine", replace(RTX, profiles=profiles)).structure
+    assert (len(structure.branches), structure.problems) == (1, ())
+    assert not any("profile" in name for layer in structure.layers for name in layer.inputs)
+    path = written(tmp_path, one_if(then="a = Relu(p)", before="p = MatMul(x, w)", batch="batch"))
+    structure = build_engine(path, tmp_path / "m.engine", replace(RTX, profiles=profiles)).structure
+    assert structure.problems[0] == "1 heavy kernels of a branch run at every step: node_of_p"
     with pytest.raises(ConfigError, match="size 'batch' of 'x' is free: give its range"):
         build_engine(path, tmp_path / "m.engine", RTX)
 
