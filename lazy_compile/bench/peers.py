@@ -160,12 +160,20 @@ class PeerRun:
         for place, system in enumerate(systems):
             self.on_progress(f"comparing peers, {self.task.name}", place, len(systems), system.name)
             swept = self._sweep(system)
-            if all(row.error for row in swept):
-                failures.append({"system": system.name, "package": system.package, "error": swept[0].error})
+            if (error := self._failure(swept)) is not None:
+                failures.append({"system": system.name, "package": system.package, "error": error})
                 continue
             self._judge_best(system, swept)
         names = [system.name for system in systems]
         return [row for row in self.judged.rows if row.system in names], failures
+
+    def _failure(self, swept: Sequence[SweptRow]) -> str | None:
+        """Why a system has no row."""
+        spent = [row.compute for row in swept if row.compute is not None]
+        if not spent:
+            return swept[0].error
+        most = max(self.settings.budgets) + self.settings.slack
+        return None if min(spent) <= most else f"spends {min(spent):.1%} of the MACs or more under every setting"
 
     # Sweeping -----------------------------------------------------------------------------------------------------
 
