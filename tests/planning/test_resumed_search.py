@@ -137,6 +137,7 @@ save_json(sys.argv[2], found.to_json())
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_at_the_same_plan(lazy: LazyModule, tmp_path: Path) -> None:
     folder, output, draw = tmp_path / "checkpoint", tmp_path / "plan.json", random.Random()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
