@@ -99,11 +99,12 @@ def read(tensors: Mapping[str, Tensor]) -> dict[str, Floats]:
 
 def same(first: Floats, second: Floats) -> bool:
     """Whether two rows are one: equal elements; norms may differ as the order of a sum does."""
-    if first.shape != second.shape:
+    if first.shape != second.shape or (len(first) and first[0] != second[0]):
         return False
     if len(first) <= 1:
-        return bool((first == second).all())
-    return bool((first[:-1] == second[:-1]).all()) and bool(np.isclose(first[-1], second[-1], rtol=1e-5, atol=0.0))
+        return True
+    norms_agree = abs(first[-1] - second[-1]) <= 1e-5 * abs(second[-1])
+    return bool(norms_agree and (first[:-1] == second[:-1]).all())
 
 
 def unexplained(target: Floats, by: Sequence[Floats]) -> float:
@@ -114,6 +115,9 @@ def unexplained(target: Floats, by: Sequence[Floats]) -> float:
     basis = np.stack(by, axis=1)
     if not np.isfinite(basis).all():
         return 1.0
-    solution = np.linalg.lstsq(basis, target, rcond=1e-9)[0]
-    rest = target - basis @ solution
+    if number == 1:
+        length = float(np.dot(by[0], by[0]))
+        rest = target - by[0] * (float(np.dot(by[0], target)) / length if length else 0.0)
+    else:
+        rest = target - basis @ np.linalg.lstsq(basis, target, rcond=1e-9)[0]
     return min(1.0, float(np.dot(rest, rest)) / size * len(target) / (len(target) - number))

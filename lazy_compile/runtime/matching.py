@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lazy_compile.runtime.fingerprint import Floats
+from lazy_compile.runtime.fingerprint import Floats, same
 from lazy_compile.runtime.positions import (
     EXACT,
     RELATED,
@@ -49,31 +49,65 @@ class Content:
         """Whether the conditions of a stream are those of this row, less what moves from step to step."""
         if stream.context != self.context:
             return False
-        moves = stream.position.trajectory.moves
-        return all(moves(name) for name in differing(stream.conditions, self.conditions))
+        moves, before, now = stream.position.trajectory.moves, stream.conditions, self.conditions
+        if before.keys() != now.keys():
+            return all(moves(name) for name in differing(before, now))
+        return all(same(before[name], now[name]) or moves(name) for name in now)
 
 
-def find_position(content: Content, alive: Sequence[Trajectory], here: Collection[Position]) -> Position | None:
+class Leaves:
+    """Where the streams of all trajectories stand that the host says nothing of.
+
+    Attributes:
+        streams: those of the trajectory that was continued last first.
+        positions: each once.
+        times: of all of them.
+    """
+
+    def __init__(self, alive: Sequence[Trajectory]) -> None:
+        latest = sorted(alive, key=lambda trajectory: -trajectory.last_call)
+        self.streams = [stream for trajectory in latest if trajectory.key is None for stream in trajectory.streams]
+        self.positions = list({id(stream.position): stream.position for stream in self.streams}.values())
+        self.times = {position.time for position in self.positions}
+        self._in_row: dict[int, list[Stream]] = {}
+        for stream in self.streams:
+            self._in_row.setdefault(stream.row, []).append(stream)
+
+    def at(self, content: Content) -> list[Position]:
+        """Those that a row is called at again."""
+        return [each for each in self.positions if content.is_at(each)] if content.time in self.times else []
+
+    def expected(self, content: Content, row: int) -> list[Position]:
+        """Those of streams that stood in this row of a call, and have the conditions of the row."""
+        return [stream.position for stream in self._in_row.get(row, ()) if content.belongs_to(stream)]
+
+    def distance(self, time: float | None) -> float:
+        """How near in time the nearest is."""
+        none_told = time is None or None in self.times
+        return 0.0 if none_told else min(abs(each - time) for each in self.times)  # type: ignore[operator]
+
+
+def find_position(content: Content, leaves: Leaves, here: Collection[Position], row: int) -> Position | None:
     """Where a row stands: at the position of an earlier call, or one step behind it; None if it continues nothing.
 
     A stream that waits to be continued comes first: one that has not been called at this position yet, or one at the
     position that the latents follow from. Then come a new stream of a position, and a call that is made again.
 
     Args:
-        alive: the trajectories, those that were continued last first.
         here: where other rows of the call stand.
+        row: which row of the call this is: most stay in their place, so that what stood there is looked at first.
     """
     for position in here:
         if content.is_at(position):
             return position
-    streams = [stream for trajectory in alive if trajectory.key is None for stream in trajectory.streams]
-    own = [stream for stream in streams if content.belongs_to(stream)]
-    leaves = list({id(stream.position): stream.position for stream in streams}.values())
-    at = [position for position in leaves if content.is_at(position)]
+    at, expected = leaves.at(content), leaves.expected(content, row)
+    if not at and expected and (certain := _certainly_before(content, expected, leaves)) is not None:
+        return next_position(certain, content.latents, content.time)
+    own = [stream for stream in leaves.streams if content.belongs_to(stream)]
     for position in at:
         if any(stream.position is not position and position.descends_from(stream.position) for stream in own):
             return position
-    fit, before = _find_before(content, leaves, own)
+    fit, before = _find_before(content, leaves.positions, own)
     following = None if before is None else next_position(before, content.latents, content.time)
     if fit is not None and not fit.is_new and not fit.is_only_related:
         return following
@@ -109,34 +143,57 @@ def _find_before(
     if not np.isfinite(latents).all():
         return None, None
     flags = {id(item): (not _is_continued(item, own), turns_back(item, time)) for item in leaves}
-    unmoved = {id(leaf.trajectory) for leaf in leaves if leaf.trajectory.begins_with(latents)}
     fits: list[tuple[Fit, Position]] = []
     certain: Trajectory | None = None
     for position in sorted(leaves, key=lambda item: (*flags[id(item)], away(item, time))):
-        parent = position.parent
         if certain is not None and position.trajectory is not certain:
             continue
-        if position.latents is None or content.is_at(position) or (parent is not None and content.is_at(parent)):
-            continue
-        is_another = id(position.trajectory) in unmoved and not position.trajectory.begins_with(position.latents)
-        if is_another or starts_over(position, time):
-            continue
-        rest, is_indirect, regressors = unexplained_share(latents, position)
-        level = level_of(rest)
-        is_new, back = flags[id(position)]
-        may_turn = back or parent is None
-        related = rest > EXACT
-        distance = 0.0 if related else away(position, time)
-        fit = Fit(level, is_indirect, is_new, back, may_turn, related and position.time == time, distance, rest)
-        if rest > max(EXACT, RELATED - 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1)) or not fit.is_acceptable:
+        fit = _fit(content, position, *flags[id(position)])
+        if fit is None:
             continue
         fits.append((fit, position))
-        if level == 0 and not is_indirect:
+        if fit.is_proof:
             break
-        if level == 0:
+        if fit.level == 0:
             certain = position.trajectory
     best = min(fits, key=lambda item: item[0], default=None)
     return (None, None) if best is None or is_ambiguous(*best, fits) else best
+
+
+def _certainly_before(content: Content, expected: Sequence[Position], leaves: Leaves) -> Position | None:
+    """The one of the expected positions, which streams of the row's conditions lead to, that :func:`_find_before` would
+    take without a look at any other; None if it might take another."""
+    time = content.time
+    if content.latents is None or not np.isfinite(content.latents).all():
+        return None
+    position = min(expected, key=lambda item: (turns_back(item, time), away(item, time)))
+    if turns_back(position, time) or away(position, time) > leaves.distance(time):
+        return None
+    fit = _fit(content, position, is_new=False, turns=False)
+    return position if fit is not None and fit.is_proof else None
+
+
+def _fit(content: Content, position: Position, is_new: bool, turns: bool) -> Fit | None:
+    """How well a row follows from a position; None if it does not.
+
+    Args:
+        is_new: no stream of the row's conditions leads there.
+        turns: time turns back from there.
+    """
+    latents, time, parent = content.latents, content.time, position.parent
+    assert latents is not None
+    if position.latents is None or content.is_at(position) or (parent is not None and content.is_at(parent)):
+        return None
+    begins = position.trajectory.begins_with
+    if starts_over(position, time) or (begins(latents) and not begins(position.latents)):
+        return None
+    rest, is_indirect, regressors = unexplained_share(latents, position)
+    related = rest > EXACT
+    distance = 0.0 if related else away(position, time)
+    rests = related and position.time == time
+    fit = Fit(level_of(rest), is_indirect, is_new, turns, turns or parent is None, rests, distance, rest)
+    most = max(EXACT, RELATED - 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1))
+    return fit if rest <= most and fit.is_acceptable else None
 
 
 def find_stream(position: Position, content: Content, taken: Collection[int]) -> Stream | None:

@@ -240,6 +240,11 @@ class Fit:
         return not (self.is_only_related and self.is_new and self.may_turn_back)
 
     @property
+    def is_proof(self) -> bool:
+        """Whether the row follows from the position and what was returned there, to the last digits."""
+        return self.level == 0 and not self.is_indirect
+
+    @property
     def is_only_related(self) -> bool:
         return self.level == len(_LEVELS)
 

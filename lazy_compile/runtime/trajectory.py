@@ -25,7 +25,7 @@ from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.runtime.cache import CacheState, gathered
 from lazy_compile.runtime.fingerprint import Floats, Latents, read, samples_of
 from lazy_compile.runtime.host_hints import Known, known_trajectory
-from lazy_compile.runtime.matching import Content, find_position, find_stream, was_called_here
+from lazy_compile.runtime.matching import Content, Leaves, find_position, find_stream, was_called_here
 from lazy_compile.runtime.positions import REACH, Position, Returned, Stream, Trajectory
 from lazy_compile.runtime.step_invariants import StepInvariants
 
@@ -142,13 +142,17 @@ class Trajectories:
         with self._mutex:
             self._call += 1
             rows: list[_Row] = []
+            here: dict[int, Position] = {}
+            alive, leaves = self._alive, Leaves(self._alive)
             for number, content in enumerate(contents):
                 if known is not None:
                     position = self._told_position(known, number, rows, content)
                 else:
-                    alive = sorted(self._alive, key=lambda item: -item.last_call)
-                    found = find_position(content, alive, {row.position for row in rows})
+                    if alive is not self._alive:  # a row that started a trajectory has made others forgotten
+                        alive, leaves = self._alive, Leaves(self._alive)
+                    found = find_position(content, leaves, here.values(), number)
                     position = found or self._first_position(content)
+                here[id(position)] = position
                 rows.append(self._row_at(position, content, rows))
             return self._placed(contents[0].context, rows, branches)
 
