@@ -21,6 +21,7 @@ from lazy_compile.runtime.positions import (
     is_at,
     level_of,
     next_position,
+    spot_of,
     starts_over,
     turns_back,
     unexplained_share,
@@ -41,6 +42,11 @@ class Content:
     time: float | None
     conditions: Mapping[str, Floats]
     context: object
+
+    @property
+    def spot(self) -> object:
+        """What rows have in common that are called at the same position."""
+        return spot_of(self.latents, self.time)
 
     def is_at(self, position: Position) -> bool:
         return is_at(position, self.latents, self.time)
@@ -69,13 +75,16 @@ class Leaves:
         self.streams = [stream for trajectory in latest if trajectory.key is None for stream in trajectory.streams]
         self.positions = list({id(stream.position): stream.position for stream in self.streams}.values())
         self.times = {position.time for position in self.positions}
+        self._at: dict[object, list[Position]] = {}
+        for position in self.positions:
+            self._at.setdefault(spot_of(position.latents, position.time), []).append(position)
         self._in_row: dict[int, list[Stream]] = {}
         for stream in self.streams:
             self._in_row.setdefault(stream.row, []).append(stream)
 
     def at(self, content: Content) -> list[Position]:
         """Those that a row is called at again."""
-        return [each for each in self.positions if content.is_at(each)] if content.time in self.times else []
+        return [position for position in self._at.get(content.spot, ()) if content.is_at(position)]
 
     def expected(self, content: Content, row: int) -> list[Position]:
         """Those of streams that stood in this row of a call, and have the conditions of the row."""
@@ -94,7 +103,7 @@ def find_position(content: Content, leaves: Leaves, here: Collection[Position], 
     position that the latents follow from. Then come a new stream of a position, and a call that is made again.
 
     Args:
-        here: where other rows of the call stand.
+        here: where other rows of the call stand that have its :attr:`~Content.spot`.
         row: which row of the call this is: most stay in their place, so that what stood there is looked at first.
     """
     for position in here:

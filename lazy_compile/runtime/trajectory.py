@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -142,7 +142,8 @@ class Trajectories:
         with self._mutex:
             self._call += 1
             rows: list[_Row] = []
-            here: dict[int, Position] = {}
+            here: dict[object, list[Position]] = {}
+            taken: set[int] = set()
             alive, leaves = self._alive, Leaves(self._alive)
             for number, content in enumerate(contents):
                 if known is not None:
@@ -150,16 +151,18 @@ class Trajectories:
                 else:
                     if alive is not self._alive:  # a row that started a trajectory has made others forgotten
                         alive, leaves = self._alive, Leaves(self._alive)
-                    found = find_position(content, leaves, here.values(), number)
+                    found = find_position(content, leaves, here.get(content.spot, ()), number)
                     position = found or self._first_position(content)
-                here[id(position)] = position
-                rows.append(self._row_at(position, content, rows))
+                if not any(position is other for other in here.setdefault(content.spot, [])):
+                    here[content.spot].append(position)
+                rows.append(self._row_at(position, content, taken))
+                taken.add(id(rows[-1].stream))
             return self._placed(contents[0].context, rows, branches)
 
     @staticmethod
-    def _row_at(position: Position, content: Content, others: Sequence[_Row]) -> _Row:
+    def _row_at(position: Position, content: Content, taken: Collection[int]) -> _Row:
         """A row whose position is known, with its stream, which it claims."""
-        stream = find_stream(position, content, {id(row.stream) for row in others})
+        stream = find_stream(position, content, taken)
         if stream is None:
             return _Row(position, None, content, False, was_called_here(position, content))
         stream.busy = True
