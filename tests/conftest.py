@@ -15,10 +15,17 @@ from lazy_compile.backends.onnx.export import OnnxReport, export_onnx
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.ladder import capture
 from lazy_compile.ir.program import Program
+from lazy_compile.planning import search
 from support.small_model import fresh
 from support.toy_models import REFUSED, TOYS, call
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last comparison of a search takes two batches, and not 192 samples."""
+    monkeypatch.setattr(search, "FINAL_SAMPLES", 8)
 
 
 @cache

@@ -13,7 +13,7 @@ from lazy_compile import CacheSchedule, Learned, Scheduled
 from lazy_compile.calibration.calibrator import CalibrationConfig, CalibrationReport, calibrate
 from lazy_compile.calibration.initial_gates import gate_start, initial_gates
 from lazy_compile.errors import ArtifactError, ConfigError
-from lazy_compile.planning import planner, search
+from lazy_compile.planning import planner
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.response import measure_response
 from lazy_compile.planning.search import SearchOptions
@@ -25,7 +25,6 @@ from support.sampling import STEPS, lazy_tiny_dit, sample, step_pairs
 def brief_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests are of gates: how good the plan is that they start from does not matter."""
     monkeypatch.setattr(planner, "SearchOptions", lambda: SearchOptions(rounds=0))
-    monkeypatch.setattr(search, "FINAL_SAMPLES", 8)
 
 
 def options(**changes: Any) -> CalibrationConfig:

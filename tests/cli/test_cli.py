@@ -121,6 +121,7 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_gates_for_several_numbers_of_steps_do_at_each_what_those_for_it_alone_do(tmp_path: Path) -> None:
     arguments = ["calibrate", "support.factories:tiny_dit", *EULER[:2], "--target-lazy-ratio", 0.4, "--iterations", 1]
     both = answer(*arguments, "--steps", 2, "--steps", 4, "--output", tmp_path / "both")["calibrations"]
