@@ -1,6 +1,7 @@
 """What Python and NumPy make of sizes while a model is captured, and what strict export makes of them."""
 
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -107,14 +108,25 @@ def test_a_program_that_cannot_be_run_is_no_capture(monkeypatch: pytest.MonkeyPa
         captured_call(randomize(Heads()), x=joined(2)["x"])
 
 
-def test_a_module_that_is_called_like_a_word_of_python_is_named() -> None:
-    class Parts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts = nn.ModuleDict({"in": MLP(), "out": MLP()})
+class Parts(nn.Module):
+    """Its parts are called like words of Python; a region of autocast has the whole program traced again."""
 
-        def forward(self, x: Tensor) -> Tensor:
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self.parts, self.autocast = nn.ModuleDict({"in": MLP(), "out": MLP()}), autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=True) if self.autocast else nullcontext():
             return x + self.parts["in"](x)
 
+
+def test_a_module_that_is_called_like_a_word_of_python_is_captured() -> None:
+    model, x = randomize(Parts(autocast=False)), joined(2)["x"]
+    program = captured_call(model, x=x).program
+    with torch.no_grad():
+        assert torch.equal(program.graph_module(*program.bind(module_state(model), [x]))[0], model(x))
+
+
+def test_where_it_cannot_be_it_is_named() -> None:
     with pytest.raises(CaptureError, match=r"called like a word of Python, 'parts\.in': rename it"):
-        captured_call(randomize(Parts()), x=joined(2)["x"])
+        captured_call(randomize(Parts(autocast=True)), x=joined(2)["x"])
