@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.evaluation import comparable_evaluation
+from lazy_compile.capture.evaluation import comparable_evaluation, other_forward
 from lazy_compile.capture.opaque_probe import RecordedCall, Unsuitable, probe
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.restored_tensors import values_left_alone
@@ -110,7 +110,8 @@ class OpaqueModules:
     def _replaced(self, make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
         with ExitStack() as stack:
             for path in self.reasons:
-                stack.enter_context(_other_forward(self.model.get_submodule(path), make, path))
+                module = self.model.get_submodule(path)
+                stack.enter_context(other_forward(module, make(path, module.forward)))
             yield
 
     @contextmanager
@@ -206,18 +207,3 @@ def _weights_taken(module: nn.Module) -> Iterator[str]:
 
 def _is_plain(value: Tensor) -> bool:
     return type(value) in (Tensor, nn.Parameter, nn.Buffer) and not value.is_meta
-
-
-@contextmanager
-def _other_forward(
-    module: nn.Module, make: Callable[[str, Callable[..., Any]], Callable[..., Any]], path: str
-) -> Iterator[None]:
-    own = vars(module).get("forward")
-    vars(module)["forward"] = make(path, module.forward)
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.call_log import Call, CallLog, Unfollowed, rehearse, weights_of
+from lazy_compile.capture.evaluation import other_forward
 from lazy_compile.capture.export_mode import ExportAid
 from lazy_compile.capture.likeness import groups_of_alike
+from lazy_compile.errors import CaptureError
 
 Forward = Callable[..., Any]
 
@@ -110,7 +112,7 @@ class Regions:
                 kinds: list[_Kind] = []
                 for path in group:
                     module = self.model.get_submodule(path)
-                    stack.enter_context(_own_forward(module, self._stand_in(path, module, kinds, aid)))
+                    stack.enter_context(other_forward(module, self._stand_in(path, module, kinds, aid)))
             yield
 
     def _stand_in(
@@ -242,40 +244,31 @@ def _remembered(aid: ExportAid | None) -> Any:
     return None if aid is None else aid.count_remembered
 
 
-@contextmanager
-def _own_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
-
-
 _HANDLES = itertools.count(1)
 _REGIONS: WeakValueDictionary[int, Region] = WeakValueDictionary()
 """By the number that stands for them in a graph."""
 
 
+def _never_run() -> CaptureError:
+    return CaptureError("marks of repeated modules are for a graph that is being captured; they compute nothing")
+
+
 @torch.library.custom_op("lazy_compile::region_begin", mutates_args=())
 def region_begin(handle: int, tensors: list[Tensor], weights: list[Tensor]) -> Tensor:
     """A mark before the nodes of a region; its result goes into the mark behind."""
-    raise NotImplementedError
+    raise _never_run()
 
 
 @torch.library.custom_op("lazy_compile::region_end", mutates_args=())
 def region_end(handle: int, begin: Tensor, made: list[Tensor]) -> list[Tensor]:
     """A mark behind the nodes of a region; it returns what the region made."""
-    raise NotImplementedError
+    raise _never_run()
 
 
 @torch.library.custom_op("lazy_compile::region_copy", mutates_args=())
 def region_copy(handle: int, tensors: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """Stands for the nodes of a region, with other arguments."""
-    raise NotImplementedError
+    raise _never_run()
 
 
 @region_begin.register_fake
