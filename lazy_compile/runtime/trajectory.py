@@ -146,15 +146,16 @@ class Trajectories:
             taken: set[int] = set()
             alive, leaves = self._alive, Leaves(self._alive)
             for number, content in enumerate(contents):
+                companions = here.setdefault(content.spot, [])
                 if known is not None:
                     position = self._told_position(known, number, rows, content)
                 else:
                     if alive is not self._alive:  # a row that started a trajectory has made others forgotten
                         alive, leaves = self._alive, Leaves(self._alive)
-                    found = find_position(content, leaves, here.get(content.spot, ()), number)
+                    found = find_position(content, leaves, companions, number)
                     position = found or self._first_position(content)
-                if not any(position is other for other in here.setdefault(content.spot, [])):
-                    here[content.spot].append(position)
+                if not any(position is other for other in companions):
+                    companions.append(position)
                 rows.append(self._row_at(position, content, taken))
                 taken.add(id(rows[-1].stream))
             return self._placed(contents[0].context, rows, branches)
