@@ -293,9 +293,12 @@ def next_position(position: Position, latents: Floats | None, time: float | None
 
 
 def _finite(returned: Sequence[Returned], latents: Floats) -> list[Floats]:
-    """What was returned in the shape of the latents, and is finite."""
-    values = [item.values for item in returned if item.values is not None and item.values.shape == latents.shape]
-    return [value[:-1] for value in values if np.isfinite(value).all()]
+    """What was returned in the shape of the latents, and is finite; each once, since calls may be made again."""
+    found: dict[bytes, Floats] = {}
+    for item in returned:
+        if item.values is not None and item.values.shape == latents.shape and np.isfinite(item.values).all():
+            found.setdefault(item.values[:-1].tobytes(), item.values[:-1])
+    return list(found.values())
 
 
 def unexplained_share(latents: Floats, position: Position) -> tuple[float, bool, int]:
@@ -319,7 +322,7 @@ def unexplained_share(latents: Floats, position: Position) -> tuple[float, bool,
     if len(target) < len(older + returned) + SPARE:
         return rest, False, 1 + len(returned)
     exact = unexplained(target, older + returned)
-    if exact > EXACT:
+    if exact > CERTAIN and rest > HALF:
         further = [value for each in parent.ancestors(REACH - 1) for value in _finite(each.returned, latents)[:limit]]
         if further and len(target) >= len(older + returned + further) + SPARE:
             older += further

@@ -16,8 +16,8 @@ from support.requests import GUIDANCES, STEPS, Request, in_turn, sampled, schedu
 from support.toy_models import TOYS, call
 
 FEW = ("DDIMScheduler", "EulerAncestralDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "HeunDiscreteScheduler")
-RENEWED = ("CMStochasticIterativeScheduler",)
-"""Draw nearly all of their latents anew, so that few calls can be proven to continue another."""
+RENEWED = ("CMStochasticIterativeScheduler", "DDPMParallelScheduler", "DDPMScheduler", "FlowMatchLCMScheduler")
+"""Draw most of their latents anew in 8 steps, so that few calls can be proven to continue another."""
 
 MANY_CALLS = 64
 """More rows than any scheduler calls the model."""
