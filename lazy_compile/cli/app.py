@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lazy_compile.cli.bench import compile as compile_bench
-from lazy_compile.cli.bench import full_size, overhead, peers, quality, questions, speed
+from lazy_compile.cli.bench import full_size, identity, overhead, peers, quality, questions, speed
 from lazy_compile.cli.boundary import OneLineErrors, debug_option, exit_codes
 from lazy_compile.cli.build import build
 from lazy_compile.cli.calibrate import calibrate
@@ -68,6 +68,7 @@ for group, panel, verb, example in (
     (bench, JUDGE, full_size, "bench full-size --model DiT-XL/2 --output build/bench"),
     (bench, JUDGE, compile_bench, "bench compile --model DiT --layers 4 --output build/bench"),
     (bench, JUDGE, overhead, "bench overhead --model Wan --output build/bench"),
+    (bench, JUDGE, identity, "bench identity --steps 10 --output build/bench"),
     (app, LOOK, demo, "demo --output build/demo"),
 ):
     group.command(epilog=f"Example: lazy-compile {example}", rich_help_panel=panel)(as_command(verb))

@@ -207,3 +207,35 @@ def full_size(options: FullSizeOptions) -> None:
         full_size_table(rows),
         f"written to {options.output}",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityOptions(OutputOptions):
+    """What ``lazy-compile bench identity`` takes."""
+
+    output: given.Folder = Path("build/bench")
+    scheduler: Annotated[list[str] | None, typer.Option(help="Of diffusers, by name; by default all.")] = None
+    steps: Annotated[list[int] | None, typer.Option(min=2, help="Denoising steps; may be given several times.")] = None
+
+
+def identity(options: IdentityOptions) -> None:
+    """Measure how surely latents tell their request from others, and write identity.json and .md. Takes minutes.
+
+    What is measured is kept at once: a run that was stopped goes on where it was.
+    """
+    from lazy_compile.bench.identity import STEPS
+    from lazy_compile.bench.identity import run as measure
+    from lazy_compile.progress import progress_bars
+    from lazy_compile.reporting.tables import identity_table, plain, show
+
+    with progress_bars(not options.json) as on_progress:
+        measured = measure(
+            options.output, steps=options.steps or STEPS, schedulers=options.scheduler, on_progress=on_progress
+        )
+    rows = [plain(row) for row in measured]
+    show(
+        {"rows": rows, "output": str(options.output)},
+        options.json,
+        identity_table(rows),
+        f"written to {options.output}",
+    )

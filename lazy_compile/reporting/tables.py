@@ -205,6 +205,20 @@ def compile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def identity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = new_table(
+        "model", "scheduler", ">steps", ">calls", ">proven", ">exact", ">own, farthest", ">others", ">mistaken",
+        ">confused", ">others, nearest",
+    )  # fmt: skip
+    for row in rows:
+        add_row(
+            table, row["model"], row["scheduler"], str(row["steps"]), str(row["calls"]), f"{row['continued']:.1%}",
+            f"{row['exact']:.0%}", f"{row['farthest']:.1e}", str(row["impostors"]), str(row["mistaken"]),
+            str(row["confused"]), f"{row['nearest']:.2f}",
+        )  # fmt: skip
+    return table
+
+
 def full_size_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = new_table(
         "model", "at", ">parameters", ">MACs", ">in branches", ">cache, linear", ">transform", ">resident"

@@ -157,7 +157,7 @@ def _find_before(
     for position in sorted(leaves, key=lambda item: (*flags[id(item)], away(item, time))):
         if certain is not None and position.trajectory is not certain:
             continue
-        fit = _fit(content, position, *flags[id(position)])
+        fit = fit_of(content, position, *flags[id(position)])
         if fit is None:
             continue
         fits.append((fit, position))
@@ -178,11 +178,11 @@ def _certainly_before(content: Content, expected: Sequence[Position], leaves: Le
     position = min(expected, key=lambda item: (turns_back(item, time), away(item, time)))
     if turns_back(position, time) or away(position, time) > leaves.distance(time):
         return None
-    fit = _fit(content, position, is_new=False, turns=False)
+    fit = fit_of(content, position, is_new=False, turns=False)
     return position if fit is not None and fit.is_proof else None
 
 
-def _fit(content: Content, position: Position, is_new: bool, turns: bool) -> Fit | None:
+def fit_of(content: Content, position: Position, is_new: bool, turns: bool) -> Fit | None:
     """How well a row follows from a position; None if it does not.
 
     Args:
