@@ -11,6 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from lazy_compile.errors import import_optional
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime.fingerprint import samples_of
 from lazy_compile.runtime.matching import Content, fit_of
-from lazy_compile.runtime.positions import REACH, Position, Returned, Trajectory, turns_back, unexplained_share
+from lazy_compile.runtime.positions import (
+    REACH,
+    Position,
+    Returned,
+    Trajectory,
+    next_position,
+    turns_back,
+    unexplained_share,
+)
 
 STEPS = (4, 10, 40)
 MANY = 1000, ("DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler")
@@ -86,7 +95,7 @@ def run(
     models = {name: _model(name, requests) for name in ("digits", "scenes")}
     for position, (name, count) in enumerate(jobs):
         kind = "scenes" if name.startswith(("FlowMatch", "LTX")) else "digits"
-        rows.get(lambda: _measured(kind, *models[kind], name, count), scheduler=name, steps=count)
+        rows.get(partial(_measured, kind, *models[kind], name, count), scheduler=name, steps=count)
         on_progress("sampling", position + 1, len(jobs), f"{name}, {count} steps")
     if output is not None:
         (Path(output) / "identity.md").write_text(page(rows.rows), encoding="utf-8")
@@ -147,12 +156,14 @@ def _sampled(name: str, steps: int, noise: Tensor, model: Model) -> Iterator[tup
 def _measured(model_name: str, model: Model, noise: Tensor, scheduler: str, steps: int) -> IdentityRow:
     own, others = [], []
     at: list[Position] = []
+    shares: dict[int, float] = {}
     accepted, mistaken, confused = 0, 0, 0
     for x, time, output in _sampled(scheduler, steps, noise, model):
         contents = [Content(row, time, {}, None) for row in samples_of(x).numpy()]
         if at:
             for number, content in enumerate(contents):
                 rest, fits = _against(content, at[number])
+                shares[number] = rest
                 own.append(rest)
                 accepted += fits
                 for position in at[:number] + at[number + 1 :]:
@@ -162,7 +173,8 @@ def _measured(model_name: str, model: Model, noise: Tensor, scheduler: str, step
                     confused += passes and other < rest
         returned = samples_of(output).numpy()
         at = [
-            _next(at[number] if at else None, content, returned[number]) for number, content in enumerate(contents)
+            _next(at[number] if at else None, content, returned[number], shares.get(number, 0.0))
+            for number, content in enumerate(contents)
         ]
     return IdentityRow(
         model_name, scheduler, steps, len(own), accepted / len(own), float(np.mean(np.array(own) <= 1e-9)), max(own),
@@ -177,33 +189,41 @@ def _against(content: Content, position: Position) -> tuple[float, bool]:
     return unexplained_share(content.latents, position)[0], fit is not None
 
 
-def _next(before: Position | None, content: Content, returned: Any) -> Position:
-    trajectory = Trajectory(None, content.time, content.latents) if before is None else before.trajectory
-    step = 0 if before is None else before.step + 1
-    position = Position(trajectory, step, content.time, content.latents, before, [Returned(None, 0, returned)])
-    for old in position.ancestors(REACH + 1)[REACH:]:
-        old.parent = None
+def _next(before: Position | None, content: Content, returned: Any, unexplained: float) -> Position:
+    if before is None:
+        position = Position(Trajectory(None, content.time, content.latents), 0, content.time, content.latents)
+    else:
+        position = next_position(before, content.latents, content.time, unexplained)
+        for old in position.ancestors(before.step + 1)[REACH + 1 :]:
+            old.latents, old.returned = None, []
+    position.returned = [Returned(None, 0, returned)]
     return position
 
 
 def page(rows: Sequence[IdentityRow]) -> str:
     """The rows as Markdown, those that are least certain first."""
-    lines = [
-        "# Whose latents these are",
-        "",
-        "Written by `lazy-compile bench identity`. Four requests of one trained model are sampled side by side; the latents of every",
-        "call are held against the step before of their own request, and against that of each other one. *Proven* is the share of",
-        "calls that are taken as the next step of their request; the others compute. *Exact* follows but for rounding. *Mistaken*",
-        "counts steps of another request that would pass, if conditions, times and places in the batch were the same and the true step",
-        "were unknown; *confused* those of them that explain the latents better than the true one.",
-        "",
-        "| scheduler | steps | calls | proven | exact | own, farthest | others | mistaken | confused | others, nearest |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in sorted(rows, key=lambda item: (item.continued, -item.mistaken, item.scheduler, item.steps)):
         lines.append(
             f"| {row.scheduler.removesuffix('Scheduler')} | {row.steps} | {row.calls} | {100 * row.continued:.1f}% | "
             f"{100 * row.exact:.0f}% | {row.farthest:.1e} | {row.impostors} | {row.mistaken} | {row.confused} | "
             f"{row.nearest:.2f} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([_HEAD, *lines]) + "\n"
+
+
+_HEAD = """\
+# Whose latents these are
+
+Written by `lazy-compile bench identity`. Four requests of one trained model are sampled side by side. The latents of
+every call are held against the step before of their own request, and against that of each other one.
+
+- *Proven*: the share of calls that are taken as the next step of their request. The others compute.
+- *Exact*: the share that follows from the step before but for rounding.
+- *Farthest*: what their own step before leaves unexplained at most, as a share of the squares.
+- *Mistaken*: steps of another request that would pass, if conditions, times and places in the batch were the same and
+  the true step were unknown; *confused*: those of them that explain the latents better than the true one.
+- *Nearest*: what a step of another request leaves unexplained at least.
+
+| scheduler | steps | calls | proven | exact | farthest | others | mistaken | confused | nearest |
+|---|---|---|---|---|---|---|---|---|---|"""

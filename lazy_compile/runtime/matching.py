@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import ref
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from lazy_compile.runtime.fingerprint import Floats, same
 from lazy_compile.runtime.positions import (
     EXACT,
     RELATED,
+    SINGLE,
+    Doubt,
     Fit,
     Position,
     Stream,
@@ -36,12 +39,14 @@ class Content:
         latents: sampled; None if the model has none, or on the meta device.
         time: the time input; None if the model has none.
         conditions, context: as in :class:`~lazy_compile.runtime.positions.Stream`.
+        rounding: see :class:`~lazy_compile.runtime.positions.Trajectory`.
     """
 
     latents: Floats | None
     time: float | None
     conditions: Mapping[str, Floats]
     context: object
+    rounding: float = SINGLE
 
     @property
     def spot(self) -> object:
@@ -96,8 +101,12 @@ class Leaves:
         return 0.0 if none_told else min(abs(each - time) for each in self.times)  # type: ignore[operator]
 
 
-def find_position(content: Content, leaves: Leaves, here: Collection[Position], row: int) -> Position | None:
+def find_position(
+    content: Content, leaves: Leaves, here: Collection[Position], row: int
+) -> tuple[Position | None, Doubt | None]:
     """Where a row stands: at the position of an earlier call, or one step behind it; None if it continues nothing.
+
+    Of a row that continues nothing, what it may follow if its sampler adds noise: only the steps to come can show that.
 
     A stream that waits to be continued comes first: one that has not been called at this position yet, or one at the
     position that the latents follow from. Then come a new stream of a position, and a call that is made again.
@@ -108,24 +117,28 @@ def find_position(content: Content, leaves: Leaves, here: Collection[Position], 
     """
     for position in here:
         if content.is_at(position):
-            return position
+            return position, None
     at, expected = leaves.at(content), leaves.expected(content, row)
     if not at and expected and (certain := _certainly_before(content, expected, leaves)) is not None:
-        return next_position(certain, content.latents, content.time)
+        return next_position(certain, content.latents, content.time, 0.0), None
     own = [stream for stream in leaves.streams if content.belongs_to(stream)]
     for position in at:
         if any(stream.position is not position and position.descends_from(stream.position) for stream in own):
-            return position
+            return position, None
     fit, before = _find_before(content, leaves.positions, own)
-    following = None if before is None else next_position(before, content.latents, content.time)
-    if fit is not None and not fit.is_new and not fit.is_only_related:
-        return following
+    share = 0.0 if fit is None else fit.unexplained
+    following = None if before is None else next_position(before, content.latents, content.time, share)
+    doubtful = fit is not None and fit.is_doubtful
+    if fit is not None and not fit.is_new and not fit.is_only_related and not doubtful:
+        return following, None
     for position in at:
         if all(stream.position is not position for stream in own):
-            return position
+            return position, None
     if at and not (before is not None and _is_same_step(at[0].parent, before)):
-        return at[0]
-    return following
+        return at[0], None
+    if fit is not None and before is not None and doubtful:
+        return None, None if fit.turns_back else Doubt(before.step, fit.unexplained, ref(before))
+    return following, None
 
 
 def _is_same_step(position: Position | None, other: Position) -> bool:
@@ -198,9 +211,11 @@ def fit_of(content: Content, position: Position, is_new: bool, turns: bool) -> F
         return None
     rest, is_indirect, regressors = unexplained_share(latents, position)
     related = rest > EXACT
+    doubtful = not position.believes(rest, time)
+    doubtful |= turns and (is_indirect or rest > position.trajectory.rounding)
     distance = 0.0 if related else away(position, time)
     rests = related and position.time == time
-    fit = Fit(level_of(rest), is_indirect, is_new, turns, turns or parent is None, rests, distance, rest)
+    fit = Fit(doubtful, level_of(rest), is_indirect, is_new, turns, turns or parent is None, rests, distance, rest)
     most = max(EXACT, RELATED - 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1))
     return fit if rest <= most and fit.is_acceptable else None
 

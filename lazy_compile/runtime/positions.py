@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import ReferenceType
 
 import numpy as np
 from torch import Tensor
@@ -23,8 +24,12 @@ PROPORTIONAL = 1e-12
 """What stays unexplained of latents in single precision that were multiplied by a number."""
 
 
+SINGLE = 1e-7
+"""What a step of a sampler without noise leaves unexplained, in single precision, at most."""
+
+
 HALF = 1e-4
-"""What numbers of half precision leave unexplained."""
+"""The same in half precision."""
 
 
 RELATED = 0.75
@@ -39,9 +44,28 @@ REACH = 3
 """Steps before one that the next may follow from, as those of a multistep method of order 4 (PNDM, LMS) do."""
 
 
+RISE = 10.0
+"""How much more than one of the last two steps a step may leave unexplained, beyond rounding."""
+
+
 SPARE = 12
 """How many more numbers latents must have than things that they may follow from: those of another request then leave
 no more than EXACT once in 10^12 times, as the beta distribution of what a projection leaves says."""
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A step that another one may follow.
+
+    Attributes:
+        step: of its trajectory.
+        unexplained: the share of the latents that would be noise.
+        position: where it stands, while somebody else remembers it.
+    """
+
+    step: int
+    unexplained: float
+    position: ReferenceType[Position]
 
 
 @dataclass(eq=False)
@@ -51,6 +75,8 @@ class Position:
     Attributes:
         latents: the sampled row; None once no next step can follow from it.
         returned: what each stream returned; tensors until they are read.
+        unexplained: the share of the latents that does not follow from the steps before; None if nobody has looked.
+        doubt: of the first step of a trajectory: what it may follow, if the sampler adds noise.
     """
 
     trajectory: Trajectory
@@ -59,6 +85,8 @@ class Position:
     latents: Floats | None
     parent: Position | None = None
     returned: list[Returned] = field(default_factory=list)
+    unexplained: float | None = None
+    doubt: Doubt | None = None
 
     def ancestors(self, count: int = REACH) -> list[Position]:
         """The steps before, the latest first."""
@@ -68,6 +96,26 @@ class Position:
             found.append(position)
             position = position.parent
         return found
+
+    def believes(self, unexplained: float, time: float | None) -> bool:
+        """Whether a step may leave so much unexplained: as the last two did, about, but for rounding.
+
+        The first one may add any noise, if it is no longer than a third of the way.
+        """
+        rounding = self.trajectory.rounding
+        if self.unexplained is None:
+            return unexplained <= rounding or away(self, time) <= _way(self.time) / 3
+        last = self if self.parent is None else self.parent
+        return unexplained <= max(rounding, RISE * self.unexplained, RISE * (last.unexplained or 0.0))
+
+    def steps_before(self) -> int:
+        """How many steps there were before the first of the trajectory, if the next one shows that noise is added."""
+        position, rounding = self, self.trajectory.rounding
+        while position.parent is not None:
+            if (position.unexplained or 0.0) > rounding:  # it is counted already
+                return 0
+            position = position.parent
+        return 0 if position.doubt is None else position.doubt.step + 1
 
     def descends_from(self, other: Position) -> bool:
         position: Position | None = self
@@ -141,6 +189,7 @@ class Trajectory:
     Attributes:
         key: what the host calls it, and which of its rows it is; None if it says nothing.
         first_time, first_latents: at its first call.
+        rounding: what a step without noise leaves unexplained at most.
         kept, changed: for each input how often a row had it unchanged, and the steps at which none had.
         parted: what streams of one step differed by.
     """
@@ -148,6 +197,7 @@ class Trajectory:
     key: Hashable = None
     first_time: float | None = None
     first_latents: Floats | None = None
+    rounding: float = SINGLE
     streams: list[Stream] = field(default_factory=list)
     last_call: int = 0
     kept: dict[str, int] = field(default_factory=dict)
@@ -218,6 +268,8 @@ class Fit:
     """How well a row follows from a position; the smallest is the best.
 
     Attributes:
+        is_doubtful: more is left unexplained than the sampler has left before: the row may begin another request that
+            looks alike, from the same noise or image.
         level: of what does not follow: 0 for what single precision mostly leaves, 1 for what it leaves at most, 2 for
             what half precision does, 3 for what a long step does; then the latents are only related, as those of
             samplers that add noise or clip.
@@ -230,6 +282,7 @@ class Fit:
         unexplained: the share of the latents that does not follow.
     """
 
+    is_doubtful: bool
     level: int
     is_indirect: bool
     is_new: bool
@@ -272,7 +325,16 @@ def is_ambiguous(fit: Fit, position: Position, others: Sequence[tuple[Fit, Posit
 
 
 def _are_in_line(first: Position, second: Position) -> bool:
-    return first.descends_from(second) or second.descends_from(first)
+    return _may_descend(first, second) or _may_descend(second, first)
+
+
+def _may_descend(position: Position | None, other: Position) -> bool:
+    while position is not None and not position.descends_from(other):
+        first = position
+        while first.parent is not None:
+            first = first.parent
+        position = None if first.doubt is None else first.doubt.position()
+    return position is not None
 
 
 def turns_back(position: Position, time: float | None) -> bool:
@@ -288,8 +350,19 @@ def away(position: Position, time: float | None) -> float:
     return 0.0 if time is None or position.time is None else abs(time - position.time)
 
 
-def next_position(position: Position, latents: Floats | None, time: float | None) -> Position:
-    return Position(position.trajectory, position.step + 1, time, latents, position)
+def _way(time: float | None) -> float:
+    """How far times go, as far as the first one tells."""
+    return 1.0 if time is not None and time <= 1.0 else 1000.0 if time is not None else np.inf
+
+
+def next_position(position: Position, latents: Floats | None, time: float | None, unexplained: float) -> Position:
+    """The step behind a position.
+
+    A step with noise shows that the one with which its trajectory was begun may have been one with noise, too: then
+    the steps before that are counted.
+    """
+    skipped = position.steps_before() if unexplained > position.trajectory.rounding else 0
+    return Position(position.trajectory, position.step + 1 + skipped, time, latents, position, unexplained=unexplained)
 
 
 def _finite(returned: Sequence[Returned], latents: Floats) -> list[Floats]:
@@ -348,5 +421,4 @@ def ends(position: Position) -> bool:
     move = position.time - position.parent.time
     if move < 0:
         return position.time + move <= 1e-6 * abs(move) and position.time >= 0
-    top = 1.0 if position.time <= 1.0 else 1000.0
-    return move > 0 and position.time + move >= top
+    return move > 0 and position.time + move >= _way(position.time)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import islice
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import lazy_compile
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
-from support.small_model import NEVER, RISING, SMALL, STEPS, Decides, reused, run, same
-from support.toy_models import TOYS, trajectory
+from support.layers import TOKENS, WIDTH
+from support.small_model import ALWAYS, NEVER, RISING, SMALL, STEPS, Decides, reused, run, same
+from support.toy_models import TOYS, call, trajectory
 
 Compiled = Callable[..., LazyModule]
+
+TIMES = (900.0, 750.0, 600.0, 450.0, 300.0, 150.0)
+
+
+@cache
+def lazy_model() -> LazyModule:
+    """Captured once; setting a policy makes it forget."""
+    return lazy_compile.transform(SMALL.model(), call(SMALL))
 
 
 def test_a_new_trajectory_starts_without_help(compiled: Compiled) -> None:
@@ -90,6 +102,46 @@ def test_the_time_of_a_query_is_the_models_own(compiled: Compiled) -> None:
     lazy.policy = policy = Decides(lambda step, branch: True)
     run(lazy, trajectory(TOYS["dit"], steps=4))
     assert policy.timesteps[::4] == [749.0, 500.0, 250.0]
+
+
+@pytest.mark.parametrize("called", [2, 4, 6])
+@pytest.mark.parametrize(("start", "own_noise"), [(1, False), (3, False), (5, False), (4, True)])
+def test_image_to_image_from_the_noise_of_another_request_begins_anew(called: int, start: int, own_noise: bool) -> None:
+    """A request is abandoned or done; the next one starts in the middle, from its result and the same noise."""
+    lazy = lazy_model()
+
+    def steps(x: Tensor, first: int = 0) -> Iterator[Tensor]:
+        for time in TIMES[first:]:
+            with torch.no_grad():
+                x = x - 0.05 * lazy(x=x, t=torch.tensor([time]))
+            yield x
+
+    noise, other = (torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    lazy.policy = ALWAYS
+    *_, image = steps(noise)
+    share = TIMES[start] / 1000.0
+    begun = (1.0 - share) * image + share * (other if own_noise else noise)
+    lazy.policy = Scheduled(CacheSchedule.every(2, len(TIMES), len(lazy.branches)))
+    alone = list(steps(begun, start))
+    lazy.reset()
+    list(islice(steps(noise), called))
+    assert same(list(steps(begun, start)), alone)
+
+
+def test_a_sampler_that_adds_noise_now_and_then_goes_on_counting() -> None:
+    """Noise at two steps, as churn adds it: the first of them cannot be told from another request, and computes."""
+    lazy = lazy_model()
+    lazy.policy = policy = Decides(lambda step, branch: True)
+    steps: list[int] = []
+    policy.decide = lambda step, branch: steps.append(step) is None  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, TOKENS, WIDTH, generator=generator)
+    for index, time in enumerate(TIMES):
+        if index in (3, 4):
+            x = x + 0.2 * torch.randn(x.shape, generator=generator)
+        with torch.no_grad():
+            x = x - 0.05 * lazy(x=x, t=torch.tensor([time]))
+    assert steps[:: len(lazy.branches)] == [1, 2, 4, 5]  # nobody asks at the first step of a trajectory
 
 
 def test_threads_have_streams_of_their_own() -> None:
