@@ -137,7 +137,9 @@ def find_position(
     if at and not (before is not None and _is_same_step(at[0].parent, before)):
         return at[0], None
     if fit is not None and before is not None and doubtful:
-        return None, None if fit.turns_back else Doubt(before.step, fit.unexplained, ref(before))
+        return None, None if fit.turns_back else Doubt(
+            before.step + before.steps_before(), fit.unexplained, ref(before)
+        )
     return following, None
 
 

@@ -395,7 +395,7 @@ def unexplained_share(latents: Floats, position: Position) -> tuple[float, bool,
     if len(target) < len(older + returned) + SPARE:
         return rest, False, 1 + len(returned)
     exact = unexplained(target, older + returned)
-    if exact > CERTAIN and rest > HALF:
+    if exact > position.trajectory.rounding:
         further = [value for each in parent.ancestors(REACH - 1) for value in _finite(each.returned, latents)[:limit]]
         if further and len(target) >= len(older + returned + further) + SPARE:
             older += further
