@@ -16,6 +16,7 @@ import lazy_compile
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.errors import ConfigError
 from support.diffusers_pipelines import STEPS, Case, flux, normal, stable_diffusion, wan
+from support.slow import slow_but
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -59,6 +60,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     return Adapter(case.sample(), folder, weights_alone)
 
 
+@pytest.mark.slow
 def test_lora_weights_loaded_before_and_after(adapter: Adapter) -> None:
     before, after = flux(), flux()
     plain = before.sample()
@@ -127,7 +129,7 @@ class Arrivals:
         monkeypatch.setattr(CpuOffload, "pre_forward", pre_forward)
 
 
-@pytest.mark.parametrize("first", ["offload", "transform"])
+@pytest.mark.parametrize("first", slow_but(["transform"], ["offload", "transform"]))
 def test_model_offload_in_either_order(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, arrivals = flux(), Arrivals(monkeypatch)
     dense, original = case.sample(), case.model

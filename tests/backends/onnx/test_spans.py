@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,16 @@ def largest_difference(lazy: LazyModule, path: Path, toy: str) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("toy", "granularity", "gating", "options", "conditionals"),
     [
         ("mmdit", "model", "predicate", {"reuse": "last"}, 1),
         ("mmdit", "block", "input", {"reuse": "taylor"}, 2),
-        ("mmdit", "block", "input", {"group": 2}, 1),
-        ("mmdit", "block", "schedule", {"reuse": "taylor", "order": 3}, 0),
+        slow("mmdit", "block", "input", {"group": 2}, 1),
+        slow("mmdit", "block", "schedule", {"reuse": "taylor", "order": 3}, 0),
         ("uvit", 2, "input", {}, 2),
         ("parallel", "block", "schedule", {}, 0),
     ],
