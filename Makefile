@@ -25,15 +25,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## run the demonstration; results in build/demo
 	$(BIN)/lazy-compile demo --output build/demo
 
-# Two workers with one thread each: more threads than cores make small matrix products many times slower.
+# Two workers with one thread each: more threads than cores make small matrix products many times slower. In the order of
+# their names, since by their number of tests the longest files would come last, and one worker would wait for the other.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 test test-slow: export OMP_NUM_THREADS := 1
 test test-slow: export MKL_NUM_THREADS := 1
 test: lint ## lint, check types, run the tests
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest $(WORKERS)
 
 test-slow: $(INSTALLED) ## the longer cases of what make test runs a few of, and what takes minutes
-	$(BIN)/pytest -n 2 --dist loadfile -m slow
+	$(BIN)/pytest $(WORKERS) -m slow
 
 TORCHAO := build/torchao
 test-torchao: $(INSTALLED) ## integer weights of torchao, installed beside .venv (28 MB)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import lazy_compile
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.errors import ConfigError
-from support.diffusers_pipelines import STEPS, Case, flux, normal, stable_diffusion, wan
+from support import diffusers_pipelines
+from support.diffusers_pipelines import STEPS, Case, normal, stable_diffusion, wan
 from support.slow import slow_but
 
 pytestmark = [
@@ -23,6 +24,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),
 ]
 CPU = torch.device("cpu")
+
+
+def flux() -> Case:
+    """With its block of two streams alone, since every change of an adapter is captured anew."""
+    return diffusers_pipelines.flux(single_layers=0)
 
 
 def reuse_every_second_step(case: Case) -> None:

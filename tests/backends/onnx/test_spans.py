@@ -49,9 +49,10 @@ def test_exported_spans_follow_pytorch(
     compiled: Compiled, tmp_path: Path, toy: str, granularity: object, gating: str, options: dict, conditionals: int
 ) -> None:
     lazy = compiled(toy, granularity=granularity, batch_rule="all_reuse", **options)
-    table = CacheSchedule.random(0.5, STEPS, len(lazy.branches), seed=3).tied(
-        lazy.graph.leaders(lazy.lazy_config.group)
-    )
+    branches = len(lazy.branches)
+    table = CacheSchedule.random(0.5, STEPS, branches, seed=3).tied(lazy.graph.leaders(lazy.lazy_config.group))
+    if gating == "schedule":  # one file for each distinct row
+        table = CacheSchedule.every(2, STEPS, branches)
     slopes = np.random.default_rng(0).uniform(0.5, 1.5, table.should_compute.shape)
     slopes[:] = slopes[:, :1]
     lazy.policy = Scheduled(CacheSchedule(table.should_compute, slopes))
