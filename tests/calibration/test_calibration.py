@@ -22,6 +22,7 @@ from lazy_compile.planning.response import measure_response
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.progress import no_progress
 from support.sampling import STEPS, lazy_tiny_dit, sample, step_pairs
+from support.slow import slow_but
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +154,7 @@ def same_gates(left: CalibrationReport, right: CalibrationReport) -> bool:
     return torch.equal(left.table.weight, right.table.weight) and torch.equal(left.table.bias, right.table.bias)
 
 
-@pytest.mark.parametrize("objective", ["rollout", "paper"])
+@pytest.mark.parametrize("objective", slow_but(["rollout"], ["rollout", "paper"]))
 def test_a_killed_calibration_resumes_and_ends_at_the_same_gates(tmp_path: Path, objective: Any) -> None:
     config = options(objective=objective)
 

@@ -86,6 +86,7 @@ def test_lora_weights_loaded_before_and_after(adapter: Adapter) -> None:
     assert after.model.stats.lazy_ratio == 0.5
 
 
+@pytest.mark.slow
 def test_lora_without_its_configuration_has_another_scale_lazily_or_not(adapter: Adapter) -> None:
     case = flux()
     case.pipe.load_lora_weights(adapter.weights_alone)
@@ -178,6 +179,7 @@ def test_weights_that_come_and_go_are_refused(offload: Any) -> None:
 # What changes between samples, and within one
 
 
+@pytest.mark.slow
 def test_prompts_of_other_lengths_share_a_graph() -> None:
     short, case = wan(), wan()
     longer = {"prompt_embeds": normal(1, 9, 12), "negative_prompt_embeds": normal(1, 9, 12, seed=2)}

@@ -36,6 +36,7 @@ def test_a_pipeline_runs_unchanged_and_then_lazily(name: str) -> None:
     assert case.model.stats.captures == 1
 
 
+@pytest.mark.slow
 def test_a_second_sample_starts_afresh() -> None:
     case = wan()
     lazy_compile.transform(case.pipe)

@@ -186,6 +186,7 @@ def test_engines_branch_around_quantised_products(family: str, config: str, tmp_
     assert len(structure.branches) == len(lazy.branches)
 
 
+@pytest.mark.slow
 def test_weights_alone_as_integers_run_in_onnx_runtime(tmp_path: Path) -> None:
     case = Quantised("dit", mtq.INT8_WEIGHT_ONLY_CFG)
     lazy = lazy_of(case)

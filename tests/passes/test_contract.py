@@ -91,7 +91,7 @@ def hold_to_contract(graph_pass: GraphPass, before: Program) -> Program:
     return result.program
 
 
-EVERY_RUN = ["mmdit", "cross", "uvit", "gated_pre", "hand_written", "windowed"]
+EVERY_RUN = ["mmdit", "uvit", "hand_written", "windowed"]
 
 
 @pytest.mark.parametrize("toy", slow_but(EVERY_RUN, TOYS))
@@ -99,7 +99,7 @@ def test_every_pass_keeps_its_contract(toy: str, captured: Captured) -> None:
     check_passes(GATING, toy, captured)
 
 
-@pytest.mark.parametrize("toy", slow_but(["mmdit", "windowed"], ["mmdit", "parallel", "uvit", "windowed"]))
+@pytest.mark.parametrize("toy", slow_but(["parallel", "windowed"], ["mmdit", "parallel", "uvit", "windowed"]))
 def test_passes_keep_their_contract_on_spans(toy: str, captured: Captured) -> None:
     check_passes(SPANNING, toy, captured)
 

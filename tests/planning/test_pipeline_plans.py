@@ -65,10 +65,11 @@ def test_a_pipeline_is_planned_by_its_own_call_and_follows_the_plan(make: Any, c
     assert case.model.stats.lazy_ratio >= 0.5
 
 
-def test_a_pipeline_that_always_decodes_is_planned_by_what_its_scheduler_returned() -> None:
+def test_a_pipeline_that_always_decodes_is_planned_by_what_its_scheduler_returned(tmp_path: Path) -> None:
     case = dit()
-    (schedule,) = planned(case).values()
+    (schedule,) = planned(case, checkpoint=tmp_path).values()
     assert schedule.lazy_ratio >= 0.5
+    assert list(tmp_path.glob("transformer/*.safetensors")), "each model has a checkpoint of its own"
 
 
 class Prompted(diffusers.StableDiffusion3Pipeline):
@@ -154,11 +155,6 @@ def test_two_transformers_have_a_schedule_each() -> None:
     assert sum(schedule.steps for schedule in schedules.values()) == 8
     case.sample(num_inference_steps=8)
     assert all(getattr(case.pipe, name).stats.lazy_ratio >= 0.4 for name in schedules)
-
-
-def test_each_model_has_a_checkpoint_of_its_own(tmp_path: Path) -> None:
-    planned(dit(), checkpoint=tmp_path)
-    assert list(tmp_path.glob("transformer/*.safetensors"))
 
 
 def test_an_estimate_is_made_before_anything_starts() -> None:

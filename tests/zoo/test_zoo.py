@@ -16,9 +16,7 @@ from zoo.subject import BATCH, Subject, subject
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of diffusers, about names of its own
 
 EVERY_RUN = (
-    "DiTTransformer2DModel",  # adaLN
     "FluxTransformer2DModel",  # joint attention, then attention and MLP in parallel
-    "SD3Transformer2DModel",  # the last block drops its text
     "SanaTransformer2DModel",  # linear attention, convolutional MLP
     "WanTransformer3DModel",  # the skip is seen through casts
 )

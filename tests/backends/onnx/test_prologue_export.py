@@ -84,6 +84,7 @@ def test_gates_decide_as_they_did(exports: Exports) -> None:
     assert assert_same(exports, calls, "predicate", Learned(gates)) == 1
 
 
+@pytest.mark.slow
 def test_the_last_output_is_reused_as_it_was(exports: Exports) -> None:
     reports = [exports.report("input", hoist=hoist, group=1, reuse="last") for hoist in (False, True)]
     plain, hoisted = (OnnxRunner(report.path, threads=1) for report in reports)
