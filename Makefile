@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help docs install demo test test-torchao test-openvino test-pruna test-zoo fuzz zoo-golden coverage-page hosts-page bench peers results lint clean
+.PHONY: help docs install demo test test-slow test-torchao test-openvino test-pruna test-zoo fuzz zoo-golden coverage-page hosts-page bench peers results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,12 +25,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## run the demonstration; results in build/demo
 	$(BIN)/lazy-compile demo --output build/demo
 
-# Two workers with one thread each: more threads than cores make small matrix products many times slower.
-test: export OMP_NUM_THREADS := 1
-test: export MKL_NUM_THREADS := 1
+# Two workers with one thread each: more threads than cores make small matrix products many times slower. In the order of
+# their names, since by their number of tests the longest files would come last, and one worker would wait for the other.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+test test-slow: export OMP_NUM_THREADS := 1
+test test-slow: export MKL_NUM_THREADS := 1
 test: lint ## lint, check types, run the tests
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest $(WORKERS)
+
+test-slow: $(INSTALLED) ## the longer cases of what make test runs a few of, and what takes minutes
+	$(BIN)/pytest $(WORKERS) -m slow
 
 TORCHAO := build/torchao
 test-torchao: $(INSTALLED) ## integer weights of torchao, installed beside .venv (28 MB)

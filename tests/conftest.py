@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch.onnx._internal.exporter import _registration
 
 import lazy_compile
 from lazy_compile import AlwaysCompute, LazyConfig, LazyModule
@@ -15,7 +16,8 @@ from lazy_compile.backends.onnx.export import OnnxReport, export_onnx
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.ladder import capture
 from lazy_compile.ir.program import Program
-from lazy_compile.planning import search
+from lazy_compile.planning import planner, search
+from lazy_compile.planning.search import SearchOptions
 from support.small_model import fresh
 from support.toy_models import REFUSED, TOYS, call
 
@@ -23,9 +25,19 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last comparison of a search takes two batches, and not 192 samples."""
+def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search has one round unless a test asks for more; its last comparison takes two batches, not 192 samples."""
+    monkeypatch.setattr(planner, "SearchOptions", lambda: SearchOptions(rounds=1))
     monkeypatch.setattr(search, "FINAL_SAMPLES", 8)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_reading_of_operators() -> Iterator[None]:
+    """torch parses the source of every operator that it can export, at each export again: a sixth of its time here."""
+    apis = _registration.onnxscript_apis
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apis, "get_torchlib_ops", cache(apis.get_torchlib_ops))
+        yield
 
 
 @cache

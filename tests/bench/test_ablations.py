@@ -33,18 +33,21 @@ def answers(folder: Path) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 def test_a_higher_threshold_computes_more(answers: dict[str, Any]) -> None:
     spent = [row["compute_ratio"] for row in answers["thresholds"]]
     assert spent == sorted(spent)
     assert [round(row["threshold"], 2) for row in answers["thresholds"]][::4] == [0.3, 0.5, 0.7]
 
 
+@pytest.mark.slow
 def test_attention_and_mlps_save_together_what_they_save_apart(answers: dict[str, Any]) -> None:
     saved = {row["lazy"]: 1 - row["compute_ratio"] for row in answers["kinds"] if row["n"] == 2}
     assert saved["both"] == pytest.approx(saved["attention"] + saved["MLP"])
     assert 0 < saved["attention"] < saved["MLP"]
 
 
+@pytest.mark.slow
 def test_lazy_steps_cost_no_more_than_the_fewer_they_are_compared_with(answers: dict[str, Any]) -> None:
     (row,) = answers["steps"]
     assert row["compute_ratio"] <= row["fewer"] / row["steps"]
@@ -54,6 +57,7 @@ def test_lazy_steps_cost_no_more_than_the_fewer_they_are_compared_with(answers: 
     assert (moved["ratio_joined"], moved["rmse_joined"]) == (moved["ratio_own"], moved["rmse_own"])
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_answer_and_its_pictures(folder: Path) -> None:
     page = (folder / "questions.md").read_text()
     pictures = {f"questions/{path.name}" for path in (folder / "questions").iterdir()}

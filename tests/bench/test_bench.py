@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lazy_compile.bench import overhead
+from lazy_compile.bench import overhead, speed
 from lazy_compile.bench import timing as in_turn
 from lazy_compile.bench.speed import REUSE, rotating_schedule, run
 
@@ -23,11 +24,16 @@ def test_every_step_reuses_the_asked_share_of_whole_blocks_and_every_block_has_i
     assert len(np.unique((~table[3:]).sum(axis=0))) == 1
 
 
-def test_it_writes_a_row_for_every_runtime_arm_and_share(tmp_path: Path) -> None:
-    rows = run(tmp_path, arms=("last", "linear"), repeats=2, layers=4, heads=1)
+def test_it_writes_a_row_for_every_runtime_arm_and_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = (0.0, 0.5, 1.0)
+    monkeypatch.setattr(speed, "REUSE", shares)
+    settings: dict[str, Any] = {"repeats": 2, "layers": 2, "heads": 1}
+    run(tmp_path, arms=("last",), runtimes=("eager",), **settings)
+    rows = run(tmp_path, arms=("linear",), **settings)
     written = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert len(rows) == len(written) == 2 * 2 * len(REUSE)
-    assert {row["runtime"] for row in written} == {"eager", "onnxruntime"}
+    assert len(rows) == len(written) == 3 * len(shares)
+    arms = {(row["runtime"], row["reuse_arm"]) for row in written}
+    assert arms == {("eager", "last"), ("eager", "linear"), ("onnxruntime", "linear")}
     for row in written:
         assert row["efficiency"] == pytest.approx(row["ideal_ratio"] / row["time_ratio"])
         assert (row["ideal_ratio"] == 1.0) == (row["reuse"] == 0.0)

@@ -27,7 +27,7 @@ SMALL = DemoSettings(
     plan_batch=2,
     calibration_batch=2,
     iterations=1,
-    search=SearchOptions(rounds=1),
+    search=SearchOptions(rounds=0),
 )
 METHODS = ["dense", "fora2", "fora2_last", "lazy", "random", "planned", "ddim"]
 

@@ -17,7 +17,7 @@ from lazy_compile.planning.search import SearchOptions
 TINY = {
     "steps": 4, "ratios": (0.6,), "sampling_seeds": 1, "calibration_seeds": 1, "samples": 4, "calibration_batch": 2,
     "reference_steps": 5, "gate_batch": 2, "oracle_samples": 2,
-    "search": SearchOptions(rounds=1, swaps=2),
+    "search": SearchOptions(rounds=0, swaps=2),
 }  # fmt: skip
 
 

@@ -74,8 +74,7 @@ def test_gates_that_resume_are_compared_with_the_plan_as_it_was(tmp_path: Path) 
     assert not storages(written_by(resumed)) & storages(iter(resumed.initial.tensors.values()))
 
 
-@pytest.mark.parametrize("iterations", [0, 2])
-@pytest.mark.parametrize("learning_rate", [1e-9, 0.5])
+@pytest.mark.parametrize(("learning_rate", "iterations"), [(0.5, 0), (0.5, 2), (1e-9, 2)])
 def test_no_table_of_a_report_asks_for_gradients(iterations: int, learning_rate: float) -> None:
     report = calibrate(
         lazy_tiny_dit(), options(iterations=iterations, learning_rate=learning_rate), sample=sample, plan=HALF

@@ -14,6 +14,7 @@ from lazy_compile.errors import CaptureError
 from lazy_compile.ir.program import module_state
 from support.captures import accepts, captured_call, joined
 from support.layers import MLP, WIDTH
+from support.slow import slow_but
 from support.toy_models import randomize
 
 
@@ -31,7 +32,7 @@ class CountsRows(nn.Module):
         return x + self.mlp(windows).view(rows, 16, -1)
 
 
-@pytest.mark.parametrize("how", ["len", "int"])
+@pytest.mark.parametrize("how", slow_but(["len"], ["len", "int"]))
 def test_a_batch_that_became_a_number_stays_dynamic_in_strict_export(how: str) -> None:
     model, x = randomize(CountsRows(how)), joined(2)["x"]
     found = captured_call(model, x=x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from lazy_compile.capture.refusals import require_capturable
 from lazy_compile.errors import LazyCompileError
 from support.expert_models import Denoiser, NoisyMLP, Outermost, WritingMLP
 from support.layers import MLP
+from support.slow import slow_but
 from support.small_model import SMALL, Small
 from support.toy_models import REFUSED, Toy, call, randomize
 
@@ -167,8 +169,10 @@ READS = "it decides by a value that depends on its weights, item() in forward, e
 REASONS = dict.fromkeys(("decides_outermost", "noisy_module", "writing_module"), READS)
 
 
-@pytest.mark.parametrize("name", sorted(REFUSALS))
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    slow_but([*((name, False) for name in REFUSALS), ("plain", True)], product(sorted(REFUSALS), (False, True))),
+)
 def test_a_refused_model_runs_as_before(name: str, training: bool) -> None:
     build, toy = REFUSALS[name]
     model, other, arguments = build(), build(), call(toy)

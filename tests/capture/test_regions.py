@@ -19,6 +19,7 @@ from support import repeated
 from support.captures import captured_call
 from support.layers import WIDTH
 from support.repeated import Block, Changes, Stack
+from support.slow import slow_but
 from support.toy_models import randomize
 
 
@@ -92,13 +93,11 @@ COPIED = {
     "blocks in two precisions": (lambda: Stack(repeated.Autocast), 2),
     "blocks that draw random numbers": (lambda: Stack(repeated.Draws), 2),
 }
-FEW = 3
+FEW = 2
 """Of them in every run."""
 
 
-@pytest.mark.parametrize(
-    "name", [*list(COPIED)[:FEW], *(pytest.param(name, marks=pytest.mark.slow) for name in list(COPIED)[FEW:])]
-)
+@pytest.mark.parametrize("name", slow_but(list(COPIED)[:FEW], COPIED))
 def test_the_graph_is_that_of_a_whole_export(name: str, one_by_one: Callable[..., Capture]) -> None:
     build, copies = COPIED[name]
     model = randomize(build()).eval()
@@ -165,12 +164,13 @@ UNLIKE = {
 }
 
 
-LONGER = ("a layer index", "a list that grows", "an activation that all share", "a size that is noted in each")
+EVERY_RUN = (
+    "a list that is written", "a global that each writes", "a tensor that is kept", "a failure that is swallowed",
+    "a constant that each makes",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONGER else name for name in UNLIKE]
-)
+@pytest.mark.parametrize("name", slow_but(EVERY_RUN, UNLIKE))
 def test_what_is_unlike_is_captured_as_it_is(name: str) -> None:
     """On the meta device, where no result is there to be compared."""
     found = captured_call(UNLIKE[name]().to("meta"), **{key: value.to("meta") for key, value in example().items()})

@@ -11,6 +11,7 @@ import lazy_compile
 from lazy_compile.cli.boundary import LONGEST_LINE, describe
 from lazy_compile.cli.models import FolderModules
 from support.command_line import call, refusal
+from support.slow import slow_but
 
 PASSES = Path(__file__).resolve().parents[2] / "passes"
 
@@ -49,7 +50,7 @@ def test_version() -> None:
     assert call("--version").stdout.startswith("lazy-compile ")
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in PASSES.glob("[a-z]*.py")))
+@pytest.mark.parametrize("name", slow_but(["merge_groups"], sorted(file.stem for file in PASSES.glob("[a-z]*.py"))))
 def test_the_graph_after_every_pass_is_shown(name: str) -> None:
     result = call("inspect", "support.factories:tiny_dit", "--after", name)
     assert result.exit_code == 0, result.output

@@ -20,6 +20,7 @@ from lazy_compile.cli.app import exit_codes
 from lazy_compile.planning.search import SearchOptions
 from support.command_line import answer, call, refusal
 from support.factories import tiny_inputs, tiny_model
+from support.slow import slow_but
 
 EULER = ["--sampler", "support.factories:euler", "--steps", "4"]
 
@@ -89,9 +90,14 @@ def test_inspect_takes_shapes_for_a_model_without_example_inputs() -> None:
 @pytest.mark.parametrize(
     ("after", "present", "absent"),
     [
-        ("canonicalize", "scaled_dot_product_attention", "lazy_step"),
         ("insert_gates", "lazy_step", "scaled_dot_product_attention"),
-        ("lower_to_select", "lazy_compile.select", "lazy_step"),
+        *slow_but(
+            [],
+            [
+                ("canonicalize", "scaled_dot_product_attention", "lazy_step"),
+                ("lower_to_select", "lazy_compile.select", "lazy_step"),
+            ],
+        ),
     ],
 )
 def test_inspect_prints_the_graph_after_a_pass(after: str, present: str, absent: str) -> None:

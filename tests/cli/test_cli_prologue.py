@@ -27,6 +27,7 @@ def test_an_export_is_two_files(exported: Path) -> None:
     assert sorted(file.name for file in exported.parent.iterdir()) == ["m.onnx", "m.prologue.onnx"]
 
 
+@pytest.mark.slow
 def test_phones_get_two_files(tmp_path: Path) -> None:
     options = ["--target", "ort-mobile", "--invariant", "text", "--output", tmp_path / "m.ort"]
     values = answer("export", MODEL, *options)

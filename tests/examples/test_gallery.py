@@ -14,6 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 GALLERY = ROOT / "examples" / "gallery"
 EXAMPLES = sorted(file.name for file in GALLERY.glob("*.py"))
 MARKS = {"torchao_int8.py": [pytest.mark.torchao]}
+LONGER = [
+    "accelerate_launch.py", "engine.py", "nvidia_modelopt.py", "onnx_runtime.py", "polygraphy_run.py",
+    "torch_compile.py", "trained_gates.py",
+]  # fmt: skip
+"""What they show has tests of its own, in ``integrations``, ``backends`` and ``calibration``."""
+MARKS |= {name: [pytest.mark.slow] for name in LONGER}
 SAYS = {"accelerate_launch.py": "4 images from 2 processes"}
 
 

@@ -22,6 +22,7 @@ from lazy_compile import CacheSchedule, Learned
 from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
 from lazy_compile.cli.app import app
 from lazy_compile.errors import CaptureError, ConfigError
+from lazy_compile.planning import planner
 from lazy_compile.planning.search import ScheduleSearch, SearchOptions
 from lazy_compile.processes import Processes
 from lazy_compile.runtime import artifact
@@ -57,7 +58,8 @@ def together(*arguments: object, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_two_processes_find_the_gates_of_one(tmp_path: Path) -> None:
+def test_two_processes_find_the_gates_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "SearchOptions", SearchOptions)  # searched as long as in processes of their own
     options = ["--target-lazy-ratio", 0.4, "--iterations", 2, "--trajectories", 2]
     one = alone("calibrate", *EULER, *options, "--output", tmp_path / "one")
     (two,) = together("calibrate", *EULER, *options, "--output", tmp_path / "two", folder=tmp_path)
@@ -74,6 +76,7 @@ def test_two_processes_find_the_gates_of_one(tmp_path: Path) -> None:
         assert one[name] == pytest.approx(two[name], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_sample_what_one_would_in_two_turns(tmp_path: Path) -> None:
     (values,) = together("run", *EULER, "--seed", 5, "--output", tmp_path / "both.npy", folder=tmp_path)
     for seed in (5, 6):

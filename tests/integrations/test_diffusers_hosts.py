@@ -15,13 +15,20 @@ from torch import Tensor, nn
 import lazy_compile
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.errors import ConfigError
-from support.diffusers_pipelines import STEPS, Case, flux, normal, stable_diffusion, wan
+from support import diffusers_pipelines
+from support.diffusers_pipelines import STEPS, Case, normal, stable_diffusion, wan
+from support.slow import slow_but
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),
 ]
 CPU = torch.device("cpu")
+
+
+def flux() -> Case:
+    """With its block of two streams alone, since every change of an adapter is captured anew."""
+    return diffusers_pipelines.flux(single_layers=0)
 
 
 def reuse_every_second_step(case: Case) -> None:
@@ -59,6 +66,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     return Adapter(case.sample(), folder, weights_alone)
 
 
+@pytest.mark.slow
 def test_lora_weights_loaded_before_and_after(adapter: Adapter) -> None:
     before, after = flux(), flux()
     plain = before.sample()
@@ -78,6 +86,7 @@ def test_lora_weights_loaded_before_and_after(adapter: Adapter) -> None:
     assert after.model.stats.lazy_ratio == 0.5
 
 
+@pytest.mark.slow
 def test_lora_without_its_configuration_has_another_scale_lazily_or_not(adapter: Adapter) -> None:
     case = flux()
     case.pipe.load_lora_weights(adapter.weights_alone)
@@ -127,7 +136,7 @@ class Arrivals:
         monkeypatch.setattr(CpuOffload, "pre_forward", pre_forward)
 
 
-@pytest.mark.parametrize("first", ["offload", "transform"])
+@pytest.mark.parametrize("first", slow_but(["transform"], ["offload", "transform"]))
 def test_model_offload_in_either_order(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, arrivals = flux(), Arrivals(monkeypatch)
     dense, original = case.sample(), case.model
@@ -170,6 +179,7 @@ def test_weights_that_come_and_go_are_refused(offload: Any) -> None:
 # What changes between samples, and within one
 
 
+@pytest.mark.slow
 def test_prompts_of_other_lengths_share_a_graph() -> None:
     short, case = wan(), wan()
     longer = {"prompt_embeds": normal(1, 9, 12), "negative_prompt_embeds": normal(1, 9, 12, seed=2)}

@@ -12,6 +12,7 @@ import lazy_compile
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.errors import ArtifactError, ConfigError
 from support.diffusers_pipelines import CASES, STEPS, Case, dit, flux, pixart, wan
+from support.slow import slow_but
 
 # Two of diffusers' schedulers trip over numpy's own deprecation.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -21,7 +22,7 @@ def reuse_every_second_step(case: Case) -> None:
     case.model.policy = Scheduled(CacheSchedule.every(2, STEPS, len(case.model.branches)))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["flux", "sana", "stable_diffusion"], CASES))
 def test_a_pipeline_runs_unchanged_and_then_lazily(name: str) -> None:
     case = CASES[name]()
     dense = case.sample()
@@ -35,6 +36,7 @@ def test_a_pipeline_runs_unchanged_and_then_lazily(name: str) -> None:
     assert case.model.stats.captures == 1
 
 
+@pytest.mark.slow
 def test_a_second_sample_starts_afresh() -> None:
     case = wan()
     lazy_compile.transform(case.pipe)

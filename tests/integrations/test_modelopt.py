@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lazy_compile
-from lazy_compile import BranchKind, CacheSchedule, LazyModule, Scheduled
+from lazy_compile import AlwaysCompute, BranchKind, CacheSchedule, LazyModule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
@@ -79,12 +79,27 @@ def lazy_of(case: Quantised) -> LazyModule:
     return lazy
 
 
+@pytest.fixture(scope="module")
+def captured(case: Quantised) -> LazyModule:
+    """What is tested of its graph, its caches and its file needs no capture of its own."""
+    lazy = lazy_of(case)
+    lazy.capture(**case.inputs)
+    return lazy
+
+
+@pytest.fixture
+def lazy(captured: LazyModule) -> LazyModule:
+    captured.policy = AlwaysCompute()
+    captured.reset()
+    captured.reset_stats()
+    return captured
+
+
 def every_second(lazy: LazyModule) -> Scheduled:
     return Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))
 
 
-def test_a_quantised_model_is_gated_like_the_one_it_was_made_of(case: Quantised) -> None:
-    lazy = lazy_of(case)
+def test_a_quantised_model_is_gated_like_the_one_it_was_made_of(case: Quantised, lazy: LazyModule) -> None:
     assert torch.equal(case.run(lazy), case.run(case.quantised))
     assert not torch.equal(case.run(lazy), case.run(case.model))
     plain = lazy_compile.transform(case.model, case.inputs)
@@ -103,9 +118,9 @@ def test_a_lazy_model_can_be_quantised(case: Quantised) -> None:
     assert torch.equal(case.run(lazy), case.run(case.quantised))
 
 
-def test_a_checkpoint_brings_back_the_quantisers_and_the_policy(case: Quantised, tmp_path: Path) -> None:
-    lazy = lazy_of(case)
-    case.run(lazy)
+def test_a_checkpoint_brings_back_the_quantisers_and_the_policy(
+    case: Quantised, lazy: LazyModule, tmp_path: Path
+) -> None:
     lazy.policy = every_second(lazy)
     mto.save(lazy, tmp_path / "lazy.pth")
     again = mto.restore(copy.deepcopy(case.model), tmp_path / "lazy.pth")
@@ -136,9 +151,7 @@ def test_an_empty_range_gives_zeros() -> None:
     assert fake_quantize(torch.tensor([0.0, 1.0]), torch.tensor(0.0), 0, 0).isfinite().all()  # float8
 
 
-def test_quantisers_stand_inside_the_arms(case: Quantised, tmp_path: Path) -> None:
-    lazy = lazy_of(case)
-    lazy.capture(**case.inputs)
+def test_quantisers_stand_inside_the_arms(case: Quantised, lazy: LazyModule, tmp_path: Path) -> None:
     report = lazy_compile.export_onnx(lazy, tmp_path / "m.onnx", case.inputs, gating="input", predictors=False)
     assert report.if_nodes == len(lazy.branches)
     assert report.heavy_ops_outside_if == ()
@@ -173,6 +186,7 @@ def test_engines_branch_around_quantised_products(family: str, config: str, tmp_
     assert len(structure.branches) == len(lazy.branches)
 
 
+@pytest.mark.slow
 def test_weights_alone_as_integers_run_in_onnx_runtime(tmp_path: Path) -> None:
     case = Quantised("dit", mtq.INT8_WEIGHT_ONLY_CFG)
     lazy = lazy_of(case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import lazy_compile
 from lazy_compile import CacheSchedule
 from support.layers import WIDTH
+from support.slow import slow_but
 from support.small_model import SMALL, Small
 from support.toy_models import call, randomize, trajectory
 
@@ -62,10 +64,13 @@ def on_disk(model: nn.Module, folder: Path) -> None:
     disk_offload(model, str(folder), CPU)
 
 
-@pytest.mark.parametrize("store", [packed, cast, by_leaves, sequential, on_disk])
-@pytest.mark.parametrize("first", ["stored", "transformed"])
+STORES = [packed, cast, by_leaves, sequential, on_disk]
+EVERY_RUN = [*(("stored", store) for store in STORES), ("transformed", packed), ("transformed", on_disk)]
+
+
+@pytest.mark.parametrize(("first", "store"), slow_but(EVERY_RUN, product(("stored", "transformed"), STORES)))
 def test_its_results_are_those_of_the_model(
-    store: Callable[[nn.Module, Path], None], first: str, tmp_path: Path
+    first: str, store: Callable[[nn.Module, Path], None], tmp_path: Path
 ) -> None:
     model, calls = randomize(Small()).eval(), trajectory(SMALL, steps=4)
     if first == "transformed":

@@ -12,6 +12,7 @@ from torch import Tensor
 import lazy_compile
 from lazy_compile import LazyModule
 from support.layers import TOKENS, WIDTH
+from support.slow import slow_but
 from support.small_model import NEVER, SMALL, Wraps, reused, run, same
 from support.toy_models import call, randomize, trajectory
 
@@ -45,11 +46,14 @@ class Lists(Wraps):
         return self.small(x, x.new_tensor([timestep * 1000] * x.shape[0]))
 
 
-@pytest.mark.parametrize("kind", [Builds, Fills, Lists])
-@pytest.mark.parametrize("values", [STEPS, [900, 700, 300, 100]])
-def test_a_time_given_as_a_number_is_an_input_from_the_first_call(kind: type[Wraps], values: list[Any]) -> None:
+WHOLE = (900, 700, 300, 100)
+CASES = [(kind, values) for kind in (Builds, Fills, Lists) for values in (tuple(STEPS), WHOLE)]
+
+
+@pytest.mark.parametrize(("kind", "values"), slow_but([*CASES[::2], (Fills, WHOLE)], CASES))
+def test_a_time_given_as_a_number_is_an_input_from_the_first_call(kind: type[Wraps], values: tuple[Any, ...]) -> None:
     lazy = lazily(kind)
-    calls = steps("timestep", values)
+    calls = steps("timestep", list(values))
     assert same(run(lazy, calls), run(lazy.original, calls))
     assert lazy.stats.captures == 1
     assert lazy.graph.timestep_input == "timestep"

@@ -32,6 +32,7 @@ from lazy_compile.passes.merge_spans import MergeSpans
 from lazy_compile.passes.outline_branches import OutlineBranches
 from lazy_compile.passes.split_complex import SplitComplex
 from support.graph_text import program
+from support.slow import slow_but
 from support.toy_models import TOYS, call
 
 Captured = Callable[[str], Program]
@@ -90,12 +91,15 @@ def hold_to_contract(graph_pass: GraphPass, before: Program) -> Program:
     return result.program
 
 
-@pytest.mark.parametrize("toy", TOYS)
+EVERY_RUN = ["mmdit", "uvit", "hand_written", "windowed"]
+
+
+@pytest.mark.parametrize("toy", slow_but(EVERY_RUN, TOYS))
 def test_every_pass_keeps_its_contract(toy: str, captured: Captured) -> None:
     check_passes(GATING, toy, captured)
 
 
-@pytest.mark.parametrize("toy", ["mmdit", "parallel", "uvit", "windowed"])
+@pytest.mark.parametrize("toy", slow_but(["parallel", "windowed"], ["mmdit", "parallel", "uvit", "windowed"]))
 def test_passes_keep_their_contract_on_spans(toy: str, captured: Captured) -> None:
     check_passes(SPANNING, toy, captured)
 

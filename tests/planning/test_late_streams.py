@@ -53,15 +53,15 @@ def scheduled(name: str, **options: Any) -> Callable[[Any, int], Tensor]:
     "sample",
     [
         pytest.param(guided(range(2, 6)), id="guidance that begins late"),
-        pytest.param(guided(range(3)), id="guidance that ends early"),
-        pytest.param(scheduled("PNDMScheduler", skip_prk_steps=True), id="PNDM"),
+        pytest.param(guided(range(3)), id="guidance that ends early", marks=pytest.mark.slow),
+        pytest.param(scheduled("PNDMScheduler", skip_prk_steps=True), id="PNDM", marks=pytest.mark.slow),
         pytest.param(scheduled("HeunDiscreteScheduler"), id="Heun"),
         pytest.param(scheduled("DDIMScheduler", clip_sample=True), id="DDIM that clips"),
     ],
 )
 def test_a_plan_meets_its_budget(lazy: LazyModule, sample: Callable[[Any, int], Tensor]) -> None:
     lazy.reset()
-    schedule = plan(lazy, sample, Budget(lazy_ratio=0.25), options=SearchOptions(rounds=1))
+    schedule = plan(lazy, sample, Budget(lazy_ratio=0.25), options=SearchOptions(rounds=0))
     calls: list[int] = []
     sample(lambda *args, **kwargs: (calls.append(1), lazy.original(*args, **kwargs))[1], 0)
     assert schedule.steps <= len(calls)

@@ -97,7 +97,7 @@ def test_the_sign_of_the_margin_is_the_decision() -> None:
 
 def test_a_plan_for_a_model_can_be_followed() -> None:
     lazy = lazy_tiny_dit()
-    lazy.policy = Scheduled(plan(lazy, sample, Budget(lazy_ratio=0.3)))
+    lazy.policy = Scheduled(plan(lazy, sample, Budget(lazy_ratio=0.3), options=QUICK))
     sample(lazy, 0)
     assert lazy.stats.lazy_ratio == pytest.approx(0.3, abs=0.05)
 
@@ -124,7 +124,7 @@ def test_a_model_that_was_not_called_yet_is_captured_by_planning() -> None:
 
 
 def test_a_latency_budget_counts_seconds() -> None:
-    lazy, options = lazy_tiny_dit(), SearchOptions(rounds=2, directions=8)
+    lazy, options = lazy_tiny_dit(), SearchOptions(rounds=1, directions=8)
     timings = BranchTimings(np.array([1.0, 0.0, 0.0, 0.0]), total=2.0)
     schedule = plan(lazy, sample, Budget(latency_ratio=0.7), timings=timings, options=options)
     computed = schedule.should_compute.mean(axis=0)

@@ -35,6 +35,7 @@ from lazy_compile.planning.search import ScheduleSearch, SearchOptions
 from lazy_compile.planning.trace import Trace
 from lazy_compile.runtime.cache import CacheSlot
 from support.sampling import STEPS, inputs, lazy_tiny_dit, sample, start, timesteps
+from support.slow import slow_but
 
 BRANCHES = 4
 
@@ -222,7 +223,7 @@ def test_a_sampler_without_gradient_is_refused(lazy: LazyModule) -> None:
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("reuse", ["linear", "last"])
+@pytest.mark.parametrize("reuse", slow_but(["linear"], ["linear", "last"]))
 def test_effects_of_single_reuses_follow_from_the_answer_of_a_dense_trajectory(reuse: str) -> None:
     lazy = lazy_tiny_dit(reuse=reuse)
     response = measure_response(lazy, sample, CacheSchedule.always_compute(STEPS, BRANCHES), seed=0, directions=48)

@@ -15,6 +15,7 @@ from lazy_compile import CacheSchedule, Policy, Scheduled
 from lazy_compile.errors import ConfigError
 from lazy_compile.runtime.known_step import KnownStep
 from support.layers import MLP
+from support.slow import slow_but
 from support.small_model import SMALL, Decides, fresh, reused, run, same
 from support.toy_models import TOYS, call, trajectory
 
@@ -80,7 +81,10 @@ def test_compiled_pieces_decide_and_reuse_as_in_eager_mode(policy: Policy) -> No
     assert lazy.stats.captures == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"reuse": "last"}, {"reuse": "taylor"}, {"granularity": "block"}], ids=str)
+ARMS = [{}, {"reuse": "last"}, {"reuse": "taylor"}, {"granularity": "block"}]
+
+
+@pytest.mark.parametrize("options", slow_but(ARMS[1:], ARMS), ids=str)
 def test_every_reuse_arm_is_compiled(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     lazy, calls = fresh(**options), trajectory(SMALL, steps=len(TABLE))
     branches = len(lazy.branches)

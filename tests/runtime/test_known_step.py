@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     return seen
 
 
+captured = cache(fresh)
+"""One model for each set of options."""
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -47,13 +52,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         {"warmup_steps": 3},
     ],
 )
-@pytest.mark.parametrize("slopes", [None, SLOPES])
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["as they are", "with slopes"])
 def test_it_does_what_branches_that_are_asked_do(
     options: dict[str, Any], slopes: Any, steps: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lazy, calls = fresh(**options), trajectory(SMALL, steps=STEPS)
+    lazy, calls = captured(**options), trajectory(SMALL, steps=STEPS)
     branches = len(lazy.branches)
     lazy.policy = Scheduled(CacheSchedule(TABLE[:, :branches], None if slopes is None else slopes[:, :branches]))
+    lazy.reset()
+    lazy.reset_stats()
     seen, table = run(lazy, calls), reused(lazy)
     assert {type(step) for step in steps} == {KnownStep}
     monkeypatch.setattr(runtime, "known_step", lambda *args: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -136,19 +137,18 @@ JOINT = (
     lambda result: {name: value for name, value in zip(("text", "x"), result, strict=True) if value is not None},
     lambda streams, result: (streams.get("text"), streams["x"]),
 )
+slow = partial(pytest.param, marks=pytest.mark.slow)
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 
 
 @pytest.mark.parametrize(
     ("build", "granularity", "spans"),
     [
-        (sd3, "model", [(f"{DOUBLE}.0", f"{DOUBLE}.2")]),
-        pytest.param(sd3, "block", [(f"{DOUBLE}.{i}",) * 2 for i in range(3)], marks=pytest.mark.slow),
-        (flux, "model", [(f"{DOUBLE}.0", f"{SINGLE}.1")]),
         (flux, 2, [(f"{DOUBLE}.0", f"{DOUBLE}.1"), (f"{SINGLE}.0", f"{SINGLE}.1")]),
-        pytest.param(
-            flux, "block", [(f"{name}.{i}",) * 2 for name in (DOUBLE, SINGLE) for i in range(2)], marks=pytest.mark.slow
-        ),
+        slow(flux, "model", [(f"{DOUBLE}.0", f"{SINGLE}.1")]),
+        slow(flux, "block", [(f"{name}.{i}",) * 2 for name in (DOUBLE, SINGLE) for i in range(2)]),
+        slow(sd3, "model", [(f"{DOUBLE}.0", f"{DOUBLE}.2")]),
+        slow(sd3, "block", [(f"{DOUBLE}.{i}",) * 2 for i in range(3)]),
     ],
 )
 def test_spans_of_diffusers_models_give_what_the_oracle_gives(build: Any, granularity: object, spans: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,15 +12,33 @@ import torch
 from torch import Tensor, nn
 
 import lazy_compile
-from lazy_compile import CacheSchedule, LazyModule, Scheduled
+from lazy_compile import AlwaysCompute, CacheSchedule, LazyModule, Scheduled
 from support.toy_models import TOYS, randomize, trajectory
 
 STEPS = 5
 
 
-@pytest.fixture
-def model() -> nn.Module:
+def cross() -> nn.Module:
     return randomize(TOYS["cross"].build()).eval()
+
+
+@cache
+def captured(hoist: bool) -> LazyModule:
+    return lazy_compile.transform(cross(), trajectory(TOYS["cross"])[0], hoist_step_invariants=hoist)
+
+
+@pytest.fixture
+def lazy() -> LazyModule:
+    return shared()
+
+
+def shared(hoist: bool = True) -> LazyModule:
+    """Captured once, without caches or statistics. Leave its weights."""
+    lazy = captured(hoist)
+    lazy.policy = AlwaysCompute()
+    lazy.reset()
+    lazy.reset_stats()
+    return lazy
 
 
 @pytest.fixture
@@ -34,14 +53,14 @@ class CountsPrologues:
     """How often any graph of a model computed what stays the same."""
 
     def __init__(self, lazy: LazyModule) -> None:
-        self.count = 0
+        self.count, self._watched = 0, set[int]()
         store, hoisted = lazy._store, lazy._store.hoisted
 
         def watched(*arguments: Any) -> Any:
             graph = hoisted(*arguments)
             prologue = graph.program.prologue
-            if prologue is not None and not hasattr(prologue, "watched"):
-                prologue.watched = True
+            if prologue is not None and id(prologue) not in self._watched:
+                self._watched.add(id(prologue))
                 prologue.register_forward_hook(self._counts)
             return graph
 
@@ -64,9 +83,8 @@ def assert_identical(lazy: LazyModule, calls: list[dict[str, Any]], context: Any
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_it_is_computed_once_a_trajectory(
-    model: nn.Module, calls: list[dict[str, Any]], context: type[AbstractContextManager[None]]
+    lazy: LazyModule, calls: list[dict[str, Any]], context: type[AbstractContextManager[None]]
 ) -> None:
-    lazy = lazy_compile.transform(model)
     prologues = CountsPrologues(lazy)
     assert_identical(lazy, calls, context)
     assert prologues.count == 1
@@ -79,15 +97,13 @@ def test_it_is_computed_once_a_trajectory(
     assert graph.program.prologue is not None
 
 
-def test_a_copy_with_the_same_values_is_the_same(model: nn.Module, calls: list[dict[str, Any]]) -> None:
-    lazy = lazy_compile.transform(model)
+def test_a_copy_with_the_same_values_is_the_same(lazy: LazyModule, calls: list[dict[str, Any]]) -> None:
     prologues = CountsPrologues(lazy)
     assert_identical(lazy, [{**each, "text": each["text"].clone()} for each in calls])
     assert prologues.count == 1
 
 
-def test_other_values_are_noticed(model: nn.Module, calls: list[dict[str, Any]]) -> None:
-    lazy = lazy_compile.transform(model)
+def test_other_values_are_noticed(lazy: LazyModule, calls: list[dict[str, Any]]) -> None:
     prologues = CountsPrologues(lazy)
     for each in calls[3:]:
         each["text"] = each["text"] + 1.0
@@ -98,20 +114,18 @@ def test_other_values_are_noticed(model: nn.Module, calls: list[dict[str, Any]])
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_values_that_were_written_over_are_noticed(
-    model: nn.Module, calls: list[dict[str, Any]], context: type[AbstractContextManager[None]]
+    lazy: LazyModule, calls: list[dict[str, Any]], context: type[AbstractContextManager[None]]
 ) -> None:
-    lazy = lazy_compile.transform(model)
     with context():
         text = calls[0]["text"].clone()
         for step, arguments in enumerate(calls):
             if step == 3:
                 text.add_(1.0)
             arguments["text"] = text
-            assert torch.equal(lazy(**arguments), model(**arguments)), step
+            assert torch.equal(lazy(**arguments), lazy.original(**arguments)), step
 
 
-def test_an_array_that_was_written_over_is_noticed(model: nn.Module, calls: list[dict[str, Any]]) -> None:
-    lazy = lazy_compile.transform(model)
+def test_an_array_that_was_written_over_is_noticed(lazy: LazyModule, calls: list[dict[str, Any]]) -> None:
     array = calls[0]["text"].numpy().copy()
     text = torch.from_numpy(array)
     with torch.no_grad():
@@ -119,10 +133,11 @@ def test_an_array_that_was_written_over_is_noticed(model: nn.Module, calls: list
             if step == 3:
                 array += 1.0
             arguments["text"] = text
-            assert torch.equal(lazy(**arguments), model(**arguments)), step
+            assert torch.equal(lazy(**arguments), lazy.original(**arguments)), step
 
 
-def test_a_weight_that_is_changed_on_the_way_takes_effect(model: nn.Module, calls: list[dict[str, Any]]) -> None:
+def test_a_weight_that_is_changed_on_the_way_takes_effect(calls: list[dict[str, Any]]) -> None:
+    model = cross()
     lazy = lazy_compile.transform(model)
     with torch.no_grad():
         for step, arguments in enumerate(calls):
@@ -131,19 +146,18 @@ def test_a_weight_that_is_changed_on_the_way_takes_effect(model: nn.Module, call
             assert torch.equal(lazy(**arguments), model(**arguments)), step
 
 
-def test_two_streams_keep_theirs(model: nn.Module, calls: list[dict[str, Any]]) -> None:
-    lazy = lazy_compile.transform(model)
+def test_two_streams_keep_theirs(lazy: LazyModule, calls: list[dict[str, Any]]) -> None:
     prologues = CountsPrologues(lazy)
     other = torch.randn(calls[0]["text"].shape, generator=torch.Generator().manual_seed(3))
     assert_identical(lazy, [{**each, "text": text} for each in calls for text in (each["text"], other)])
     assert prologues.count == 2
 
 
-def test_branches_reuse_across_it(model: nn.Module, calls: list[dict[str, Any]]) -> None:
+def test_branches_reuse_across_it(calls: list[dict[str, Any]]) -> None:
     """The caches of the first call serve those that hand over; a schedule gives what it gives without."""
     results = []
     for hoist in (True, False):
-        lazy = lazy_compile.transform(model, calls[0], hoist_step_invariants=hoist)
+        lazy = shared(hoist)
         lazy.policy = Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))
         with torch.no_grad():
             results.append(list(answers(lazy, calls)))
@@ -152,8 +166,8 @@ def test_branches_reuse_across_it(model: nn.Module, calls: list[dict[str, Any]])
     assert all(map(torch.equal, *results))
 
 
-def test_gradients_reach_the_weights_at_every_call(model: nn.Module, calls: list[dict[str, Any]]) -> None:
-    lazy = lazy_compile.transform(model)
+def test_gradients_reach_the_weights_at_every_call(lazy: LazyModule, calls: list[dict[str, Any]]) -> None:
+    model = lazy.original
     for arguments in calls:
         grads = []
         for denoiser in (lazy, model):
@@ -164,10 +178,10 @@ def test_gradients_reach_the_weights_at_every_call(model: nn.Module, calls: list
             torch.testing.assert_close(seen, expected)
 
 
-def test_memory_is_accounted_for_and_given_back(model: nn.Module, calls: list[dict[str, Any]]) -> None:
+def test_memory_is_accounted_for_and_given_back(calls: list[dict[str, Any]]) -> None:
     kept = []
     for hoist in (True, False):
-        lazy = lazy_compile.transform(model, hoist_step_invariants=hoist)
+        lazy = shared(hoist)
         assert_identical(lazy, calls)
         kept.append(lazy.cache_bytes)
         lazy.reset()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.comfy_stand_in import BaseModel, ModelPatcher, Sampler, diffusion_model
-from support.diffusers_pipelines import dit, flux, random_weights, sd3
+from support.diffusers_pipelines import dit, flux, sd3
 from support.layers import TOKENS, WIDTH
 from support.small_model import Small
 from support.toy_server import Request
@@ -26,9 +26,7 @@ def doc_setups(patch: pytest.MonkeyPatch) -> dict[str, Setup]:
         """``StableDiffusion3Pipeline.from_pretrained`` returns a tiny pipeline that takes any prompt."""
         import diffusers
 
-        case = sd3()
-        shallow = diffusers.SD3Transformer2DModel.from_config({**case.model.config, "num_layers": 1})
-        case.pipe.transformer = random_weights(shallow)  # captured in seconds
+        case = sd3(layers=1)
         case.pipe.vae.register_to_config(shift_factor=0.0)
         case.pipe.set_progress_bar_config(disable=True)
         embeds = [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.storage import load_json
 from support.lowering import knots, random_gates
+from support.slow import slow_but
 from support.toy_models import TOYS, call, trajectory
 
 STEPS, TOLERANCE = 8, 1e-4
@@ -75,8 +78,12 @@ def follow(lazy: LazyModule, path: Path, policy: Policy, toy: str = "dit") -> fl
     return largest
 
 
-@pytest.mark.parametrize("group", [1, 2, "block", 4])
-@pytest.mark.parametrize("gating", ["predicate", "input", "schedule"])
+GATINGS = ("predicate", "input", "schedule")
+EVERY_RUN = [("predicate", 1), ("input", 2), ("schedule", 1)]
+CASES = slow_but(EVERY_RUN, product(GATINGS, (1, 2, "block", 4)))
+
+
+@pytest.mark.parametrize(("gating", "group"), CASES)
 def test_onnx_runtime_follows_pytorch(exported: Exported, gating: str, group: int | str) -> None:
     lazy, path, report = exported("dit", gating, group)
     schedule = Scheduled(TABLE)
@@ -92,7 +99,7 @@ def test_onnx_runtime_follows_pytorch(exported: Exported, gating: str, group: in
         assert 0.1 < lazy.stats.lazy_ratio < 0.9
 
 
-@pytest.mark.parametrize("gating", ["predicate", "input", "schedule"])
+@pytest.mark.parametrize("gating", slow_but(["predicate"], GATINGS))
 def test_a_group_over_several_streams_follows_pytorch(exported: Exported, gating: str) -> None:
     lazy, path, report = exported("mmdit", gating, "block") if gating != "schedule" else _scheduled_mmdit(exported)
     schedule = CacheSchedule(three_patterns(5))
@@ -122,7 +129,7 @@ def test_inputs_of_each_gating(exported: Exported) -> None:
     own, rows = ("x", "t", "y"), ("gate_weight", "gate_bias")
     booleans = ("should_compute_0", "should_compute_2")
     slots.append("slope")
-    assert exported("dit", "predicate", 2)[2].inputs == (*own, *slots, *rows)
+    assert exported("dit", "predicate")[2].inputs == (*own, *slots, *rows)
     assert exported("dit", "input", 2)[2].inputs == (*own, *slots, *booleans, *rows)
     lean = exported("dit", "input", 2, predictors=False)[2]
     assert lean.inputs == (*own, *slots, *booleans)
@@ -158,13 +165,13 @@ def test_a_model_for_each_distinct_row(exported: Exported) -> None:
     assert data[0].stat().st_size < 1.5 * dense + 50 * 4096
 
 
-def test_writing_a_set_again_removes_what_was_there(exported: Exported, tmp_path: Path) -> None:
-    lazy = exported("dit", "schedule")[0]
-    for every in (2, 9):
-        lazy.policy = Scheduled(CacheSchedule.every(every, 4, 4))
+def test_writing_a_set_again_removes_what_was_there(compiled: Callable[..., LazyModule], tmp_path: Path) -> None:
+    lazy = compiled("windowed")
+    for table in ([[True, True], [True, False]], [[True, True]]):
+        lazy.policy = Scheduled(CacheSchedule(np.array(table)))
         export_onnx(lazy, tmp_path / "set", gating="schedule")
     names = sorted(file.name.split(".")[0] for file in (tmp_path / "set").iterdir())
-    assert names == ["mask-0", "mask-f", "schedule", "weights"]
+    assert names == ["mask-3", "schedule", "weights"]
 
 
 def test_decisions_without_a_model_compute_everything(exported: Exported) -> None:
@@ -200,13 +207,13 @@ def test_options_that_contradict_each_other_are_refused(compiled: Callable[..., 
     [("predicate", True, True), ("input", True, False), ("input", False, True), ("schedule", True, True)],
 )
 def test_gates_that_know_too_late_are_refused(exported: Exported, gating: str, predictors: bool, delayed: bool) -> None:
-    lazy, path, _ = exported("dit", gating, predictors=predictors)
+    lazy, path, _ = exported("dit", gating, 2 if gating == "input" else 1, predictors=predictors)
     with pytest.raises(ConfigError, match=rf"Learned\(..., delayed={delayed}\) cannot steer a model that was exported"):
         EngineDenoiser(OnnxRunner(path, threads=1), Learned(random_gates(lazy, knots(STEPS)), delayed=delayed))
 
 
 def test_a_host_that_does_not_decide_is_refused(exported: Exported) -> None:
-    lazy, path, _ = exported("dit", "input")
+    lazy, path, _ = exported("dit", "input", 2)
     runner = OnnxRunner(path, threads=1)
     runner.run(call(TOYS["dit"]))
     with pytest.raises(ConfigError, match="the host decides before the step; give force for every branch"):
@@ -214,14 +221,13 @@ def test_a_host_that_does_not_decide_is_refused(exported: Exported) -> None:
 
 
 def test_a_damaged_set_is_refused(exported: Exported, tmp_path: Path) -> None:
-    lazy = exported("dit", "schedule")[0]
-    lazy.policy = Scheduled(CacheSchedule.every(2, 4, 4))
-    export_onnx(lazy, tmp_path / "set", gating="schedule")
+    shutil.copytree(exported("dit", "schedule")[1], tmp_path / "set")
     manifest = tmp_path / "set" / "schedule.json"
     good = load_json(manifest)
+    gone = {**good["files"], next(iter(good["files"])): "gone.onnx"}
     for change, message in (
         ({"files": {}}, r"schedule.json is damaged \(KeyError"),
-        ({"files": {**good["files"], "0": "gone.onnx"}}, "names 'gone.onnx', which is missing; export again"),
+        ({"files": gone}, "names 'gone.onnx', which is missing; export again"),
         ({"should_compute": [[2]]}, "this is not a schedule"),
     ):
         manifest.write_text(json.dumps({**good, **change}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,15 +59,18 @@ def gates(lazy: LazyModule) -> GateTable:
     )
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("gating", "policy_of"),
     [
         ("input", lambda lazy: SLOPED),
-        ("predicate", lambda lazy: SLOPED),
+        slow("predicate", lambda lazy: SLOPED),
         ("schedule", lambda lazy: SLOPED),
         ("predicate", lambda lazy: Learned(gates(lazy), shift=0.3)),
         ("input", lambda lazy: Learned(gates(lazy), shift=0.3, delayed=True)),
-        ("schedule", lambda lazy: EveryNth(2, 3)),
+        slow("schedule", lambda lazy: EveryNth(2, 3)),
         ("input", lambda lazy: EveryNth(2, 3)),
     ],
     ids=["schedule", "schedule in a row", "fixed", "gates", "delayed gates", "preset, fixed", "preset"],

@@ -23,6 +23,7 @@ from lazy_compile.errors import ArtifactError, BackendError, ConfigError
 from support.hoisting import CONDITIONED, SCHEDULE, STEPS, Conditioned, Exports, counted, prompts
 from support.layers import WIDTH, WORDS
 from support.lowering import knots, random_gates
+from support.slow import slow_but
 from support.toy_models import call, trajectory
 
 
@@ -57,7 +58,7 @@ def assert_same(exports: Exports, calls: list[dict[str, Any]], gating: str = "in
 # Bit for bit, and once --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gating", ["predicate", "input", "schedule"])
+@pytest.mark.parametrize("gating", slow_but(["predicate", "input"], ["predicate", "input", "schedule"]))
 def test_it_is_computed_once_a_trajectory_and_changes_nothing(exports: Exports, gating: str) -> None:
     calls = trajectory(CONDITIONED, steps=STEPS)
     assert assert_same(exports, [{**each, "text": calls[0]["text"]} for each in calls], gating) == 1
@@ -65,7 +66,9 @@ def test_it_is_computed_once_a_trajectory_and_changes_nothing(exports: Exports, 
     assert assert_same(exports, [*calls, *other], gating) == 2
 
 
-@pytest.mark.parametrize(("gating", "group"), [("predicate", "block"), ("input", 2), ("schedule", "block")])
+@pytest.mark.parametrize(
+    ("gating", "group"), slow_but([("input", 2)], [("predicate", "block"), ("input", 2), ("schedule", "block")])
+)
 def test_groups_are_as_they_were(exports: Exports, gating: str, group: int | str) -> None:
     reports = [exports.report(gating, hoist=hoist, group=group) for hoist in (False, True)]
     plain, hoisted = (OnnxRunner(report.path, threads=1) for report in reports)
@@ -81,6 +84,7 @@ def test_gates_decide_as_they_did(exports: Exports) -> None:
     assert assert_same(exports, calls, "predicate", Learned(gates)) == 1
 
 
+@pytest.mark.slow
 def test_the_last_output_is_reused_as_it_was(exports: Exports) -> None:
     reports = [exports.report("input", hoist=hoist, group=1, reuse="last") for hoist in (False, True)]
     plain, hoisted = (OnnxRunner(report.path, threads=1) for report in reports)

@@ -17,7 +17,7 @@ Exported = Callable[[str, str], tuple[LazyModule, Path, OnnxReport]]
 
 
 def test_bodies_are_marked_and_stand_in_their_arms(exported: Exported) -> None:
-    _, path, report = exported("mmdit", "linear")
+    _, path, report = exported("dit", "linear")
     model = ir.load(path)
     for branch, conditional in enumerate(node for node in model.graph if node.op_type == "If"):
         body = conditional.attributes["then_branch"].as_graph()
@@ -58,7 +58,7 @@ def test_a_product_that_others_use_too_is_seen_by_its_mark(exported: Exported) -
 
 
 def test_swapped_arms_are_seen(exported: Exported) -> None:
-    model = onnx.load(exported("dit", "last")[1])
+    model = onnx.load(exported("dit", "linear")[1])
     conditional = next(node for node in model.graph.node if node.op_type == "If")
     for attribute in conditional.attribute:
         attribute.name = "else_branch" if attribute.name == "then_branch" else "then_branch"
@@ -69,7 +69,7 @@ def test_swapped_arms_are_seen(exported: Exported) -> None:
 
 
 def test_a_missing_conditional_is_seen(exported: Exported) -> None:
-    model = ir.load(exported("dit", "last")[1])
+    model = ir.load(exported("dit", "linear")[1])
     conditional = [node for node in model.graph if node.op_type == "If"][-1]
     conditional.outputs[0].replace_all_uses_with(model.graph.inputs[3], replace_graph_outputs=True)
     model.graph.remove(conditional)

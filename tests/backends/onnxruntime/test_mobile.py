@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lazy_compile import CacheSchedule, Scheduled
+from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
 from lazy_compile.backends.open import open_runner
@@ -38,10 +38,15 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def lazy() -> LazyModule:
+    return load_lazy(load_model("support.factories:tiny_dit"), None, ())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("interval", [1, 2, 4])
-def test_it_follows_pytorch_and_skips(file: Path, interval: int) -> None:
-    lazy = load_lazy(load_model("support.factories:tiny_dit"), None, ())
+def test_it_follows_pytorch_and_skips(file: Path, lazy: LazyModule, interval: int) -> None:
+    lazy.reset_stats()
     denoiser = EngineDenoiser(open_runner(file))
     results = []
     for model in (lazy, denoiser):

@@ -6,6 +6,7 @@ TensorRT-RTX builds them here without a GPU; what they take to run cannot be mea
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import onnx
@@ -21,10 +22,11 @@ from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.digests import verification
 from lazy_compile.ir.branch import BranchKind
 from support.diffusers_families import FAMILIES, family
+from support.slow import slow_but
 
 RTX = BuildConfig(flavor="rtx")
-SOON = ("dit",)
-"""In single precision these run at every change; the others with ``-m zoo``."""
+EVERY_RUN = [("dit", torch.float16), ("pixart", torch.float16)]
+"""Self-attention and cross-attention, fused; the others with ``make test-slow``."""
 ATTENTION = {BranchKind.CROSS_ATTENTION, BranchKind.JOINT_ATTENTION, BranchKind.SELF_ATTENTION, BranchKind.PARALLEL}
 
 Exported = Callable[[str, torch.dtype], tuple[LazyModule, Path, OnnxReport]]
@@ -44,14 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return get
 
 
-CASES = [
-    pytest.param(name, dtype, marks=() if dtype == torch.float16 or name in SOON else pytest.mark.zoo)
-    for name in FAMILIES
-    for dtype in (torch.float16, torch.float32)
-]
-
-
-@pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.mark.parametrize(("name", "dtype"), slow_but(EVERY_RUN, product(FAMILIES, (torch.float16, torch.float32))))
 def test_every_branch_is_real(name: str, dtype: torch.dtype, exported: Exported, tmp_path: Path) -> None:
     lazy, path, _ = exported(name, dtype)
     structure = build_engine(path, tmp_path / "m.engine", RTX).structure
@@ -65,7 +60,7 @@ def test_every_branch_is_real(name: str, dtype: torch.dtype, exported: Exported,
         assert [index for index, found in enumerate(fused) if found] == attention
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("dtype", slow_but([torch.float16], [torch.float16, torch.float32]))
 def test_a_product_that_slipped_out_of_its_arm_is_seen(dtype: torch.dtype, exported: Exported, tmp_path: Path) -> None:
     model = ir.load(exported("dit", dtype)[1])
     conditional = next(node for node in model.graph if node.op_type == "If")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.tensorrt.build import build_engine, build_engines
 from lazy_compile.backends.tensorrt.check import EngineStructure
 from lazy_compile.backends.tensorrt.config import BuildConfig
+from support.slow import slow_but
 
 RTX = BuildConfig(flavor="rtx")
 
@@ -25,18 +27,37 @@ def built(lazy: LazyModule, folder: Path, gating: str, group: int | str) -> Engi
     return build_engine(folder / "m.onnx", folder / "m.engine", RTX).structure
 
 
-@pytest.mark.parametrize(("group", "conditionals"), [(1, 4), (2, 2), ("block", 2), (4, 1)])
-@pytest.mark.parametrize("reuse", ["last", "linear"])
-def test_a_group_is_one_jump(
-    compiled: Compiled, tmp_path: Path, group: int | str, conditionals: int, reuse: str
-) -> None:
+@pytest.fixture(scope="module")
+def each_branch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[LazyModule, str], EngineStructure]:
+    """``each_branch(lazy, "input")``: the engine in which every branch has a gate of its own; built once."""
+    made: dict[str, EngineStructure] = {}
+
+    def get(lazy: LazyModule, gating: str) -> EngineStructure:
+        if gating not in made:
+            made[gating] = built(lazy, tmp_path_factory.mktemp(gating), gating, 1)
+        return made[gating]
+
+    return get
+
+
+CONDITIONALS = {1: 4, 2: 2, "block": 2, 4: 1}
+"""How many there are of each group size."""
+
+
+@pytest.mark.parametrize(
+    ("reuse", "group"), slow_but([("last", "block"), ("linear", 2)], product(("last", "linear"), CONDITIONALS))
+)
+def test_a_group_is_one_jump(compiled: Compiled, tmp_path: Path, reuse: str, group: int | str) -> None:
     structure = built(compiled("dit", reuse=reuse), tmp_path, "predicate", group)
     assert structure.problems == ()
-    assert len(structure.branches) == structure.host_copies == conditionals
+    assert len(structure.branches) == structure.host_copies == CONDITIONALS[group]
     assert structure.heavy_inside > structure.heavy_always
 
 
-@pytest.mark.parametrize(("toy", "granularity", "conditionals"), [("dit", "model", 1), ("mmdit", "block", 2)])
+@pytest.mark.parametrize(
+    ("toy", "granularity", "conditionals"),
+    slow_but([("mmdit", "block", 2)], [("dit", "model", 1), ("mmdit", "block", 2)]),
+)
 def test_a_span_is_one_jump(compiled: Compiled, tmp_path: Path, toy: str, granularity: str, conditionals: int) -> None:
     lazy = compiled(toy, reuse="taylor", granularity=granularity)
     structure = built(lazy, tmp_path, "predicate", 1)
@@ -46,21 +67,23 @@ def test_a_span_is_one_jump(compiled: Compiled, tmp_path: Path, toy: str, granul
 
 
 def test_predicates_are_read_one_by_one_and_booleans_all_before_the_first_jump(
-    compiled: Compiled, tmp_path: Path
+    compiled: Compiled, each_branch: Callable[[LazyModule, str], EngineStructure]
 ) -> None:
     lazy = compiled("dit", reuse="last")
-    counts = {gating: built(lazy, tmp_path, gating, 1) for gating in ("predicate", "input")}
+    counts = {gating: each_branch(lazy, gating) for gating in ("predicate", "input")}
     assert {gating: found.host_copies for gating, found in counts.items()} == {"predicate": 4, "input": 4}
     before = {gating: found.host_copies_before_first_branch for gating, found in counts.items()}
     assert before == {"predicate": 1, "input": 4}
 
 
-def test_a_fixed_schedule_has_no_jump_and_half_the_kernels(compiled: Compiled, tmp_path: Path) -> None:
+def test_a_fixed_schedule_has_no_jump_and_half_the_kernels(
+    compiled: Compiled, each_branch: Callable[[LazyModule, str], EngineStructure], tmp_path: Path
+) -> None:
     lazy = compiled("dit", reuse="last")
     table = np.ones((4, 4), dtype=bool)
     table[1, :2] = table[3, :2] = table[2, 2:] = False
     lazy.policy = Scheduled(CacheSchedule(table))
-    gated = built(lazy, tmp_path, "input", 1)
+    gated = each_branch(lazy, "input")
     export_onnx(lazy, tmp_path / "onnx", gating="schedule")
     reports = build_engines(tmp_path / "onnx", tmp_path / "engines", RTX)
     assert len(reports) == 3, "equal rows share an engine"
