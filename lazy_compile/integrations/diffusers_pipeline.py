@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -25,12 +25,27 @@ GATES = "lazy"
 """The folder beside a denoiser's weights that holds its gates."""
 
 
-class LazyDenoiser(LazyModule):
+class _StandsFor(type):
+    """A class that equals another one: ``from_pipe`` looks ``type(model)`` up among the classes that it takes."""
+
+    stands_for: type | None = None
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (cls.stands_for is not None and other is cls.stands_for)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(cls)
+
+
+class LazyDenoiser(LazyModule, metaclass=_StandsFor):
     """A lazy model that a diffusers pipeline takes for the original.
 
-    It gives the original's class where one is asked for, so that a pipeline checks, saves and registers it as before;
-    ``type()`` tells the truth. ``cache_context`` keeps apart what a guidance calls once for each condition.
+    It gives the original's class where one is asked for, so that a pipeline checks, saves, registers and hands it on as
+    before. ``cache_context`` keeps apart what a guidance calls once for each condition.
     """
+
+    def __new__(cls, original: nn.Module, config: LazyConfig) -> LazyDenoiser:
+        return super().__new__(_standing_for(cast(Any, type(original))))
 
     def __init__(self, original: nn.Module, config: LazyConfig) -> None:
         super().__init__(original, config)
@@ -61,8 +76,13 @@ class LazyDenoiser(LazyModule):
             require_resting_weights(self.original)
         return super()._graph_for(args, kwargs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, (_, *arguments) = super().__reduce__()
+        return rebuild, (LazyDenoiser, *arguments)
+
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        self.reset()
+        """A pipeline has come to its end; another one, in a callback or a thread, may go on."""
+        self._trajectories.forget_finished()
         if inner := getattr(self.original, "_reset_stateful_cache", None):
             inner(recurse)
 
@@ -71,6 +91,12 @@ class LazyDenoiser(LazyModule):
         self.original.save_pretrained(save_directory, *args, **kwargs)  # type: ignore[operator]
         if self._store.graphs:
             self.save(Path(save_directory) / GATES)
+
+
+@functools.cache
+def _standing_for(original: type) -> type[LazyDenoiser]:
+    kind: Any = _StandsFor("LazyDenoiser", (LazyDenoiser,), {"stands_for": original, "__module__": __name__})
+    return cast(type[LazyDenoiser], kind)
 
 
 def is_pipeline(target: object) -> bool:

@@ -306,6 +306,15 @@ class Trajectories:
                 item.streams = [each for each in item.streams if not _is_named(each, stream)]
             self._alive = [item for item in self._alive if item.streams]
 
+    def forget_finished(self) -> None:
+        """Forget the caches of trajectories that have come to their end."""
+        with self._mutex:
+            for item in self._alive:
+                item.streams = [each for each in item.streams if each.busy or not each.is_over]
+            self._alive = [item for item in self._alive if item.streams]
+            alive = {id(stream.state) for item in self._alive for stream in item.streams}
+            self._invariants = {key: value for key, value in self._invariants.items() if key in alive}
+
     def end(self, keys: Sequence[Hashable]) -> None:
         """Trajectories of these names are over."""
         with self._mutex:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -79,6 +82,35 @@ def test_the_pipeline_still_sees_its_own_class() -> None:
         original.dtype,
         original.device,
     )
+
+
+def test_from_pipe_hands_the_lazy_model_on() -> None:
+    case = flux()
+    lazy_compile.transform(case.pipe)
+    other = diffusers.FluxImg2ImgPipeline.from_pipe(case.pipe)
+    assert other.transformer is case.model
+    assert isinstance(pickle.loads(pickle.dumps(case.model)), LazyModule)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_sample_inside_a_callback_leaves_the_outer_one_its_caches(seed: int) -> None:
+    case, inner = flux(), []
+    lazy_compile.transform(case.pipe)
+    case.sample()
+    reuse_every_second_step(case)
+    alone = case.sample()
+
+    def preview(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 1 and not inner:
+            inner.append(step)
+            outer, pipe.scheduler = pipe.scheduler, copy.deepcopy(pipe.scheduler)
+            inner.append(case.sample(generator=torch.Generator().manual_seed(seed)))
+            pipe.scheduler = outer
+        return values
+
+    assert torch.equal(case.sample(callback_on_step_end=preview), alone)
+    assert torch.equal(inner[1], case.sample(generator=torch.Generator().manual_seed(seed)))
+    assert case.model.cache_bytes == 0
 
 
 def test_gates_are_saved_beside_the_model_and_read_again(tmp_path: Path) -> None:
