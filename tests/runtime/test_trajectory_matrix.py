@@ -108,6 +108,7 @@ def test_a_request_is_sampled_as_if_it_were_alone_with_every_scheduler(scheduler
 @pytest.mark.parametrize(
     "scheduler", [pytest.param(name, marks=() if name in FEW[:3] else pytest.mark.slow) for name in scheduler_names()]
 )
+@pytest.mark.filterwarnings("ignore::Warning")  # of schedulers, in threads, where catch_warnings() counts for all
 def test_rows_that_change_places_or_are_replaced_keep_their_caches(scheduler: str) -> None:
     """Requests of one server in one batch: they swap places at every step, and one ends and makes room for another."""
     expected = {seed: alone(scheduler, "none", seed) for seed in (1, 2, 3)}
