@@ -410,9 +410,11 @@ class Runner:
                 isinstance(size, str) or size == length for size, length in zip(spec.shape, tensor.shape, strict=True)
             )
             if not fits or str(tensor.dtype) != f"torch.{spec.dtype}":
+                advice = (
+                    f"pass {spec.dtype}" if fits else "export it again with an example call of the sizes that you need"
+                )
                 raise ConfigError(
-                    f"input {name!r} is {seen}; the model was exported for {spec.dtype}{spelled(spec.shape)}: "
-                    "export it again with an example call of the sizes that you need"
+                    f"input {name!r} is {seen}; the model was exported for {spec.dtype}{spelled(spec.shape)}: {advice}"
                 )
         sizes = self.sizes_of(tensors)
         return {name: _in_reals(tensor.to(self.device)).contiguous() for name, tensor in tensors.items()}, sizes

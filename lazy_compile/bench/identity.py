@@ -186,7 +186,7 @@ def _against(content: Content, position: Position) -> tuple[float, bool]:
     """What of a row does not follow from a position, and whether it passes as its next step."""
     assert content.latents is not None
     fit = fit_of(content, position, is_new=False, turns=turns_back(position, content.time))
-    return unexplained_share(content.latents, position)[0], fit is not None
+    return unexplained_share(content.latents, position)[0], fit is not None and not fit.is_doubtful
 
 
 def _next(before: Position | None, content: Content, returned: Any, unexplained: float) -> Position:

@@ -210,7 +210,7 @@ def test_it_runs_under_inference_mode_and_outside(exported: Exported) -> None:
         ),
         (
             lambda a: {**a, "y": a["y"].float()},
-            r"input 'y' is float32\[2\]; the model was exported for int64\[2\]",
+            r"input 'y' is float32\[2\]; the model was exported for int64\[2\]: pass int64",
         ),
     ],
 )
