@@ -11,7 +11,7 @@ from lazy_compile.bench import identity
 def test_steps_without_noise_are_proven_and_no_other_request_passes(tmp_path: Path) -> None:
     row, noisy = identity.run(tmp_path, steps=[4], schedulers=["EulerDiscreteScheduler", "DDPMScheduler"], requests=2)
     assert (row.calls, row.continued, row.exact, row.mistaken) == (6, 1.0, 1.0, 0)
-    assert row.farthest < 1e-9 < 0.5 < row.nearest
+    assert row.farthest < 1e-9 < 1e-3 < row.nearest
     assert noisy.exact < 1.0
     assert noisy.confused <= noisy.mistaken
     assert "| EulerDiscrete | 4 | 6 | 100.0% | 100% |" in (tmp_path / "identity.md").read_text()
