@@ -97,7 +97,7 @@ def _describe(
     body = list(flow.members(candidate.body))
     from_skip = 0
     for skip in candidate.skips:
-        from_skip |= flow.descendants(skip)
+        from_skip |= flow.informed(skip)
     inputs = [node for node in inputs_of(body) if isinstance(value_of(node), Tensor)]
     entries = [node for node in inputs if from_skip >> flow.position[node] & 1]
     kind = classify(flow, body, entries, len(set(candidate.skips)), activations)

@@ -51,7 +51,7 @@ def classify(
     """
     from_entries = 0
     for entry in entries:
-        from_entries |= flow.descendants(entry)
+        from_entries |= flow.informed(entry)
     cores = [node for node in body if _is_attention_core(flow, node, activations)]
     if not cores:
         on_the_stream = [node for node in body if is_heavy(node) and from_entries >> flow.position[node] & 1]

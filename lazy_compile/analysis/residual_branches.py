@@ -303,7 +303,7 @@ def _taken(flow: Dataflow, candidates: list[Candidate], owner: dict[fx.Node, Can
 def _exclusive_producers(flow: Dataflow, candidate: Candidate, heavy_bits: int, taken: int) -> int:
     forbidden = taken
     for skip in candidate.skips:
-        forbidden |= flow.descendants(skip)
+        forbidden |= flow.informed(skip)
     return exclusive_producers(flow, candidate.body, forbidden, heavy_bits)
 
 

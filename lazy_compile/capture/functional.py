@@ -78,6 +78,10 @@ def _normalise(graph: fx.Graph) -> None:
         graph.erase_node(node)  # it would count as a reader of what is written
     for node in graph.find_nodes(op="call_function", target=aten.lift_fresh_copy.default):
         node.target = aten.clone.default
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        if value_of(node).node.expr.is_number:  # the model turned out to take no other size
+            node.replace_all_uses_with(int(value_of(node)))
+            graph.erase_node(node)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.regions import Regions, Unlike
-from lazy_compile.ir.operators import value_of
+from lazy_compile.ir.operators import is_random, value_of
 from lazy_compile.ir.program import Program
 
 Nodes = dict[fx.Node, fx.Node]
@@ -93,8 +93,9 @@ def with_copies(program: Program, regions: Regions) -> Program:
 
 
 def _erase_unread(graph: fx.Graph) -> None:
+    """Erase what nobody reads; torch takes a dropout that drops nothing for a random operator."""
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not node.is_impure():
+        if node.op == "call_function" and not node.users and not node.is_impure(impure_random=is_random(node)):
             graph.erase_node(node)
 
 

@@ -159,13 +159,22 @@ def note_example_sizes(sizes: Sequence[Any], lengths: Sequence[int]) -> None:
 
 
 def size_hint(size: Any) -> int:
-    """The value that a possibly symbolic size had in the example call."""
+    """The value that a possibly symbolic size had in the example call; 1 if it is not known."""
+    known = example_size(size)
+    return 1 if known is None else known
+
+
+def example_size(size: Any) -> int | None:
+    """The value that a possibly symbolic size had in the example call; None for one that depends on values unseen."""
     if isinstance(size, int):
         return size
     expression, examples = size.node.expr, _examples(size.node.shape_env)
     if expression not in examples.known:
         example = expression.subs(examples.of_symbols)
-        examples.known[expression] = int(example) if example.is_number else int(size.node.hint or 1)
+        hint = int(example) if example.is_number else size.node.hint
+        if hint is None:
+            return None
+        examples.known[expression] = int(hint)
     return examples.known[expression]
 
 

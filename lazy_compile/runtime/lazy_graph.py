@@ -18,7 +18,7 @@ from lazy_compile.capture.ladder import Capture
 from lazy_compile.config import Group, LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls
-from lazy_compile.ir.operators import collective_group, value_of
+from lazy_compile.ir.operators import collective_group, example_size, size_hint, value_of
 from lazy_compile.ir.program import Program, Role, parts_of
 from lazy_compile.policies.gate_layout import leaders_of
 from lazy_compile.runtime.compiled_pieces import CompiledPieces
@@ -103,7 +103,7 @@ class LazyGraph:
         row, output_row = self._row_axis(fake), self._row_axis(output)
         if axis is None:
             return Latents(position, row, index, output_row)
-        size = min(_hint(fake.shape[axis]), _hint(output.shape[axis]))
+        size = min(size_hint(fake.shape[axis]), size_hint(output.shape[axis]))
         return Latents(position, row, index, output_row, axis if axis > row else axis + 1, size)
 
     def sampled_return(self, result: Any) -> Tensor | None:
@@ -233,14 +233,14 @@ class _Parts(Mapping[str, Any]):
 
 
 def _shape(value: object) -> tuple[int, ...] | None:
-    """Of the call that was captured: what is computed of a size (twice its half, say) reads like another one."""
+    """Of the call that was captured: what is computed of a size (twice its half, say) reads like another one.
+
+    None for what holds no floating-point numbers, and where a size depends on values that were not seen.
+    """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return None
-    return tuple(map(_hint, value.shape))
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    sizes = [size for axis in value.shape if (size := example_size(axis)) is not None]
+    return tuple(sizes) if len(sizes) == value.dim() else None
 
 
 def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

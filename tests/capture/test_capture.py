@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.ladder import LADDER, capture
 from lazy_compile.errors import CaptureError
-from lazy_compile.ir.operators import operator_name
+from lazy_compile.ir.operators import macs, operator_name
 from lazy_compile.ir.program import Role, module_state
 from support.captures import accepts, captured_call, joined
 from support.layers import MLP, WIDTH, norm, sinusoid
@@ -46,6 +46,26 @@ def test_a_batch_of_one_gives_a_graph_for_every_batch() -> None:
         values = found.program.bind(module_state(model), list(arguments.values()))
         with torch.no_grad():
             assert torch.equal(found.program.graph_module(*values)[0], model(**arguments))
+
+
+class Unused(Joins):
+    """It computes what it does not return, as the last block of many models does with its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1), nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        self.unused(text)
+        return super().forward(x, text, t)
+
+
+def test_work_that_nobody_reads_is_not_in_the_graph() -> None:
+    counts = [
+        sum(macs(node) for node in captured_call(randomize(model), **joined(2)).program.graph.nodes)
+        for model in (Joins(), Unused())
+    ]
+    assert counts[0] == counts[1] > 0
 
 
 class Apart(nn.Module):

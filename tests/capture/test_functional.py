@@ -63,6 +63,11 @@ def composites(x: Tensor) -> Tensor:
     return (a.contiguous().flatten() * b.reshape(-1)).to(x.dtype).unflatten(0, (x.shape[0], -1))
 
 
+def of_one_size(x: Tensor) -> Tensor:
+    y = x * 2
+    return y + x.new_ones(y.shape[0], 8) + torch.ones(3, 8)  # there can be no more rows, as export finds out here
+
+
 PIECEWISE = [rotary, masked, chained, through_views, composites]
 WHOLE = [read_in_between, under_autocast, of_a_tuple]
 
@@ -123,6 +128,14 @@ def test_a_functional_program_returns_the_same_bits_at_every_size(function, whol
 def test_it_holds_the_operators_of_a_program_that_is_traced_as_a_whole(function):
     exported = export(Calls(function))
     assert operators(functional(export(Calls(function)))) == operators(exported.run_decompositions({}))
+
+
+def test_a_size_that_turns_out_to_be_fixed_is_a_number(wholes):
+    result = functional(export(Calls(of_one_size)))
+    assert not list(result.graph.find_nodes(op="call_function", target=aten.sym_size.int))
+    assert not wholes
+    x = torch.randn(3, 8)
+    assert torch.equal(run(result, x), of_one_size(x))
 
 
 def test_a_piece_that_cannot_be_traced_costs_time_only(monkeypatch, wholes):

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import pytest
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import FloatTrueDiv, FloorToInt, IntTrueDiv, ToFloat, TruncToInt
 
 from lazy_compile.ir.operators import (
     exact,
+    example_size,
     is_dense_convolution,
     is_heavy,
     is_random,
@@ -99,6 +101,13 @@ def test_sizes_follow_the_callers_tensors_where_others_were_captured() -> None:
     assert shape_of(by_name["y"]) == (1, 10, 6)
     assert shape_of(by_name["z"]) == (2, 10, 8)
     assert macs(by_name["y"]) == 10 * 8 * 6
+
+
+def test_a_size_that_depends_on_values_is_unknown_until_it_was_seen() -> None:
+    size = ShapeEnv().create_unbacked_symint()
+    assert (example_size(size), size_hint(size), example_size(2 * size)) == (None, 1, None)
+    note_example_sizes([size], [8])
+    assert (example_size(size), size_hint(2 * size)) == (8, 16)
 
 
 def test_what_is_no_tensor_has_no_shape() -> None:

@@ -246,6 +246,19 @@ def test_keys_and_values_of_a_text_belong_to_the_body() -> None:
     assert [entry.name for entry in branch.entries] == ["z"]
 
 
+def test_what_is_only_as_large_as_the_stream_is_no_entry_and_belongs_to_the_body() -> None:
+    found = discover(
+        "    n = sym_size.int(x, 0)\n    t = expand(c, [n, 1, 8])\n    k = linear(t, k_in)\n    z = mul.Tensor(x, x)\n"
+        "    q = linear(z, q_in)\n    m = sym_size.int(q, 1)\n    bias = ones([n, m, 1])\n"
+        "    a = scaled_dot_product_attention(q, k, k, bias)\n    d = linear(a, o_in)\n"
+        "    y = add.Tensor(x, d)\n    return y"
+    )
+    assert kinds(found) == ["cross_attention"]
+    (branch,) = found.branches
+    assert [entry.name for entry in branch.entries] == ["z"]
+    assert "k" in bodies(found)[0].split()
+
+
 def test_a_text_that_others_read_too_stays_outside() -> None:
     found = discover(
         "    t = linear(s, o_in)\n    k = linear(t, k_in)\n    q = linear(x, q_in)\n"

@@ -193,3 +193,27 @@ def test_a_driver_answers_every_call_and_leaves_no_trace(compiled: Compiled) -> 
         assert run(lazy, calls) == ["driven"] * 3
     assert seen == [(0, 999.0), (1, 666.0), (2, 333.0)]
     assert same(run(lazy, calls), run(lazy.original, calls))
+
+
+class SizedByValues(nn.Module):
+    """As large as its latents, which only the values of another input tell, as in a model that unpacks patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = SwiGLU()
+
+    def forward(self, x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        h = x + t[:, None, None]
+        h = h + self.mlp(norm(h))
+        return h.reshape(h.shape[0], int(rows[0]), -1, WIDTH).flatten(1, 2)
+
+
+def test_a_result_whose_size_depends_on_values_is_seen_to_continue_the_latents() -> None:
+    model = randomize(SizedByValues())
+    example = {"x": torch.randn(2, 16, WIDTH), "t": torch.rand(2), "rows": torch.tensor([4])}
+    lazy = lazy_compile.transform(model, example)
+    assert lazy.graph.captured.has_open_sizes
+    assert lazy.graph.latents is not None
+    assert (lazy.graph.latents.position, lazy.graph.latents.output) == (0, 0)
+    lazy.policy = ALWAYS
+    assert same(run(lazy, [example]), run(model, [example]))

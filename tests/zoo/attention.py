@@ -69,7 +69,7 @@ def token_macs(program: Program, batch: int) -> dict[str, int]:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if cost := macs(node):
-            value = value[0] if isinstance(value, tuple) else value
+            value = value[0] if isinstance(value, tuple | list) else value
             assert isinstance(value, Tensor)
             positions = [size_hint(size) for size in value.shape]
             channels = 1 if "conv" in _name(node) else -1
