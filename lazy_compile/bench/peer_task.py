@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lazy_compile.bench.tasks import digits
 from lazy_compile.bench.tasks.registry import SUBJECTS, Subject
 from lazy_compile.compiler import transform
 from lazy_compile.errors import ConfigError
@@ -67,13 +66,6 @@ class PeerTask:
         """The model with gated branches; its graph says what a whole step can save."""
         lazy: LazyModule = transform(self.subject.model, self.subject.example)
         return lazy
-
-    def sigma(self, timestep: float) -> float:
-        """Share of noise in a sample on the way from data (0) to noise (1), by the model's time input."""
-        if self.name == "scenes":
-            return timestep / 1000
-        kept = float(digits.noise_schedule().alphas_cumprod[int(timestep)])
-        return float((1 - kept) ** 0.5 / (kept**0.5 + (1 - kept) ** 0.5))
 
     @cached_property
     def _share(self) -> float:

@@ -47,7 +47,7 @@ class HookedModel:
         self.timestep = float(inputs["timestep"][0])
         where = inner.CacheContext(
             "batch", step_index=self._step, num_inference_steps=self._task.steps, timestep=self.timestep,
-            sigma=self._task.sigma(self.timestep),
+            sigma=self._task.subject.sigma(self.timestep),
         )  # fmt: skip
         inner._set_cache_context(self._model, where)  # cache_context() of CacheMixin, which neither model inherits
         self._step += 1

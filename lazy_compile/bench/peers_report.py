@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from lazy_compile.bench.peers import PeerSettings, measure, versions
-from lazy_compile.bench.tasks.registry import SUBJECTS
+from lazy_compile.bench.tasks.registry import ALL, SUBJECTS
 from lazy_compile.errors import ConfigError
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.reporting.figures import LIGHT, Draw, Theme, _figure, _style
@@ -21,8 +21,12 @@ Row = Mapping[str, Any]
 
 COLUMNS = ("system", "package", "MACs", "RMSE to dense", "±", "median image", "time", "batch", "setting")
 
-TASKS: dict[str, dict[str, Any]] = {"digits": {}, "scenes": {"search_samples": 16, "timed_samples": 8}}
-"""The larger model gets fewer images to choose settings and plans on, and to be timed with."""
+TASKS: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "scenes": {"search_samples": 16, "timed_samples": 8},
+    "emoji": {"search_samples": 4, "samples": 12, "timed_samples": 2},
+}
+"""A larger model gets fewer images to choose settings and plans on, and to be timed with."""
 
 
 def measure_peers(
@@ -48,7 +52,7 @@ def measure_peers(
     path = output / "peers.json"
     found: dict[str, Any] = load_json(path) if path.exists() else {"rows": [], "failures": []}
     for count in steps:
-        for name in SUBJECTS if wanted == "all" else [wanted]:
+        for name in ALL if wanted == "all" else [wanted]:
             settings = PeerSettings(**{"steps": count, **TASKS[name], **changes})
             rows, failures = measure(name, settings, output / "peers", on_progress=on_progress)
             key = {"model": name, "steps": count}

@@ -293,6 +293,7 @@ class Quality:
             "rmse_reference": rmse(images, reference),
             "frechet": frechet_distance(self.subject.features(images), self.subject.features(reference)),
             "accuracy": self.subject.accuracy(images),
+            **self.subject.scores(images, dense),
         }
 
 

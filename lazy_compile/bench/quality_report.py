@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from lazy_compile.bench.quality import QualitySettings, measure
-from lazy_compile.bench.tasks.registry import SUBJECTS
+from lazy_compile.bench.tasks.registry import ALL, SUBJECTS
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.progress import OnProgress, no_progress
@@ -31,8 +31,11 @@ SETTINGS = {
     "scenes": QualitySettings(
         samples=32, calibration_batch=48, gate_batch=3, oracle_samples=6, search=SearchOptions(rounds=4)
     ),
+    "emoji": QualitySettings(
+        sampling_seeds=2, calibration_seeds=1, samples=12, calibration_batch=4, gate_batch=1, oracle_samples=2
+    ),
 }
-"""What is measured of each subject unless told otherwise: the larger model gets fewer images."""
+"""What is measured of each subject unless told otherwise: a larger model gets fewer images."""
 
 
 def measure_all(
@@ -55,7 +58,7 @@ def measure_all(
         raise ConfigError(f"there is no model {wanted!r} to measure; expected all or one of {', '.join(SUBJECTS)}")
     path = output / "quality.json"
     rows: list[dict[str, Any]] = load_json(path).get("rows", []) if path.exists() else []
-    for name in SUBJECTS if wanted == "all" else [wanted]:
+    for name in ALL if wanted == "all" else [wanted]:
         subject = SUBJECTS[name]()
         fresh = measure(subject, replace(SETTINGS[name], **changes), on_progress)
         rows = sorted([row for row in rows if row["model"] != subject.name] + fresh, key=lambda row: row["model"])

@@ -52,7 +52,7 @@ def speed(options: SpeedOptions) -> None:
 class QualityOptions(OutputOptions):
     """What ``lazy-compile quality`` takes."""
 
-    model: Annotated[str, typer.Argument(help="digits or scenes, or all.")] = "all"
+    model: Annotated[str, typer.Argument(help="digits, scenes or emoji; all for the first two.")] = "all"
     output: given.Folder = Path("build/quality")
     samples: Annotated[int | None, typer.Option(min=2, help="Images for each set of noise.")] = None
     ratio: Annotated[list[float] | None, typer.Option(help="Compute ratios; may be given several times.")] = None
@@ -77,7 +77,7 @@ def quality(options: QualityOptions) -> None:
 class PeersOptions(OutputOptions):
     """What ``lazy-compile bench peers`` takes."""
 
-    model: Annotated[str, typer.Argument(help="digits or scenes, or all.")] = "all"
+    model: Annotated[str, typer.Argument(help="digits, scenes or emoji; all for the first two.")] = "all"
     output: given.Folder = Path("build/peers")
     steps: Annotated[list[int] | None, typer.Option(min=4, help="Denoising steps; may be given several times.")] = None
     samples: Annotated[int | None, typer.Option(min=2, help="Images for each set of noise.")] = None

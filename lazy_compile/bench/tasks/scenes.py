@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lazy_compile.bench.tasks.flow import FlowSolver, flow_schedule, sample_flow
 from lazy_compile.bench.tasks.training import (
     Classifier,
     load_or_train,
@@ -29,8 +30,6 @@ from lazy_compile.progress import OnProgress, no_progress
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
-
-Solver = Literal["euler", "dpm++2m"]
 
 SIZE = 16
 SHAPES = ("disc", "square", "triangle", "ring")
@@ -178,7 +177,7 @@ class ScenesSampler:
     steps: int = 20
     guidance_scale: float = 2.0
     batch: int = 48
-    solver: Solver = "euler"
+    solver: FlowSolver = "euler"
 
     @torch.no_grad()
     def __call__(self, denoiser: Callable[..., Any], seed: int, batch: int | None = None) -> Tensor:
@@ -187,32 +186,21 @@ class ScenesSampler:
         Each step calls the denoiser once, on 2B rows: B with their prompt, then the same B with an empty one.
         """
         batch = self.batch if batch is None else batch
-        schedule = self.schedule()
-        images = torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
         prompt = prompts(self.words(batch))
         prompt = torch.cat([prompt, torch.zeros_like(prompt)])
-        for t in schedule.timesteps:
-            velocity = denoiser(
-                torch.cat([images, images]),
+
+        def velocity(images: Tensor, timestep: Tensor) -> Tensor:
+            predicted: Tensor = denoiser(
+                images,
                 encoder_hidden_states=prompt,
                 pooled_projections=prompt.sum(1),
-                timestep=t.repeat(2 * batch),
+                timestep=timestep,
                 return_dict=False,
             )[0]
-            guided, unguided = velocity.chunk(2)
-            velocity = unguided + self.guidance_scale * (guided - unguided)
-            images = schedule.step(velocity, t, images, return_dict=False)[0]
-        return images
+            return predicted
 
-    def schedule(self) -> Any:
-        diffusers = import_optional("diffusers", "demo")
-        schedule = (
-            diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
-            if self.solver == "dpm++2m"
-            else diffusers.FlowMatchEulerDiscreteScheduler()
-        )
-        schedule.set_timesteps(self.steps)
-        return schedule
+        noise = torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+        return sample_flow(velocity, noise, flow_schedule(self.solver, self.steps), self.guidance_scale)
 
     def words(self, batch: int | None = None) -> Tensor:
         """What each row of a sample shows, balanced over shapes, colours and photographs: int64[B, 3]."""

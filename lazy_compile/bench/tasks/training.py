@@ -106,10 +106,10 @@ def train_classifier(model: Classifier, draw: Callable[[], tuple[Tensor, Tensor]
         optimizer.step()
 
 
-def save_checkpoint(model: nn.Module, path: Path, *, seed: int, steps: int) -> None:
+def save_checkpoint(model: nn.Module, path: Path, *, seed: int, steps: int, **more: int) -> None:
     """Write the weights as safetensors, whole or not at all; the header says which training they come from."""
     # One entry: safetensors writes several in an order that changes from run to run.
-    training = json.dumps({"seed": seed, "steps": steps, "torch": torch.__version__})
+    training = json.dumps({"seed": seed, "steps": steps, **more, "torch": torch.__version__})
     save_tensors(path, model.state_dict(), {"training": training})
 
 
