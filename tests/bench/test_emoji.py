@@ -205,7 +205,7 @@ def test_it_is_registered() -> None:
 
 
 def test_without_trained_weights_it_says_how_to_get_them() -> None:
-    with pytest.raises(ArtifactError, match="train it with examples/emoji/train.py"):
+    with pytest.raises(ArtifactError, match="train it with examples/emoji/train"):
         SUBJECTS["emoji"]()
 
 
