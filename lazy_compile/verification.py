@@ -218,7 +218,7 @@ class _Replay:
         history = self.history.setdefault(index, [])
         limit = self.config.max_reuse_age
         due = not history or step < self.config.warmup_steps or (limit is not None and step - history[-1][0] > limit)
-        if due or self.should_compute[step, index]:
+        if due or step >= len(self.should_compute) or self.should_compute[step, index]:
             outputs = branch.compute(inputs)
             history.append((step, branch.kept(inputs, outputs)))
             return outputs

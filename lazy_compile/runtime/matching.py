@@ -11,8 +11,8 @@ import numpy as np
 from lazy_compile.runtime.fingerprint import Floats, same
 from lazy_compile.runtime.positions import (
     EXACT,
+    HALF,
     RELATED,
-    SINGLE,
     Doubt,
     Fit,
     Position,
@@ -39,14 +39,12 @@ class Content:
         latents: sampled; None if the model has none, or on the meta device.
         time: the time input; None if the model has none.
         conditions, context: as in :class:`~lazy_compile.runtime.positions.Stream`.
-        rounding: see :class:`~lazy_compile.runtime.positions.Trajectory`.
     """
 
     latents: Floats | None
     time: float | None
     conditions: Mapping[str, Floats]
     context: object
-    rounding: float = SINGLE
 
     @property
     def spot(self) -> object:
@@ -214,10 +212,11 @@ def fit_of(content: Content, position: Position, is_new: bool, turns: bool) -> F
     rest, is_indirect, regressors = unexplained_share(latents, position)
     related = rest > EXACT
     doubtful = not position.believes(rest, time)
-    doubtful |= turns and (is_indirect or rest > position.trajectory.rounding)
+    doubtful |= turns and (is_indirect or rest > HALF)
     distance = 0.0 if related else away(position, time)
     rests = related and position.time == time
-    fit = Fit(doubtful, level_of(rest), is_indirect, is_new, turns, turns or parent is None, rests, distance, rest)
+    may_turn = turns or (parent is None and position.doubt is None)
+    fit = Fit(level_of(rest), is_indirect, is_new, turns, may_turn, rests, distance, rest, doubtful)
     most = max(EXACT, RELATED - 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1))
     return fit if rest <= most and fit.is_acceptable else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 from weakref import ReferenceType
 
 import numpy as np
@@ -24,12 +25,12 @@ PROPORTIONAL = 1e-12
 """What stays unexplained of latents in single precision that were multiplied by a number."""
 
 
-SINGLE = 1e-7
-"""What a step of a sampler without noise leaves unexplained, in single precision, at most."""
-
-
 HALF = 1e-4
-"""The same in half precision."""
+"""What half precision leaves unexplained, or a multistep method that remembers more steps than are looked at."""
+
+
+FINE = 1e-7
+"""What may stay unexplained before further steps are asked."""
 
 
 RELATED = 0.75
@@ -100,19 +101,18 @@ class Position:
     def believes(self, unexplained: float, time: float | None) -> bool:
         """Whether a step may leave so much unexplained: as the last two did, about, but for rounding.
 
-        The first one may add any noise, if it is no longer than a third of the way.
+        The first one may add any noise, if it is no longer than half of the way.
         """
-        rounding = self.trajectory.rounding
         if self.unexplained is None:
-            return unexplained <= rounding or away(self, time) <= _way(self.time) / 3
+            return unexplained <= HALF or away(self, time) <= _way(self.time) / 2
         last = self if self.parent is None else self.parent
-        return unexplained <= max(rounding, RISE * self.unexplained, RISE * (last.unexplained or 0.0))
+        return unexplained <= max(HALF, RISE * self.unexplained, RISE * (last.unexplained or 0.0))
 
     def steps_before(self) -> int:
         """How many steps there were before the first of the trajectory, if the next one shows that noise is added."""
-        position, rounding = self, self.trajectory.rounding
+        position = self
         while position.parent is not None:
-            if (position.unexplained or 0.0) > rounding:  # it is counted already
+            if (position.unexplained or 0.0) > HALF:  # it is counted already
                 return 0
             position = position.parent
         return 0 if position.doubt is None else position.doubt.step + 1
@@ -189,7 +189,6 @@ class Trajectory:
     Attributes:
         key: what the host calls it, and which of its rows it is; None if it says nothing.
         first_time, first_latents: at its first call.
-        rounding: what a step without noise leaves unexplained at most.
         kept, changed: for each input how often a row had it unchanged, and the steps at which none had.
         parted: what streams of one step differed by.
     """
@@ -197,7 +196,6 @@ class Trajectory:
     key: Hashable = None
     first_time: float | None = None
     first_latents: Floats | None = None
-    rounding: float = SINGLE
     streams: list[Stream] = field(default_factory=list)
     last_call: int = 0
     kept: dict[str, int] = field(default_factory=dict)
@@ -268,8 +266,6 @@ class Fit:
     """How well a row follows from a position; the smallest is the best.
 
     Attributes:
-        is_doubtful: more is left unexplained than the sampler has left before: the row may begin another request that
-            looks alike, from the same noise or image.
         level: of what does not follow: 0 for what single precision mostly leaves, 1 for what it leaves at most, 2 for
             what half precision does, 3 for what a long step does; then the latents are only related, as those of
             samplers that add noise or clip.
@@ -280,9 +276,10 @@ class Fit:
         rests: related, and called at the same time.
         distance: in time, where more than related: several positions of a straight path explain a row as well.
         unexplained: the share of the latents that does not follow.
+        is_doubtful: more is left unexplained than the sampler has left before: the row may begin another request that
+            looks alike, from the same noise or image.
     """
 
-    is_doubtful: bool
     level: int
     is_indirect: bool
     is_new: bool
@@ -291,6 +288,7 @@ class Fit:
     rests: bool
     distance: float
     unexplained: float
+    is_doubtful: bool
 
     @property
     def is_acceptable(self) -> bool:
@@ -361,7 +359,7 @@ def next_position(position: Position, latents: Floats | None, time: float | None
     A step with noise shows that the one with which its trajectory was begun may have been one with noise, too: then
     the steps before that are counted.
     """
-    skipped = position.steps_before() if unexplained > position.trajectory.rounding else 0
+    skipped = position.steps_before() if unexplained > HALF else 0
     return Position(position.trajectory, position.step + 1 + skipped, time, latents, position, unexplained=unexplained)
 
 
@@ -372,6 +370,10 @@ def _finite(returned: Sequence[Returned], latents: Floats) -> list[Floats]:
         if item.values is not None and item.values.shape == latents.shape and np.isfinite(item.values).all():
             found.setdefault(item.values[:-1].tobytes(), item.values[:-1])
     return list(found.values())
+
+
+def _is_like(values: Floats | None, latents: Floats) -> TypeGuard[Floats]:
+    return values is not None and values.shape == latents.shape
 
 
 def unexplained_share(latents: Floats, position: Position) -> tuple[float, bool, int]:
@@ -389,14 +391,15 @@ def unexplained_share(latents: Floats, position: Position) -> tuple[float, bool,
     returned = _finite(position.returned, latents)[:limit]
     rest = unexplained(target, [here, *returned])
     parent = position.parent
-    if rest <= CERTAIN or parent is None or parent.latents is None or parent.latents.shape != latents.shape:
+    if rest <= CERTAIN or parent is None or not _is_like(parent.latents, latents):
         return rest, False, 1 + len(returned)
     older = [here, parent.latents[:-1], *_finite(parent.returned, latents)[:limit], np.ones_like(target)]
     if len(target) < len(older + returned) + SPARE:
         return rest, False, 1 + len(returned)
     exact = unexplained(target, older + returned)
-    if exact > position.trajectory.rounding:
+    if exact > FINE:
         further = [value for each in parent.ancestors(REACH - 1) for value in _finite(each.returned, latents)[:limit]]
+        further += [each.latents[:-1] for each in parent.ancestors(REACH - 1) if _is_like(each.latents, latents)]
         if further and len(target) >= len(older + returned + further) + SPARE:
             older += further
             exact = unexplained(target, older + returned)

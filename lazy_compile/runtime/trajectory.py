@@ -26,7 +26,7 @@ from lazy_compile.runtime.cache import CacheState, gathered
 from lazy_compile.runtime.fingerprint import Floats, Latents, read, samples_of
 from lazy_compile.runtime.host_hints import Known, known_trajectory
 from lazy_compile.runtime.matching import Content, Leaves, find_position, find_stream, was_called_here
-from lazy_compile.runtime.positions import HALF, REACH, SINGLE, Doubt, Position, Returned, Stream, Trajectory
+from lazy_compile.runtime.positions import REACH, Doubt, Position, Returned, Stream, Trajectory
 from lazy_compile.runtime.step_invariants import StepInvariants
 
 logger = logging.getLogger("lazy_compile")
@@ -122,7 +122,6 @@ class Trajectories:
                 item.values, item.tensor = found[f"{_RETURNED}{id(item.tensor)}"][item.row], None
         times = _times(found.pop(time_name)) if time_name in found else None
         moving = found.pop(_LATENTS, None)
-        is_half = latents_name in named and named[latents_name][0].dtype.itemsize < 4
 
         def of(values: Floats, row: int) -> Any:
             return values[row if len(values) == rows else 0]
@@ -133,7 +132,6 @@ class Trajectories:
                 None if times is None else float(of(times, row)),
                 {name: of(found[name], row) for name in tensors if name in found},
                 context,
-                HALF if is_half else SINGLE,
             )
             for row in range(rows)
         ]
@@ -190,7 +188,7 @@ class Trajectories:
         return Placed(state, steps, times, before, starts, rows, self._call, context)
 
     def _first_position(self, content: Content, doubt: Doubt | None) -> Position:
-        trajectory = Trajectory(None, content.time, content.latents, content.rounding)
+        trajectory = Trajectory(None, content.time, content.latents)
         self._start(trajectory)
         unexplained = None if doubt is None else doubt.unexplained
         return Position(trajectory, 0, content.time, content.latents, unexplained=unexplained, doubt=doubt)
@@ -225,7 +223,7 @@ class Trajectories:
                 return row.position
         trajectory = next((item for item in self._alive if item.key == full_key), None)
         if trajectory is None:
-            trajectory = Trajectory(full_key, time, latents, content.rounding)
+            trajectory = Trajectory(full_key, time, latents)
             self._start(trajectory)
         current = max((stream.position for stream in trajectory.streams), key=lambda item: item.step, default=None)
         if current is None:
