@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from weakref import ref
 
 import numpy as np
 
@@ -136,7 +135,7 @@ def find_position(
         return at[0], None
     if fit is not None and before is not None and doubtful:
         return None, None if fit.turns_back else Doubt(
-            before.step + before.steps_before(), fit.unexplained, ref(before)
+            before.step + before.steps_before(), fit.unexplained, before.trajectory.lineage
         )
     return following, None
 
@@ -216,7 +215,8 @@ def fit_of(content: Content, position: Position, is_new: bool, turns: bool) -> F
     distance = 0.0 if related else away(position, time)
     rests = related and position.time == time
     may_turn = turns or (parent is None and position.doubt is None)
-    fit = Fit(level_of(rest), is_indirect, is_new, turns, may_turn, rests, distance, rest, doubtful)
+    closeness = int(np.floor(np.log2(rest) / 2)) if related else 0
+    fit = Fit(level_of(rest), is_indirect, is_new, turns, closeness, may_turn, rests, distance, rest, doubtful)
     most = max(EXACT, RELATED - 4 * np.sqrt(2 * regressors) / max(len(latents) - 1, 1))
     return fit if rest <= most and fit.is_acceptable else None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
-from weakref import ReferenceType
 
 import numpy as np
 from torch import Tensor
@@ -61,12 +60,12 @@ class Doubt:
     Attributes:
         step: of its trajectory.
         unexplained: the share of the latents that would be noise.
-        position: where it stands, while somebody else remembers it.
+        lineage: see :class:`Trajectory`.
     """
 
     step: int
     unexplained: float
-    position: ReferenceType[Position]
+    lineage: object
 
 
 @dataclass(eq=False)
@@ -189,6 +188,7 @@ class Trajectory:
     Attributes:
         key: what the host calls it, and which of its rows it is; None if it says nothing.
         first_time, first_latents: at its first call.
+        lineage: the same for trajectories that may be one request.
         kept, changed: for each input how often a row had it unchanged, and the steps at which none had.
         parted: what streams of one step differed by.
     """
@@ -196,6 +196,7 @@ class Trajectory:
     key: Hashable = None
     first_time: float | None = None
     first_latents: Floats | None = None
+    lineage: object = field(default_factory=object)
     streams: list[Stream] = field(default_factory=list)
     last_call: int = 0
     kept: dict[str, int] = field(default_factory=dict)
@@ -272,6 +273,7 @@ class Fit:
         is_indirect: the step before takes part.
         is_new: no stream of the same conditions leads there.
         turns_back: time turns back from there.
+        closeness: of what is only related, in powers of four; nothing else says more of whose noise it is.
         may_turn_back: the same, or nobody knows, after a first step.
         rests: related, and called at the same time.
         distance: in time, where more than related: several positions of a straight path explain a row as well.
@@ -284,6 +286,7 @@ class Fit:
     is_indirect: bool
     is_new: bool
     turns_back: bool
+    closeness: int
     may_turn_back: bool
     rests: bool
     distance: float
@@ -323,16 +326,9 @@ def is_ambiguous(fit: Fit, position: Position, others: Sequence[tuple[Fit, Posit
 
 
 def _are_in_line(first: Position, second: Position) -> bool:
-    return _may_descend(first, second) or _may_descend(second, first)
-
-
-def _may_descend(position: Position | None, other: Position) -> bool:
-    while position is not None and not position.descends_from(other):
-        first = position
-        while first.parent is not None:
-            first = first.parent
-        position = None if first.doubt is None else first.doubt.position()
-    return position is not None
+    if first.trajectory is not second.trajectory:
+        return first.trajectory.lineage is second.trajectory.lineage
+    return first.descends_from(second) or second.descends_from(first)
 
 
 def turns_back(position: Position, time: float | None) -> bool:

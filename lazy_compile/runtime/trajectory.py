@@ -189,6 +189,8 @@ class Trajectories:
 
     def _first_position(self, content: Content, doubt: Doubt | None) -> Position:
         trajectory = Trajectory(None, content.time, content.latents)
+        if doubt is not None:
+            trajectory.lineage = doubt.lineage
         self._start(trajectory)
         unexplained = None if doubt is None else doubt.unexplained
         return Position(trajectory, 0, content.time, content.latents, unexplained=unexplained, doubt=doubt)
