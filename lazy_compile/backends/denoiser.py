@@ -19,9 +19,10 @@ from lazy_compile.backends.onnx.metadata import BATCH, OnnxMetadata
 from lazy_compile.backends.onnx.sizes import shape_at
 from lazy_compile.backends.runner import Force, Mask, Runner, Stream, StreamSnapshot
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.config import LazyConfig
+from lazy_compile.config import MAX_ORDER, LazyConfig
 from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.ir.branch import ResidualBranch
+from lazy_compile.ir.extrapolation import difference_names
 from lazy_compile.planning.replay import Driver, Replayable
 from lazy_compile.policies.gate_table import GateRow
 from lazy_compile.policies.policy import GATES, AlwaysCompute, Policy, Scheduled, spread
@@ -80,6 +81,17 @@ class _EngineCall:
 
     def follow(self, schedule: CacheSchedule) -> tuple[Tensor, ...]:
         return self.denoiser._follow(Scheduled(schedule), self.inputs, self.placed)
+
+    def computed(self) -> dict[int, list[Tensor]]:
+        self.denoiser._read()
+        place = self.placed.state.memory["engine"]
+        assert isinstance(place, _Place)
+        result: dict[int, list[Tensor]] = {}
+        for name, (read, _) in place.stream.buffers.items():
+            kind, *numbers = name.split("_")
+            if kind == "cache" and place.computed_at[int(numbers[0])] == place.last_step:
+                result.setdefault(int(numbers[0]), []).append(read)
+        return result
 
     def state(self) -> _Kept | None:
         place = self.placed.state.memory.get("engine")
@@ -235,9 +247,9 @@ class EngineDenoiser:
                 f"the exported {metadata.model} holds one schedule, so that no other can be tried; export it with "
                 'gating="input"'
             )
-        linear = metadata.reuse != "last"
+        order = len({slot.input for slot in metadata.slots}.intersection(difference_names("gap", MAX_ORDER)))
         return Replayable(
-            self, self.branches, metadata.total_macs, metadata.leaders, linear, self.config.warmup_steps, self._driven
+            self, self.branches, metadata.total_macs, metadata.leaders, order, self.config.warmup_steps, self._driven
         )
 
     @contextmanager

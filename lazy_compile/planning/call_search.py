@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.journal import Journal, digest
 from lazy_compile.planning.replay import Replayable, Trajectory, first_change, replayed_steps, run_trajectory
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, relative_loss, robust_losses
+from lazy_compile.planning.slope_fits import OutputSamples, SlopeFits, Table
 from lazy_compile.planning.starts import every_nth, fitting, rules
 from lazy_compile.planning.step_paths import POWERS, StepCosts
 from lazy_compile.policies.schedule import CacheSchedule
@@ -22,6 +23,9 @@ from lazy_compile.progress import OnProgress
 from lazy_compile.runtime.sampling import Sampler, require_finite
 
 Floats = npt.NDArray[np.float64]
+
+Way = Callable[[Table], Floats | None]
+"""The slopes ``float64[T, G]`` of decisions ``bool[T, G]``; None follows the line all the way."""
 
 FINALISTS = 3
 """Schedules that are compared on noise of their own."""
@@ -34,12 +38,13 @@ PARTS = 4
 """Groups of neighbouring branches that are exchanged at the end."""
 
 SLOPES = (0.8, 0.6)
-"""Of all branches, tried instead of following the line all the way."""
+"""Of all branches, tried instead of fitted ones."""
 
 
 @dataclass(frozen=True)
 class _Judged:
     schedule: CacheSchedule
+    way: Way
     errors: Floats
 
     @property
@@ -53,7 +58,8 @@ class CallSearch:
 
     1. One dense trajectory is recorded. What its outputs tell of every choice of steps (:mod:`.step_paths`) orders the
        starts of :mod:`.starts`, and adds the shortest paths. Every n-th step after a warm-up takes turns with them and
-       goes on when they have had theirs: a plan is not worse than that on the samples it is made from.
+       goes on when they have had theirs. What its branches computed gives each schedule its slopes
+       (:mod:`.slope_fits`); the best start is tried without them, too.
     2. The best of them is improved by exchanging one step that computes for one that reuses, in the order in which the
        same costs, with the weights that agreed best with what was measured, promise most.
     3. Groups of neighbouring branches spend what whole steps leave of the budget, and are exchanged.
@@ -93,7 +99,7 @@ class CallSearch:
             raise ConfigError(f"{self.calls} calls are too few to compare two schedules of {steps} steps; give {least}")
         self.used = steps * self._calls_a_step
         first = self._judge_starts()
-        best = self._with_slopes(first)
+        best = self._in_other_ways(first)
         best = self._exchange_steps(best)
         best = self._exchange_groups(best)
         return self._final(best, first)
@@ -115,29 +121,38 @@ class CallSearch:
         best: _Judged | None = None
         for name in (name for pair in itertools.zip_longest(*lists) for name in pair if name is not None):
             share = EXCHANGES if name in simple else STARTS
-            judged = self._judge(self._whole(tables[name]), share if best else 1.0)
+            judged = self._judge(self._whole(tables[name]), self._ways[0], share if best else 1.0)
             if judged is not None:
                 best = judged if best is None or self._loss(judged) < self._loss(best) else best
         assert best is not None
         return best
 
-    def _with_slopes(self, best: _Judged) -> _Judged:
-        if not self.target.linear:
-            return best
-        for slope in SLOPES:
-            table = best.schedule.should_compute
-            best = self._better(best, CacheSchedule(table, np.full(table.shape, slope)), EXCHANGES)
+    @cached_property
+    def _ways(self) -> list[Way]:
+        """Fitted slopes, none, and the same for all."""
+        ways: list[Way] = [lambda table: None]
+        if self.target.order:
+            ways += [partial(np.full_like, fill_value=slope, dtype=np.float64) for slope in SLOPES]
+            ways.insert(0, self._fits.slopes)
+        return ways
+
+    def _in_other_ways(self, best: _Judged) -> _Judged:
+        table = best.schedule.should_compute
+        for way in self._ways[1:]:
+            judged = self._judge(table, way, EXCHANGES)
+            best = judged if judged is not None and self._loss(judged) < self._loss(best) else best
         return best
 
     def _exchange_steps(self, best: _Judged) -> _Judged:
         power = self._best_power()
         while True:
             steps = best.schedule.should_compute[:, 0]
-            neighbours = [self._whole(each, best.schedule.slopes) for each in self._neighbours(steps)]
-            neighbours = [each for each in neighbours if digest(each) not in self._judged]
-            neighbours.sort(key=lambda each: self._costs.cost(each.should_compute[:, 0], power))
+            neighbours = sorted(self._neighbours(steps), key=lambda each: self._costs.cost(each, power))
             for neighbour in neighbours:
-                judged = self._judge(neighbour, EXCHANGES)
+                table = self._whole(neighbour)
+                if self._is_known(table, best.way):
+                    continue
+                judged = self._judge(table, best.way, EXCHANGES)
                 if judged is None:
                     return best
                 if self._loss(judged) < self._loss(best):
@@ -165,10 +180,9 @@ class CallSearch:
                 table = best.schedule.should_compute.copy()
                 for step, group in move:
                     table[step, groups[group]] ^= True
-                candidate = CacheSchedule(table, best.schedule.slopes)
-                if digest(candidate) in self._judged:
+                if self._is_known(table, best.way):
                     continue
-                judged = self._judge(candidate, 1.0)
+                judged = self._judge(table, best.way, 1.0)
                 if judged is None:
                     return best
                 if self._loss(judged) < self._loss(best):
@@ -199,9 +213,8 @@ class CallSearch:
         parts = np.array_split(np.array(leaders), min(PARTS, len(leaders)))
         return [np.flatnonzero(np.isin(self.target.leaders, part)) for part in parts]
 
-    def _whole(self, steps: npt.NDArray[np.bool_], like: Floats | None = None) -> CacheSchedule:
-        table = np.repeat(steps[:, None], len(self.cost), axis=1)
-        return CacheSchedule(table, None if like is None else np.full(table.shape, like.flat[0]))
+    def _whole(self, steps: npt.NDArray[np.bool_]) -> Table:
+        return np.repeat(steps[:, None], len(self.cost), axis=1)
 
     def _affordable(self) -> int:
         whole = float(self.cost.sum())
@@ -214,18 +227,18 @@ class CallSearch:
 
     # How it is judged ---------------------------------------------------------------------------------------------
 
-    def _better(self, best: _Judged, candidate: CacheSchedule, share: float) -> _Judged:
-        judged = self._judge(candidate, share)
-        return best if judged is None or self._loss(judged) >= self._loss(best) else judged
-
     def _loss(self, judged: _Judged) -> float:
         """The mean over samples of ``log(1 + error / typical)``, so that one that diverges does not decide."""
         medians = [float(np.median(each.errors)) for each in self._judged.values()]
         typical = next((median for median in medians if np.isfinite(median)), 1.0)
         return float(relative_loss(judged.errors, typical).mean())
 
-    def _judge(self, schedule: CacheSchedule, share: float) -> _Judged | None:
+    def _is_known(self, table: Table, way: Way) -> bool:
+        return digest(CacheSchedule(table, way(table))) in self._judged
+
+    def _judge(self, table: Table, way: Way, share: float) -> _Judged | None:
         """The errors of a schedule; None if its calls are more than are left of this share of all."""
+        schedule = CacheSchedule(table, way(table))
         name = digest(schedule)
         if name in self._judged:
             return self._judged[name]
@@ -235,7 +248,7 @@ class CallSearch:
         if self.used + price > share * (self.calls - self._reserve):
             return None
         self.used += price
-        self._judged[name] = _Judged(schedule, self._errors(schedule, self._seed, bases))
+        self._judged[name] = _Judged(schedule, way, self._errors(schedule, self._seed, bases))
         self._on_progress("searching schedules", self.used, self.calls, f"error {self._least_error:.2e}")
         return self._judged[name]
 
@@ -269,10 +282,11 @@ class CallSearch:
         kept = {f"{seed}-{digest(base)}" for base in bases}
         self._kept = {key: value for key, value in self._kept.items() if key[1] in kept}
 
-    def _dense_trajectory(self, place: int, seed: int) -> Trajectory:
+    def _dense_trajectory(self, place: int, seed: int, samples: OutputSamples | None = None) -> Trajectory:
         key = place, f"{seed}-{digest(self._dense)}"
         if key not in self._kept:
-            self._kept[key] = run_trajectory(self.target, self.samplers[place], seed, self._dense)
+            watch = None if samples is None else lambda call: samples.add(call.step, call.computed())
+            self._kept[key] = run_trajectory(self.target, self.samplers[place], seed, self._dense, on_call=watch)
             require_finite(self._kept[key].samples)
         return self._kept[key]
 
@@ -280,14 +294,17 @@ class CallSearch:
         """Calls of one step, in all batches."""
         steps = replayed_steps(self.target, self.samplers[0], seed)
         self._steps, self._dense = steps, CacheSchedule.always_compute(steps, len(self.cost))
-        dense = [self._dense_trajectory(place, seed) for place in range(len(self.samplers))]
-        self._costs = StepCosts.of(dense, self.target.linear)
+        samples = OutputSamples()
+        dense = [self._dense_trajectory(place, seed, samples) for place in range(len(self.samplers))]
+        self._costs = StepCosts.of(dense, self.target.order > 0)
+        inner = self.journal.array("inner-products", lambda: samples.inner_products(len(self.cost), steps))
+        self._fits = SlopeFits(inner, self.target.order)
         return sum(len(each.steps) for each in dense) // self._steps
 
     def _best_power(self) -> float:
         """The weights under which the costs of whole steps agree best with the errors that were measured."""
         tables = [(judged, judged.schedule.should_compute) for judged in self._judged.values()]
-        whole = [judged for judged, table in tables if judged.schedule.slopes is None and (table == table[:, :1]).all()]
+        whole = [judged for judged, table in tables if judged.way == self._ways[0] and (table == table[:, :1]).all()]
         seen = _ranks([self._loss(judged) for judged in whole])
 
         def disagreement(power: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +30,9 @@ class ReplayableCall(Protocol):
     def follow(self, schedule: CacheSchedule) -> Any:
         """Run the model as the schedule says; its return value."""
 
+    def computed(self) -> Mapping[int, Sequence[Tensor]]:
+        """What each branch that computed in this call keeps of its outputs, once it was followed."""
+
     def state(self) -> Any:
         """What is cached before this call; None if nothing is. Nothing writes to it."""
 
@@ -48,7 +51,7 @@ class Replayable:
         denoiser: what a sampler calls.
         branches, total_macs: of the model.
         leaders: for each branch the one that decides for it.
-        linear: whether what is reused is extrapolated.
+        order: to which what is reused is extrapolated; 0 repeats it.
         warmup_steps: the first steps, which compute whatever a schedule says.
         call_handler: a context within which a driver answers every call.
     """
@@ -57,7 +60,7 @@ class Replayable:
     branches: Sequence[ResidualBranch]
     total_macs: int
     leaders: Sequence[int]
-    linear: bool
+    order: int
     warmup_steps: int
     call_handler: Callable[[Driver], AbstractContextManager[None]]
 
@@ -74,7 +77,7 @@ def replayable(denoiser: Any) -> Replayable:
             return denoiser.call_handler(lambda call: driver(_LazyCall(denoiser, call)))
 
         return Replayable(
-            denoiser, graph.branches, graph.total_macs, graph.leaders(config.group), config.values_kept > 1,
+            denoiser, graph.branches, graph.total_macs, graph.leaders(config.group), config.values_kept - 1,
             config.warmup_steps, call_handler,
         )  # fmt: skip
     if hasattr(denoiser, "replayable"):
@@ -108,6 +111,14 @@ class _LazyCall:
         result = self.call.run(PolicyStep(_Continued(schedule), config, draft, self.call.groups, leaders=leaders))
         self.call.caches.adopt(draft)
         return result
+
+    def computed(self) -> Mapping[int, Sequence[Tensor]]:
+        slots, branches = self.call.caches.slots, self.call.graph.branches
+        return {
+            index: slot.format.load(slot.values, branches[index], slot.values[0].device)
+            for index, slot in slots.items()
+            if (slot.computed_at == self.step).all()
+        }
 
     def state(self) -> Any:
         return self.call.caches.draft() if self.call.caches.slots else None
@@ -144,9 +155,11 @@ def run_trajectory(
     schedule: CacheSchedule,
     base: Trajectory | None = None,
     keep: bool = True,
+    on_call: Callable[[ReplayableCall], None] | None = None,
 ) -> Trajectory:
     """Run a schedule from noise of ``seed``; what ``base``, from the same noise, did before the first decision that is
-    another is repeated from memory. Without ``keep`` no other can start from this one, and no caches are kept."""
+    another is repeated from memory. Without ``keep`` no other can start from this one, and no caches are kept.
+    ``on_call`` gets every call that was run."""
     begin = 0 if base is None else first_change(base.schedule, schedule)
     steps: list[int] = []
     results: list[Any] = []
@@ -167,6 +180,8 @@ def run_trajectory(
             call.restore(state)
         states.append(state if keep else None)
         result = call.follow(schedule)
+        if on_call is not None:
+            on_call(call)
         results.append(_copy(result))
         ran += 1
         return result

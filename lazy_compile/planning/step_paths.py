@@ -29,7 +29,7 @@ POWERS = (0.0, 1.0, 2.0, 4.0)
 @dataclass(frozen=True)
 class StepCosts:
     """``miss: float64[T, T, T]``: at ``[before, latest, step]`` the squared miss at a step that is extrapolated from
-    the two steps computed last; ``before == latest`` where there is one, which is repeated."""
+    the two steps computed last, as far as misses least; ``before == latest`` where there is one, which is repeated."""
 
     miss: Floats
 
@@ -42,12 +42,10 @@ class StepCosts:
         for latest in range(steps):
             for before in range(latest + 1):
                 for step in range(latest + 1, steps):
-                    moved = (step - latest) / (latest - before) if linear and before < latest else 0.0
-                    weights = np.zeros(steps)
-                    weights[step] = -1.0
-                    weights[latest] += 1.0 + moved
-                    weights[before] -= moved
-                    miss[before, latest, step] = max(float(weights @ inner @ weights), 0.0)
+                    apart = _apart(inner, latest, step, latest, step)
+                    if linear and before < latest and (length := _apart(inner, before, latest, before, latest)) > 0:
+                        apart -= _apart(inner, latest, step, before, latest) ** 2 / length
+                    miss[before, latest, step] = max(apart, 0.0)
         return cls(miss)
 
     @property
@@ -104,6 +102,11 @@ class StepCosts:
     def _weights(self, power: float) -> Floats:
         weights: Floats = ((self.steps - np.arange(self.steps)) / self.steps) ** power
         return weights
+
+
+def _apart(inner: Floats, a: int, b: int, c: int, d: int) -> float:
+    """The inner product of ``output[b] - output[a]`` and ``output[d] - output[c]``."""
+    return float(inner[b, d] - inner[b, c] - inner[a, d] + inner[a, c])
 
 
 def _inner_products(dense: Trajectory) -> Floats:
