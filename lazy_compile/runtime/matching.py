@@ -8,25 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from lazy_compile.runtime.fingerprint import Floats, same
+from lazy_compile.runtime.fit import EXACT, RELATED, Fit, is_ambiguous, level_of, unexplained_share
 from lazy_compile.runtime.positions import (
-    EXACT,
     HALF,
-    RELATED,
     Doubt,
-    Fit,
     Position,
     Stream,
     Trajectory,
     away,
     differing,
-    is_ambiguous,
     is_at,
-    level_of,
     next_position,
     spot_of,
     starts_over,
     turns_back,
-    unexplained_share,
 )
 
 
