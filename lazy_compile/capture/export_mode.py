@@ -64,8 +64,7 @@ class ExportAid(TorchFunctionMode):
         inputs: what is known of the inputs; None to let every read fail.
         state: what is known of the weights.
         stuck: where the model read a value that depends on inputs and weights; empty if it did not.
-        fixed: where it made a Python number of a size, by ``len()`` or by ``int()`` of what was divided: export fixes
-            that size, unless it is strict.
+        fixed: where it made a Python number of a size, by ``len()`` or ``int()``, which fixes that size.
         fixing_lines: the lines at which axes of the inputs became fixed, by position and axis.
     """
 
@@ -95,6 +94,13 @@ class ExportAid(TorchFunctionMode):
             self.fixed = self.fixed or f"int() {_calling_line()}"
             return int(original(size))  # type: ignore[no-untyped-call]
 
+        to_number = self._number_of_size = torch.SymInt.__int__
+
+        def note_number(size: torch.SymInt) -> int:
+            if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+                self.fixed = self.fixed or f"int() {_calling_line()}"
+            return int(to_number(size))  # type: ignore[no-untyped-call]
+
         replace = self._set_replacement = ShapeEnv._set_replacement
 
         def note_fixed(sizes: ShapeEnv, symbol: Any, value: Any, *args: Any) -> None:
@@ -105,7 +111,7 @@ class ExportAid(TorchFunctionMode):
             replace(sizes, symbol, value, *args)
 
         ShapeEnv._set_replacement = note_fixed  # type: ignore[method-assign, assignment]
-        torch.SymFloat.__int__ = note  # type: ignore[method-assign]
+        torch.SymFloat.__int__, torch.SymInt.__int__ = note, note_number  # type: ignore[method-assign]
         self._builtins = builtins.max, builtins.min
         builtins.max, builtins.min = (
             _of_one_tensor(builtins.max, Tensor.amax),
@@ -119,6 +125,7 @@ class ExportAid(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         builtins.max, builtins.min = self._builtins
         torch.SymFloat.__int__ = self._int_of_size  # type: ignore[method-assign]
+        torch.SymInt.__int__ = self._number_of_size  # type: ignore[method-assign]
         ShapeEnv._set_replacement = self._set_replacement  # type: ignore[method-assign]
         del torch.SymInt.sqrt, torch.SymFloat.sqrt  # type: ignore[attr-defined]
 

@@ -100,6 +100,21 @@ class Capture:
         pairs = zip(self.program.placeholders, self.program.inputs, strict=True)
         return [value_of(node) for node, item in pairs if item.role is Role.USER]
 
+    @property
+    def fixed_axes(self) -> int:
+        """Of the user's tensors, how many have one size only."""
+        return sum(size_text(size).isdigit() for fake in self.fake_tensors for size in fake.shape)
+
+    def fixed_sizes(self, names: Sequence[str], tensors: Sequence[Tensor]) -> list[str]:
+        """Axes of the user's tensors that are fixed and have another size in these, and the line that fixes each."""
+        return [
+            f"axis {axis} of {names[position]}{f', fixed {line}' if line else ''}"
+            for position, (fake, tensor) in enumerate(zip(self.fake_tensors, tensors, strict=True))
+            for axis, (size, seen) in enumerate(zip(fake.shape, tensor.shape, strict=False))
+            if size_text(size).isdigit() and size != seen
+            for line in [self.fixing_lines.get((position, axis), "")]
+        ]
+
     def _sizes_match(self, shapes: Sequence[torch.Size]) -> bool:
         bound: dict[str, int] = {}
         for fake, shape in zip(self.fake_tensors, shapes, strict=True):
@@ -123,8 +138,8 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
     1. The rungs of the ladder are tried in turn. Dynamic sizes come before fixed ones; a model that decides by the
        values of its inputs is captured for the values of this call, which are guarded.
     2. An example batch of 1 is repeated to 2 first, since export specialises the sizes 0 and 1.
-    3. A model that writes ``len(x)``, or ``int(windows / (height * width / 16))``, fixes its sizes in a plain export; a
-       strict one, of which only the batch is dynamic, is tried before that is accepted.
+    3. A model that writes ``len(x)`` or ``int(size)`` fixes that size in a plain export; one in which these names mean
+       something else, and a strict one if the batch is still fixed, are tried before that is accepted.
     4. With ``reads_values`` only those rungs are tried that read values: then no size depends on a value.
     5. A decision by a value that depends on inputs and weights could not be checked beforehand. Where it is taken in a
        module inside the model, that becomes *opaque*: one operator that calls it as it is. So does a module whose code
@@ -161,6 +176,7 @@ class _Search:
         opaque: the modules that are not looked into.
         error: what the last export failed with; None if it was the comparison.
         unguardable_read: where the model decided by a value that could not be checked beforehand; empty if it did not.
+        size_of_two: where it made a Python number of a size of a batch of two, whose graph then served no other.
         copying: whether modules that are alike are captured once.
     """
 
@@ -171,6 +187,7 @@ class _Search:
     attempts: list[str] = field(default_factory=list)
     error: Exception | None = None
     unguardable_read: str = ""
+    size_of_two: str = ""
     copying: bool = True
     _failed_first: str = ""
 
@@ -191,11 +208,21 @@ class _Search:
                 return None
             if found is None:
                 continue
-            if found.specialised_size and not rung.reads_values and not self.opaque and self._fixes_rows(found):
-                self._note(f"{found.rung}: a size is fixed by {found.specialised_size}")
-                return self._try(WITHOUT_FIXING) or found
+            if (found.specialised_size or self.size_of_two) and not rung.reads_values and not self.opaque:
+                return self._without_fixing(found)
             return found
         return None
+
+    def _without_fixing(self, found: Capture) -> Capture:
+        """Another capture of a model that makes a Python number of a size, if it leaves more sizes free."""
+        keeping, strict = WITHOUT_FIXING
+        self._note(f"{found.rung}: a size is fixed by {found.specialised_size or self.size_of_two}")
+        other = self._try(keeping)
+        if other is not None and other.fixed_axes < found.fixed_axes:
+            found = other
+        if self._fixes_rows(found):
+            return self._try(strict) or found
+        return found
 
     def look_away(self) -> bool:
         """Make the module that the climb failed in opaque, or the one around it; whether there is one."""
@@ -262,6 +289,7 @@ class _Search:
                     return None
             elif not found.accepts(self.tensors):
                 self._note(f"{label}: the graph of a batch of 2 serves no other")
+                self.size_of_two = found.specialised_size
             else:
                 for fake, tensor in zip(found.fake_tensors, self.tensors, strict=True):
                     note_example_sizes(fake.shape, tensor.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.comparison import register_dataclasses
 from lazy_compile.capture.export_mode import ExportAid
+from lazy_compile.capture.symbolic_numbers import sizes_stay_symbolic
 from lazy_compile.capture.value_guards import StateGuards, StateTape, Tape, ValueGuards
 
 
@@ -24,11 +26,13 @@ class Rung:
         dynamic: which sizes stay symbolic where the model allows it: all, that of the first axis, or none.
         strict: read the model's byte code instead of running it.
         reads_values: let the model read its inputs, and guard what it read.
+        keeps_sizes: what its code makes of a size by ``int()`` or ``len()`` stays symbolic.
     """
 
     dynamic: Literal["sizes", "batch", "nothing"]
     strict: bool = False
     reads_values: bool = False
+    keeps_sizes: bool = False
 
     @property
     def name(self) -> str:
@@ -46,11 +50,12 @@ class Rung:
         flat.rows_of = inputs_with_rows(example) if self.dynamic != "nothing" else []
         axes = {"sizes": None, "batch": 1, "nothing": 0}[self.dynamic]
         shapes = tuple(dict.fromkeys(range(tensor.dim())[:axes], Dim.AUTO) for tensor in example)
-        return torch.export.export(flat, tuple(example), dynamic_shapes=(shapes,), strict=self.strict)
+        with sizes_stay_symbolic(flat.model) if self.keeps_sizes else nullcontext():
+            return torch.export.export(flat, tuple(example), dynamic_shapes=(shapes,), strict=self.strict)
 
 
-WITHOUT_FIXING = Rung("batch", strict=True)
-"""For a model that makes a Python number of a size, which fixes it unless export is strict."""
+WITHOUT_FIXING = Rung("sizes", keeps_sizes=True), Rung("batch", strict=True)
+"""For a model that makes a Python number of a size, which fixes it; strict export keeps that of the batch."""
 
 LADDER = (
     Rung("sizes"),

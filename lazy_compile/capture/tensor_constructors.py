@@ -1,4 +1,4 @@
-"""Constructors such as ``torch.tensor(t)`` that would read the tensors they are given, built from those instead."""
+"""Constructors such as ``torch.tensor(t)`` that would read the tensors or sizes they are given, built from those."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ DtypeOf = Callable[[Tensor], torch.dtype]
 _PARAMETERS = {
     "tensor": ("data",),
     "as_tensor": ("data", "dtype", "device"),
+    "asarray": ("data",),
     "new_tensor": ("like", "data"),
     "full": ("size", "fill_value"),
     "full_like": ("like", "fill_value"),
     "new_full": ("like", "size", "fill_value"),
 }
 
+_SHARE = "as_tensor", "asarray"
+"""These return the tensor that they are given."""
+
+_READ_SIZES = *_SHARE, "new_tensor"
+"""These make numbers of symbolic sizes; export has its own way for the others."""
+
 
 def build_from_tensors(name: str, args: Sequence[Any], kwargs: dict[str, Any], dtype_of: DtypeOf) -> Tensor | None:
-    """What the constructor called ``name`` returns; None if that is no constructor, or is given no tensor to read.
+    """What the constructor called ``name`` returns; None if that is no constructor, or is given nothing to read.
 
     Args:
         name: of the function or method.
@@ -34,7 +41,8 @@ def build_from_tensors(name: str, args: Sequence[Any], kwargs: dict[str, Any], d
         return None
     call = dict(zip(_PARAMETERS[name], args, strict=False)) | kwargs
     data = call.get("data", call.get("fill_value"))
-    if not _holds_tensors(data) or (name == "as_tensor" and isinstance(data, Tensor)):
+    reads_sizes = name in _READ_SIZES and _holds(data, torch.SymInt | torch.SymFloat)
+    if not (_holds(data, Tensor) or reads_sizes) or (name in _SHARE and isinstance(data, Tensor)):
         return None
     like = call.get("like", call.get("input"))
     options = {} if like is None else {"dtype": like.dtype, "device": like.device}
@@ -52,5 +60,5 @@ def _stacked(data: Any, options: dict[str, Any], dtype_of: DtypeOf) -> Tensor:
     return torch.tensor(data, **options)
 
 
-def _holds_tensors(data: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(data))
+def _holds(data: Any, kind: Any) -> bool:
+    return any(isinstance(leaf, kind) for leaf in pytree.tree_leaves(data))

@@ -192,6 +192,7 @@ class GraphCache:
                 changed,
             )
         self._warn_of_values(call, config)
+        self._warn_of_sizes(call, config)
         return self._compile(call, config), call.tensors
 
     def _take_as_tensors(self, numbers: set[str], call: _Call, config: LazyConfig) -> LazyGraph | None:
@@ -277,6 +278,15 @@ class GraphCache:
                     graph.guarded_inputs,
                 )
 
+    def _warn_of_sizes(self, call: _Call, config: LazyConfig) -> None:
+        for graph in self.graphs:
+            if graph.layout == call.layout and graph.types == call.types:
+                self._warn_once_about(
+                    "%s was captured again because it fixes sizes of its inputs, and they changed (%s): each has a "
+                    f"graph of its own, and at most {config.max_captures} are kept (LazyConfig.max_captures)",
+                    graph.captured.fixed_sizes(graph.layout.names, call.tensors),
+                )
+
     def _warn_of_hooks(self) -> None:
         hooked = hooked_modules(self.model)
         if hooked:
@@ -306,7 +316,8 @@ class GraphCache:
             )
 
     def _warn_once_about(self, message: str, names: Collection[str]) -> None:
-        self.warn_once(message % (self._name, ", ".join(sorted(names))))
+        if names:
+            self.warn_once(message % (self._name, ", ".join(sorted(names))))
 
     def warn_once(self, text: str) -> None:
         if text not in self._told:

@@ -235,14 +235,17 @@ def test_how_a_call_is_spelled_does_not_matter() -> None:
 
 class FixedBatch(Wraps):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.small(x.reshape(int(x.shape[0]), -1, WIDTH), t)
+        return self.small(torch.cat([x[row : row + 1] for row in range(x.shape[0])]), t)
 
 
-def test_a_model_with_a_fixed_batch_is_captured_for_each() -> None:
+def test_a_model_with_a_fixed_batch_is_captured_for_each(caplog: pytest.LogCaptureFixture) -> None:
     lazy = lazy_compile.transform(randomize(FixedBatch()).eval(), call(SMALL, 1))
     for batch in (1, 2, 1):
         assert same(run(lazy, [call(SMALL, batch)]), run(lazy.original, [call(SMALL, batch)]))
     assert lazy.stats.captures == 2
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "FixedBatch was captured again because it fixes sizes of its inputs, and they changed" in told
+    assert "axis 0 of x" in told
 
 
 class Remembers(Wraps):
