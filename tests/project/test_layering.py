@@ -1,4 +1,4 @@
-"""Imports go downward only, between layers and inside them: ``LAYERS`` is the whole rule, and has a place for each package."""
+"""Imports go downward only, between layers and inside them; ``LAYERS`` has a place for each package."""
 
 from __future__ import annotations
 
