@@ -24,7 +24,7 @@ from lazy_compile.ir.operators import (
     value_of,
 )
 
-_ADDS = frozenset({"add", "add_", "sub", "addcmul", "lerp"})
+_ADDS = frozenset({"add", "add_", "sub", "addcmul", "lerp", "gru_cell"})
 _SCALINGS = frozenset({"mul", "div"})
 _CUTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
 _COMPLEMENTS = frozenset({"rsub", "sub"})
@@ -63,6 +63,7 @@ def find_candidates(
        the other, directly or seen through casts, views, earlier residual adds, and products with a constant or with a
        tensor that is stretched over it or a gate that is taken to 1 (interpolation: ``(1 - a) * x + a * f(x)``).
        Or the skip was cut from what leads to the other through heavy operators alone (reversible blocks).
+       A GRU cell adds its input to its state by gates (GTrXL, arXiv 1910.06764): the state is the skip.
     2. Its *region* is every node on a path from the skip to the other operand. Without a heavy operator in the region
        the add is arithmetic (a tanh formula, say) and not looked at further; nor is it where the skip lies between the
        heavy operators of an earlier branch (values of the first attention that later ones mix in).
@@ -134,6 +135,8 @@ def _skip_and_region(
     operands = add.all_input_nodes[:2]
     if operator_name(add) == "addcmul":
         pairs = [(operands[0], add)]
+    elif operator_name(add) == "gru_cell":
+        pairs = [(operands[1], operands[0])]
     elif len(operands) == 2:
         first, second = _without_gates(*operands)
         pairs = [pair for pair in ((first, second), (second, first)) if _same_shape(pair[0], add)]

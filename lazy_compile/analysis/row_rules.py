@@ -11,7 +11,16 @@ from torch import Tensor, fx
 
 from lazy_compile.analysis.row_places import BATCH, Place, RowPlaces, involves
 from lazy_compile.ir.opaque import opaque_call
-from lazy_compile.ir.operators import CONVOLUTIONS, SDPA, argument_of, einsum_axes, operator_name, schema_of, value_of
+from lazy_compile.ir.operators import (
+    CELLS,
+    CONVOLUTIONS,
+    SDPA,
+    argument_of,
+    einsum_axes,
+    operator_name,
+    schema_of,
+    value_of,
+)
 
 Rule = Callable[[RowPlaces, fx.Node, Sequence[fx.Node]], Place | None]
 
@@ -136,6 +145,14 @@ def _contraction(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> 
     if place is None or list(batched) != [left] or place.axis in summed:
         return None
     return Place(place.axis - sum(axis < place.axis for axis in summed), place.outer)
+
+
+def _cell(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Each line of the input with that of the state."""
+    places = {rows.place(operand) for operand in node.all_input_nodes[:2]}
+    place = places.pop()
+    both = set(batched) == set(node.all_input_nodes[:2]) and not places
+    return place if both and place is not None and place.axis == 0 else None
 
 
 def _bilinear(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
@@ -289,6 +306,7 @@ _RULES: dict[str, Rule] = {
     "inner": _contraction,
     "tensordot": _contraction,
     "bilinear": _bilinear,
+    **dict.fromkeys(CELLS, _cell),
     "constant_pad_nd": _pad,
     "pad": _pad,
     "repeat": _repeat,
