@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.analysis.row_places import BATCH, Place, RowPlaces, involves
+from lazy_compile.analysis.row_places import Place, RowPlaces, involves
 from lazy_compile.ir.opaque import opaque_call
 from lazy_compile.ir.operators import (
     CELLS,
@@ -56,7 +56,7 @@ def _reshape(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Plac
     passed = 1
     for axis, size in enumerate(rows.sizes(node)):
         outer, rest = divmod(ahead, passed)
-        if rest == 0 and size % (outer * BATCH) == 0:
+        if rest == 0 and size % (outer * rows.length) == 0:
             return Place(axis, outer)
         passed *= size
     return None
@@ -107,6 +107,12 @@ def _product(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Plac
     """
     if any(_rank(operand) < 2 for operand in node.all_input_nodes):
         return _product_with_vector(rows, node, batched)
+    left, right = node.args[1:3] if operator_name(node) in ("addmm", "baddbmm") else node.args[:2]
+    for factor, summed in ((left, 1), (right, 2)):
+        assert isinstance(factor, fx.Node)
+        place = rows.place(factor)
+        if place is not None and place.axis == _rank(factor) - summed:
+            return None
     return _pointwise(rows, node, batched)
 
 
