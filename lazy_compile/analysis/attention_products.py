@@ -93,9 +93,12 @@ def _mixing(
 def _mixing_along(body: Sequence[fx.Node], entry: fx.Node, axis: int) -> set[fx.Node]:
     mixed: set[fx.Node] = set()
     try:
-        tokens = RowPlaces("", {entry: Place(axis)}, RowPlaces("", {}).sizes(entry)[axis])
+        length = RowPlaces("", {}).sizes(entry)[axis]
     except RowsMix:
+        length = 0
+    if not length:  # it is computed by division, so it cannot be told what was multiplied from it
         return set(body)
+    tokens = RowPlaces("", {entry: Place(axis)}, length)
     for node in body:
         try:
             if mixed.isdisjoint(node.all_input_nodes):

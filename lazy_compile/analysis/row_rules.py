@@ -55,6 +55,8 @@ def _reshape(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Plac
     ahead = math.prod(rows.sizes(source)[: place.axis]) * place.outer
     passed = 1
     for axis, size in enumerate(rows.sizes(node)):
+        if not ahead or not passed:  # a size that large numbers make zero
+            return None
         outer, rest = divmod(ahead, passed)
         if rest == 0 and size % (outer * rows.length) == 0:
             return Place(axis, outer)

@@ -36,9 +36,8 @@ class Video(nn.Module):
         self.block = Block(way)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        x, c = self.first(x), torch.cos(self.time(t[:, None]))
-        x = self.block(x, c)
-        return self.last(x)
+        c = torch.cos(self.time(t[:, None]))
+        return self.last(self.block(self.first(x) + c[:, None, None], c))
 
 
 def of_frames(self: Block, x: Tensor, c: Tensor) -> Tensor:
