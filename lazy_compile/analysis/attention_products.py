@@ -39,7 +39,7 @@ def attending_products(
     along_any, along_longest = _mixing(body, entries, _token_axes), _mixing(body, entries, _longest_token_axis)
     found = {}
     for node in products:
-        own = [from_entries >> flow.position[item] & 1 for item in node.all_input_nodes]
+        own = [from_entries >> flow.position[item] & 1 for item in _factors(node)]
         if node in around_softmax:
             attends = not all(own) or node in along_any
         else:
@@ -51,12 +51,18 @@ def attending_products(
 
 def _is_product_of_activations(flow: Dataflow, node: fx.Node, activations: int) -> bool:
     """A product of two tensors that both carry activations, or of pairs of tokens (each with each, by stretching)."""
-    operands = node.all_input_nodes
+    operands = _factors(node)
     if len(operands) != 2 or not all(activations >> flow.position[_picked_from(item)] & 1 for item in operands):
         return False
     if operator_name(node) == "mul":
         return _pairs(*operands)
     return operator_name(node) in PRODUCTS and not any(map(_is_dispatch, operands))
+
+
+def _factors(node: fx.Node) -> list[fx.Node]:
+    """What is multiplied, without what the product is added to."""
+    added_to = operator_name(node) in ("addmm", "baddbmm")
+    return [item for item in node.args[1:3] if isinstance(item, fx.Node)] if added_to else node.all_input_nodes
 
 
 def _pairs(first: fx.Node, second: fx.Node) -> bool:

@@ -63,6 +63,13 @@ def of_words(self: Block, x: Tensor, c: Tensor) -> Tensor:
     return (self.q(x) @ self.k(words).mT).softmax(-1) @ self.v(words)
 
 
+def of_words_on_a_buffer(self: Block, x: Tensor, c: Tensor) -> Tensor:
+    """The same, as older attention processors write it."""
+    q, words = self.q(x).flatten(1, 2), torch.stack([c, -c], 1)
+    scores = torch.baddbmm(x.new_zeros(len(x), q.shape[1], 2), q, self.k(words).mT, beta=0)
+    return torch.bmm(scores.softmax(-1), self.v(words)).view_as(x)
+
+
 def with_made_weights(self: Block, x: Tensor, c: Tensor) -> Tensor:
     first, second = self.make(c)[:, None].unflatten(-1, (2, WIDTH, 8)).unbind(2)
     return torch.relu(x @ first) @ second.mT
@@ -93,6 +100,7 @@ WAYS = {
     by_stretching: "self_attention",
     by_a_given_map: "self_attention",
     of_words: "cross_attention",
+    of_words_on_a_buffer: "cross_attention",
     with_made_weights: "mlp",
     of_depths: "mlp",
     of_streams: "mlp",
