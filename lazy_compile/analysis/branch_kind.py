@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from torch import Tensor, fx
+from torch import fx
 
+from lazy_compile.analysis.attention_products import attending_products
 from lazy_compile.analysis.dataflow import Dataflow
 from lazy_compile.ir.branch import BranchKind
 from lazy_compile.ir.opaque import opaque_call
@@ -14,21 +15,16 @@ from lazy_compile.ir.operators import (
     ACTIVATIONS,
     CONVOLUTIONS,
     FUSED_ATTENTION,
-    PASSTHROUGH,
-    PRODUCTS,
     SOFTMAX,
     is_dense_convolution,
     is_foreign_kernel,
     is_heavy,
     is_spatial_convolution,
     operator_name,
-    origins,
     value_of,
 )
 
 _JOINS_APART = frozenset({"cat", "add", "stack"})
-_SELECTIONS = frozenset({"index", "index_select", "embedding"})
-_CHOICES = frozenset({"topk", "argmax", "sort", "argsort"})
 _SCANS = frozenset({"cumsum", "cumprod", "logcumsumexp"})
 
 
@@ -37,10 +33,12 @@ def classify(
 ) -> BranchKind:
     """Name a body.
 
-    An attention core is a softmax attention, a product of two tensors that both carry activations, or a kernel from
-    outside of PyTorch that reads three such. Without one the
-    body is an MLP, or a convolution block if most of its operators mix channels over several positions, all of them
-    mix positions (a position encoding by a depthwise convolution), or a running sum does (a state space model).
+    An attention core is a softmax attention, written out or not, another product of two tensors that both carry
+    activations if it mixes tokens, or a kernel from outside of PyTorch that reads three such. A product that is taken
+    for each token apart is none: of streams (hyper-connections, arXiv 2409.19606), of layers (arXiv 2502.09245), or
+    with weights that were made from a condition (HyperNetworks, arXiv 1609.09106). Without a core the body is an MLP,
+    or a convolution block if most of its operators mix channels over several positions, all of them mix positions (a
+    position encoding by a depthwise convolution), or a running sum does (a state space model).
 
     Args:
         flow: reachability of the graph.
@@ -52,7 +50,8 @@ def classify(
     from_entries = 0
     for entry in entries:
         from_entries |= flow.informed(entry)
-    cores = [node for node in body if _is_attention_core(flow, node, activations)]
+    attending = attending_products(flow, body, entries, from_entries, activations)
+    cores = [node for node in body if node in attending or _is_attention_core(flow, node, activations)]
     if not cores:
         on_the_stream = [node for node in body if is_heavy(node) and from_entries >> flow.position[node] & 1]
         only_convolutions = all(operator_name(node) in CONVOLUTIONS for node in on_the_stream)
@@ -62,7 +61,7 @@ def classify(
         return BranchKind.CONV if scans or (no_mlp and only_convolutions) else BranchKind.MLP
     if _has_parallel_mlp(flow, body, cores):
         return BranchKind.PARALLEL
-    if all(_reads_a_side_input(flow, core, from_entries) for core in cores):
+    if all(_reads_a_side_input(flow, core, from_entries) and not attending.get(core) for core in cores):
         return BranchKind.CROSS_ATTENTION
     streams = [operand for core in cores for operand in _attended(core) if not _are_weights(flow, operand, cores)]
     projects_another_stream = any(
@@ -79,33 +78,7 @@ def _is_attention_core(flow: Dataflow, node: fx.Node, activations: int) -> bool:
         return True
     if (opaque := opaque_call(node)) is not None:
         return opaque.attends
-    operands = node.all_input_nodes
-    if is_foreign_kernel(node):
-        return sum(activations >> flow.position[operand] & 1 for operand in operands) > 2
-    both = all(activations >> flow.position[_picked_from(operand)] & 1 for operand in operands)
-    return operator_name(node) in PRODUCTS and len(operands) == 2 and both and not any(map(_is_dispatch, operands))
-
-
-def _picked_from(operand: fx.Node) -> fx.Node:
-    """The table that an operand is a selection of, if it is one: weights of chosen experts are weights."""
-    *_, source = origins(operand)
-    return source.all_input_nodes[0] if operator_name(source) in _SELECTIONS else operand
-
-
-def _is_dispatch(operand: fx.Node) -> bool:
-    """Whether a factor is zeros and ones at chosen places, times weights: it sends tokens to experts or back."""
-    frontier, seen = [operand], {operand}
-    while frontier:
-        node = frontier.pop()
-        name, value = operator_name(node), value_of(node)
-        if name in _CHOICES:
-            return True
-        whole_numbers = isinstance(value, Tensor) and not value.is_floating_point()
-        if whole_numbers or name in PASSTHROUGH or name in ("mul", "scatter"):
-            sources = [item for item in node.all_input_nodes if item not in seen]
-            seen.update(sources)
-            frontier.extend(sources)
-    return False
+    return is_foreign_kernel(node) and sum(activations >> flow.position[item] & 1 for item in node.all_input_nodes) > 2
 
 
 def _reads_a_side_input(flow: Dataflow, core: fx.Node, from_entries: int) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice, permutations, takewhile
+from itertools import takewhile
 
 import torch
 from torch import Tensor, fx
 
 from lazy_compile.analysis.batch_rows import unfolding_views
 from lazy_compile.analysis.dataflow import Dataflow
+from lazy_compile.analysis.skip_connections import ADDS, skip_and_region
 from lazy_compile.ir.operators import (
-    PASSTHROUGH,
     is_dense_convolution,
     is_heavy,
     is_quantiser,
@@ -23,11 +23,6 @@ from lazy_compile.ir.operators import (
     size_text,
     value_of,
 )
-
-_ADDS = frozenset({"add", "add_", "sub", "addcmul", "lerp"})
-_SCALINGS = frozenset({"mul", "div"})
-_CUTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
-_COMPLEMENTS = frozenset({"rsub", "sub"})
 
 
 @dataclass
@@ -63,12 +58,14 @@ def find_candidates(
        the other, directly or seen through casts, views, earlier residual adds, and products with a constant or with a
        tensor that is stretched over it or a gate that is taken to 1 (interpolation: ``(1 - a) * x + a * f(x)``).
        Or the skip was cut from what leads to the other through heavy operators alone (reversible blocks).
+       A GRU cell adds its input to its state by gates (GTrXL, arXiv 1910.06764): the state is the skip.
     2. Its *region* is every node on a path from the skip to the other operand. Without a heavy operator in the region
        the add is arithmetic (a tanh formula, say) and not looked at further; nor is it where the skip lies between the
        heavy operators of an earlier branch (values of the first attention that later ones mix in).
     3. Inner adds come first in graph order. An outer add owns the heavy operators that no inner branch has claimed.
     4. Adds whose regions share a heavy operator, neither inside the other's region, are one candidate, unless one
-       takes all that the other owns and goes on from there (an attention that reads what another attended).
+       takes all that the other owns and goes on from there (an attention that reads what another attended), or other
+       residual adds would lie between what they own (an add around a network, one of whose streams ends earlier).
     5. The *body* is the convex hull of the owned heavy operators. If it holds another residual add, the candidate is a
        container and refused; unless it owns more heavy operators, or more work, than the branches that it holds, which
        are then part of it (a temporal convolution with a skip of its own inside an MLP, a scan inside a Mamba block).
@@ -89,9 +86,9 @@ def find_candidates(
     candidates: list[Candidate] = []
     owner: dict[fx.Node, Candidate] = {}
     for add in flow.nodes:
-        if operator_name(add) not in _ADDS or not _is_token_stream(add, batch_size):
+        if operator_name(add) not in ADDS or not _is_token_stream(add, batch_size):
             continue
-        skip, region = _skip_and_region(flow, add, owner, heavy_bits)
+        skip, region = skip_and_region(flow, add, lambda node: _skip_of(node, owner), heavy_bits)
         heavy = region & heavy_bits
         for node in owner:
             if region >> flow.position[node] & 1:
@@ -100,6 +97,10 @@ def find_candidates(
             continue
         heavy = _beyond_earlier(flow, heavy, candidates)
         sibling = next((item for item in candidates if item.heavy & heavy and not item.refusal), None)
+        if sibling is not None and _held(flow, flow.hull(sibling.heavy | heavy), {*sibling.adds, add}, owner):
+            heavy, sibling = heavy & ~sibling.heavy, None
+            if not heavy:
+                continue
         if sibling is None:
             candidate = Candidate([add], [skip], heavy)
             candidate.refusal = _refuse_convolutions(flow, heavy, conv_branches)
@@ -114,7 +115,7 @@ def find_candidates(
             candidate.body = flow.hull(candidate.heavy)
             if not (blocks := _convolution_blocks(flow, candidate, candidates)):
                 _absorb_smaller(flow, candidate, owner)
-            candidate.refusal = _refuse_container([*_held(flow, candidate, owner), *blocks])
+            candidate.refusal = _refuse_container([*_held(flow, candidate.body, candidate.adds, owner), *blocks])
             candidate.fed_by = _exclusive_producers(flow, candidate, heavy_bits, _taken(flow, candidates, owner))
     taken = _taken(flow, candidates, owner)
     for candidate in candidates:
@@ -127,74 +128,9 @@ def find_candidates(
     return candidates
 
 
-def _skip_and_region(
-    flow: Dataflow, add: fx.Node, owner: dict[fx.Node, Candidate], heavy_bits: int
-) -> tuple[fx.Node, int]:
-    """The nearest origin of an operand from which heavy operators lead to the other; an empty region without one."""
-    operands = add.all_input_nodes[:2]
-    if operator_name(add) == "addcmul":
-        pairs = [(operands[0], add)]
-    elif len(operands) == 2:
-        first, second = _without_gates(*operands)
-        pairs = [pair for pair in ((first, second), (second, first)) if _same_shape(pair[0], add)]
-    else:
-        return add, 0
-    for distance in range(_FARTHEST_SKIP):
-        for skip, value in pairs:
-            origin = next(islice(_origins(skip, owner), distance, None), None)
-            if origin is not None and (region := flow.region(origin, value)) & heavy_bits:
-                return origin, flow.region(origin, add) if operator_name(add) == "lerp" else region
-    for skip, value in pairs:
-        whole = _cut_from(skip)
-        if whole is not None and _passes_heavy(flow, whole, value, heavy_bits):
-            return whole, flow.region(whole, value)
-    return add, 0
-
-
-_FARTHEST_SKIP = 16
-
-
-def _cut_from(part: fx.Node) -> fx.Node | None:
-    """What a part was cut from, as the halves of a reversible block are from one stream."""
-    bundle = part.args[0] if operator_name(part) == "getitem" else None
-    whole = bundle.args[0] if isinstance(bundle, fx.Node) and operator_name(bundle) in _CUTS else None
-    return whole if isinstance(whole, fx.Node) else None
-
-
-def _passes_heavy(flow: Dataflow, origin: fx.Node, value: fx.Node, heavy_bits: int) -> bool:
-    """Whether every path is through heavy operators; that of a scale, to which its shift is added, is not."""
-    region, seen, frontier = flow.region(origin, value), 0, [value]
-    while frontier:
-        node = frontier.pop()
-        bit = 1 << flow.position[node]
-        if node is origin:
-            return False
-        if bit & region & ~(seen | heavy_bits):
-            seen |= bit
-            frontier.extend(node.all_input_nodes)
-    return bool(region & heavy_bits)
-
-
-def _origins(skip: fx.Node, owner: dict[fx.Node, Candidate]) -> Iterator[fx.Node]:
-    """The skip itself, then what it is a cast, view or multiple of, then what earlier residual adds were added to."""
-    while True:
-        yield skip
-        if operator_name(skip) in PASSTHROUGH and isinstance(skip.args[0], fx.Node):
-            skip = skip.args[0]
-        elif operator_name(skip) in _SCALINGS and (scaled := _scaled(skip)) is not None:
-            skip = scaled
-        elif skip in owner:
-            candidate = owner[skip]
-            skip = candidate.skips[candidate.adds.index(skip)]
-        else:
-            return
-
-
-def _scaled(product: fx.Node) -> fx.Node | None:
-    """The factor that has the shape of a product, where the other is a constant or stretched over it."""
-    factors = product.all_input_nodes[: 1 if operator_name(product) == "div" else 2]
-    whole = [factor for factor in factors if _same_shape(factor, product)]
-    return whole[0] if len(whole) == 1 else None
+def _skip_of(add: fx.Node, owner: dict[fx.Node, Candidate]) -> fx.Node | None:
+    candidate = owner.get(add)
+    return None if candidate is None else candidate.skips[candidate.adds.index(add)]
 
 
 def _is_inside_another(flow: Dataflow, skip: fx.Node, candidates: list[Candidate]) -> bool:
@@ -206,34 +142,11 @@ def _is_inside_another(flow: Dataflow, skip: fx.Node, candidates: list[Candidate
     return False
 
 
-def _without_gates(first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """``x`` and ``z * f`` of ``(1 - z) * x + z * f``, in either order; other operands of an add as they are."""
-    for skip, value in ((first, second), (second, first)):
-        if operator_name(skip) == operator_name(value) == "mul":
-            for gate, kept in permutations(skip.all_input_nodes, 2):
-                if operator_name(gate) in _COMPLEMENTS and set(gate.all_input_nodes) & set(value.all_input_nodes):
-                    return (kept, second) if skip is first else (first, kept)
-    return first, second
-
-
 def _is_token_stream(node: fx.Node, batch_size: str) -> bool:
     value = value_of(node)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
     return value.dim() >= 3 or (value.dim() == 2 and size_text(value.shape[0]) != batch_size)
-
-
-def _same_shape(argument: fx.Node, add: fx.Node) -> bool:
-    """Only a size of 1 is stretched by an addition, and a symbolic one is never 1, however it is written."""
-    value = value_of(argument)
-    if not isinstance(value, Tensor) or value.dim() != value_of(add).dim():
-        return False
-    pairs = zip(value.shape, value_of(add).shape, strict=True)
-    return all(_is_one(a) == _is_one(b) for a, b in pairs)
-
-
-def _is_one(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 def _refuse_convolutions(flow: Dataflow, heavy: int, conv_branches: bool) -> str:
@@ -254,7 +167,7 @@ def _beyond_earlier(flow: Dataflow, heavy: int, candidates: list[Candidate]) -> 
 
 def _absorb_smaller(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node, Candidate]) -> None:
     """Make branches part of a candidate that lies around them and is of more operators, or more work, than they."""
-    held = _held(flow, candidate, owner)
+    held = _held(flow, candidate.body, candidate.adds, owner)
     inner = {id(owner[node]): owner[node] for node in held}.values()
     if not held or any(item.refusal or set(item.adds) - set(held) for item in inner):
         return
@@ -275,8 +188,9 @@ def _work(flow: Dataflow, heavy: int) -> int:
     return sum(macs(node) for node in flow.members(heavy))
 
 
-def _held(flow: Dataflow, candidate: Candidate, owner: dict[fx.Node, Candidate]) -> list[fx.Node]:
-    return [node for node in owner if candidate.body >> flow.position[node] & 1 and node not in candidate.adds]
+def _held(flow: Dataflow, body: int, own: Collection[fx.Node], owner: dict[fx.Node, Candidate]) -> list[fx.Node]:
+    """The residual adds in a body that are not its own."""
+    return [node for node in owner if body >> flow.position[node] & 1 and node not in own]
 
 
 def _convolution_blocks(flow: Dataflow, candidate: Candidate, candidates: list[Candidate]) -> list[fx.Node]:

@@ -45,10 +45,11 @@ class RowPlaces:
     Args:
         symbol: the symbolic batch size.
         places: of the nodes that are read from outside.
+        length: how many rows there are, as :meth:`sizes` counts; for rows that are no batch, such as tokens.
     """
 
-    def __init__(self, symbol: str, places: dict[fx.Node, Place]) -> None:
-        self.symbol = symbol
+    def __init__(self, symbol: str, places: dict[fx.Node, Place], length: int = BATCH) -> None:
+        self.symbol, self.length = symbol, length
         self._places = dict(places)
         self._primes: dict[str, int] = {}
         self._lengths: dict[Any, int] = {}

@@ -9,9 +9,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from lazy_compile.analysis.row_places import BATCH, Place, RowPlaces, involves
+from lazy_compile.analysis.row_places import Place, RowPlaces, involves
 from lazy_compile.ir.opaque import opaque_call
-from lazy_compile.ir.operators import CONVOLUTIONS, SDPA, argument_of, einsum_axes, operator_name, schema_of, value_of
+from lazy_compile.ir.operators import (
+    CELLS,
+    CONVOLUTIONS,
+    SDPA,
+    argument_of,
+    einsum_axes,
+    operator_name,
+    schema_of,
+    value_of,
+)
 
 Rule = Callable[[RowPlaces, fx.Node, Sequence[fx.Node]], Place | None]
 
@@ -46,8 +55,10 @@ def _reshape(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Plac
     ahead = math.prod(rows.sizes(source)[: place.axis]) * place.outer
     passed = 1
     for axis, size in enumerate(rows.sizes(node)):
+        if not ahead or not passed:  # a size that large numbers make zero
+            return None
         outer, rest = divmod(ahead, passed)
-        if rest == 0 and size % (outer * BATCH) == 0:
+        if rest == 0 and size % (outer * rows.length) == 0:
             return Place(axis, outer)
         passed *= size
     return None
@@ -98,6 +109,12 @@ def _product(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Plac
     """
     if any(_rank(operand) < 2 for operand in node.all_input_nodes):
         return _product_with_vector(rows, node, batched)
+    left, right = node.args[1:3] if operator_name(node) in ("addmm", "baddbmm") else node.args[:2]
+    for factor, summed in ((left, 1), (right, 2)):
+        assert isinstance(factor, fx.Node)
+        place = rows.place(factor)
+        if place is not None and place.axis == _rank(factor) - summed:
+            return None
     return _pointwise(rows, node, batched)
 
 
@@ -136,6 +153,14 @@ def _contraction(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> 
     if place is None or list(batched) != [left] or place.axis in summed:
         return None
     return Place(place.axis - sum(axis < place.axis for axis in summed), place.outer)
+
+
+def _cell(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
+    """Each line of the input with that of the state."""
+    places = {rows.place(operand) for operand in node.all_input_nodes[:2]}
+    place = places.pop()
+    both = set(batched) == set(node.all_input_nodes[:2]) and not places
+    return place if both and place is not None and place.axis == 0 else None
 
 
 def _bilinear(rows: RowPlaces, node: fx.Node, batched: Sequence[fx.Node]) -> Place | None:
@@ -289,6 +314,7 @@ _RULES: dict[str, Rule] = {
     "inner": _contraction,
     "tensordot": _contraction,
     "bilinear": _bilinear,
+    **dict.fromkeys(CELLS, _cell),
     "constant_pad_nd": _pad,
     "pad": _pad,
     "repeat": _repeat,

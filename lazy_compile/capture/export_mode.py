@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import grad_mode
+from torch.autograd.function import FunctionCtx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -283,7 +284,13 @@ class GradientRegions:
         return id(tensor) in self._made_inside
 
     def switch(self, enabled: bool) -> None:
-        """A call to ``torch._C._set_grad_enabled``, which is not made."""
+        """A call to ``torch._C._set_grad_enabled``, which is not made.
+
+        In the forward of an autograd function nothing records gradients anyway: one that switches them off, to compute
+        all again on the way back (gradient checkpointing of one's own), says nothing about what it returns.
+        """
+        if _is_in_autograd_function():
+            return
         manager, method = _grad_manager()
         if method in ("__exit__", "__call__"):
             _, self.enabled = self._before.pop(id(manager), (None, enabled))
@@ -308,6 +315,14 @@ class GradientRegions:
         return pytree.tree_map_only(
             Tensor, lambda leaf: leaf.detach() if id(leaf) in self._made_inside else leaf, values
         )
+
+
+def _is_in_autograd_function() -> bool:
+    for frame in _frames():
+        first = frame.f_code.co_varnames[:1]
+        if frame.f_code.co_name == "forward" and first and isinstance(frame.f_locals.get(first[0]), FunctionCtx):
+            return True
+    return False
 
 
 def _grad_manager() -> tuple[Any, str]:

@@ -27,11 +27,13 @@ PRODUCTS = frozenset(
     ]
 )
 RECURRENT = frozenset({"gru", "lstm", "rnn_tanh", "rnn_relu"})
+CELLS = frozenset({"gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
+"""One step of a recurrent network, of an input and a state."""
 CONVOLUTIONS = frozenset(
     {"convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 )
 GROUPED = frozenset({"grouped_mm", "_grouped_mm"})
-HEAVY = FUSED_ATTENTION | PRODUCTS | CONVOLUTIONS | GROUPED | RECURRENT | {"linear"}
+HEAVY = FUSED_ATTENTION | PRODUCTS | CONVOLUTIONS | GROUPED | RECURRENT | CELLS | {"linear"}
 
 VIEWS = frozenset(
     {
@@ -356,10 +358,17 @@ def _recurrent_macs(node: fx.Node) -> int:
     return math.prod((_operand_shape(node, 0) or (0,))[:-1]) * sum(map(math.prod, weights))
 
 
+def _cell_macs(node: fx.Node) -> int:
+    """The matrix of the input and that of the state, once for each line."""
+    lines = math.prod((_operand_shape(node, 0) or (0,))[:-1])
+    return lines * sum(math.prod(_operand_shape(node, position) or ()) for position in (2, 3))
+
+
 _MACS: dict[str, Callable[[fx.Node], int]] = {
     "bilinear": _bilinear_macs,
     "tensordot": _tensordot_macs,
     **dict.fromkeys(RECURRENT, _recurrent_macs),
+    **dict.fromkeys(CELLS, _cell_macs),
     "linear": _linear_macs,
     "einsum": _einsum_macs,
     **dict.fromkeys(FUSED_ATTENTION, _attention_macs),

@@ -98,6 +98,9 @@ BLOCKS: dict[str, tuple[Body, str, bool]] = {
         "mlp", True,
     ),
     "by a share of the numbers": (inside(lambda self, h: h * (h[..., :4].numel() / h.numel()) ** 0.5), "mlp", True),
+    "mean of the rows, by a product": (
+        lambda self, x: x + self.mlp((x.new_ones(len(x), len(x)) @ x.flatten(1)).view_as(x)), "mlp", False,
+    ),
     "recurrent": (lambda self, x: x + self.down(self.gru(x)[0]), "mlp", False),
 }  # fmt: skip
 """What a block does, the kind that its author would name, and whether each row can be computed alone."""

@@ -15,27 +15,32 @@ from support.research_model import TOKENS, WIDTH, lazily, mlp
 class TwoStreams(nn.Module):
     """Tokens and pairs of them, both updated from one score, as graph transformers do."""
 
-    def __init__(self) -> None:
+    def __init__(self, from_input: bool = False) -> None:
         super().__init__()
+        self.from_input = from_input
         self.first, self.pairs, self.last = nn.Linear(4, WIDTH), nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4)
         self.q, self.k, self.v, self.e, self.to_x, self.to_e = (nn.Linear(WIDTH, WIDTH) for _ in range(6))
         self.of_pairs = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x_in, e_in = x, e
         x, e = self.first(x) + t[:, None, None], self.pairs(e)
         for _ in range(2):
             score = self.q(x)[:, :, None] * self.k(x)[:, None] * self.e(e)
             x, e = x + self.to_x((score.softmax(2) * self.v(x)[:, None]).sum(2)), e + self.to_e(score)
-        return self.last(x), self.of_pairs(e)
+        x, e = self.last(x), self.of_pairs(e)
+        return (x + x_in, e + e_in) if self.from_input else (x, e)
 
 
+@pytest.mark.parametrize("from_input", [False, True], ids=["", "with adds around the network"])
 @torch.no_grad()
-def test_updates_that_read_each_other_are_one_branch() -> None:
-    model, inputs = TwoStreams(), (torch.randn(2, 5, 4), torch.randn(2, 5, 5, 3), torch.rand(2))
+def test_updates_that_read_each_other_are_one_branch(from_input: bool) -> None:
+    model, inputs = TwoStreams(from_input), (torch.randn(2, 5, 4), torch.randn(2, 5, 5, 3), torch.rand(2))
     lazy = lazily(model, *inputs)
     assert [[output.shape for output in branch.outputs] for branch in lazy.branches] == [
         [(2, 5, 16), (2, 5, 5, 16)]
     ] * 2
+    assert {branch.kind.value for branch in lazy.branches} == {"joint_attention"}
     assert sum(branch.macs for branch in lazy.branches) / lazy.graph.total_macs > 0.9
     for seen, expected in zip(lazy(*inputs), model(*inputs), strict=True):
         assert torch.equal(seen, expected)

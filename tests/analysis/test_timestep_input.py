@@ -50,6 +50,18 @@ def test_without_a_sinusoid_the_name_decides() -> None:
     assert find("sigma: f32[B]", "    a = log(sigma)\n") == "sigma"
 
 
+@pytest.mark.parametrize("name", ["step", "times", "diffusion_steps"])
+def test_other_names_of_the_time_are_known(name: str) -> None:
+    assert find(f"{name}: i64[B]", "") == name
+
+
+@pytest.mark.parametrize("lookup", ["index.Tensor(table, [d])", "embedding(table, d)", "index_select(table, 0, depth)"])
+def test_what_picks_a_line_of_a_table_is_the_time_unless_the_table_is_trained(lookup: str) -> None:
+    body = f"    d = unsqueeze(depth, 1)\n    e = {lookup}\n"
+    assert find("depth: i64[B]\n    table: buffer f32[50, 8]", body) == "depth"
+    assert find("depth: i64[B]\n    table: param f32[50, 8]", body) is None
+
+
 def test_a_large_tensor_is_no_time() -> None:
     assert find("rows: f32[B, 8]", SINUSOID.format("rows")) is None
     assert find("t: f32[B, 8]", "") is None

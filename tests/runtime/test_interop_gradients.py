@@ -51,6 +51,28 @@ def on_again_inside(module: nn.Module, x: Tensor) -> Tensor:
             return y * module(x)
 
 
+class Recomputed(torch.autograd.Function):
+    """Gradient checkpointing as research code has it (guided diffusion, latent diffusion)."""
+
+    @staticmethod
+    def forward(ctx, run, x, *weights):  # type: ignore[no-untyped-def, override]
+        ctx.run, ctx.given = run, (x, *weights)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def, override]
+        x, *weights = ctx.given
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            result = ctx.run(x)
+        return None, *torch.autograd.grad(result, (x, *weights), gradient)
+
+
+def recomputed(module: nn.Module, x: Tensor) -> Tensor:
+    return Recomputed.apply(module, x, *module.parameters())  # type: ignore[no-any-return, no-untyped-call]
+
+
 class Stops(Small):
     """Its attention is scaled by a value that is computed without gradients."""
 
@@ -71,7 +93,7 @@ def gradients(model: nn.Module, parameters: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad([result.sum() for result in results], parameters, allow_unused=True))
 
 
-@pytest.mark.parametrize("way", [no_grad, switched, context_of_a_flag, decorated, nested, on_again_inside])
+@pytest.mark.parametrize("way", [no_grad, switched, context_of_a_flag, decorated, nested, on_again_inside, recomputed])
 def test_a_region_without_gradients_stays_one(way: Callable[[nn.Module, Tensor], Tensor]) -> None:
     model = randomize(Stops(way)).eval()
     lazy = lazy_compile.transform(model, call(SMALL))

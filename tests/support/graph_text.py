@@ -3,7 +3,7 @@
 ::
 
     x: f32[B, N, 8]               an input of the model; capitals are symbolic sizes
-    w: param f32[8, 8]            a parameter
+    w: param f32[8, 8]            a parameter; `buffer` for a buffer
     n = sym_size.int(x, 1)        aten.sym_size.int; without an overload, aten's default
     y = linear(x, w)
     return y
@@ -37,13 +37,13 @@ def program(text: str) -> Program:
     graph, inputs, nodes, sizes = fx.Graph(), [], {}, {}
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     for line in _lines(text):
-        if match := re.fullmatch(r"(\w+): (param )?(\w+)\[(.*)\]", line):
-            name, is_parameter, dtype, shape = match.groups()
+        if match := re.fullmatch(r"(\w+): (param |buffer )?(\w+)\[(.*)\]", line):
+            name, state, dtype, shape = match.groups()
             lengths = [_size(mode, sizes, part.strip()) for part in shape.split(",") if part.strip()]
             nodes[name] = graph.placeholder(name)
             with mode:
                 nodes[name].meta["val"] = torch.empty(lengths, dtype=DTYPES[dtype])
-            inputs.append(ProgramInput(Role.PARAMETER if is_parameter else Role.USER, name))
+            inputs.append(ProgramInput(Role(state.replace("param", "parameter").strip()) if state else Role.USER, name))
         elif line.startswith("return "):
             graph.output(tuple(nodes[name.strip()] for name in line.removeprefix("return ").split(",")))
         else:
