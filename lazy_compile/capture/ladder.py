@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import keyword
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.captured import Capture, compiled_guards
 from lazy_compile.capture.comparison import ExampleResult
 from lazy_compile.capture.evaluation import comparable_evaluation, first_line, quiet_evaluation
 from lazy_compile.capture.functional import functional
@@ -36,100 +32,14 @@ from lazy_compile.capture.rungs import (
     inputs_with_rows,
     with_batch_of_two,
 )
-from lazy_compile.capture.value_guards import StateGuards, ValueGuards
 from lazy_compile.errors import CaptureError, LazyCompileError
 from lazy_compile.ir.opaque import OpaqueCall
 from lazy_compile.ir.operators import is_random, note_example_sizes, size_text, value_of
-from lazy_compile.ir.program import Program, Role, module_state
+from lazy_compile.ir.program import Program, module_state
 
 logger = logging.getLogger("lazy_compile")
 
 _Found = tuple[ExportedProgram, Program, list[OpaqueCall], int]
-
-
-@dataclass(frozen=True)
-class Capture:
-    """A captured program and how it was obtained.
-
-    Attributes:
-        program: the raw program, before any pass.
-        rung: the way that worked, for the report.
-        attempts: one line for each way that was tried before and failed.
-        output_spec: how to build the model's own return value from flat outputs.
-        values: what the model read from its inputs on the way, and must read again for the program to be right.
-        state: what it read from its weights and buffers.
-        specialised_size: where the model made a Python number of a size, which this way of export fixes.
-        fixing_lines: for axes of the user's tensors that the model fixes, by position and axis, the line that does.
-        opaque: the modules that it does not look into.
-        copies: how many repeated modules are copies of the graph of another.
-    """
-
-    program: Program
-    rung: str
-    attempts: tuple[str, ...]
-    output_spec: pytree.TreeSpec
-    values: ValueGuards = field(default_factory=ValueGuards)
-    state: StateGuards = field(default_factory=StateGuards)
-    specialised_size: str = ""
-    fixing_lines: Mapping[tuple[int, int], str] = field(default_factory=dict)
-    opaque: tuple[OpaqueCall, ...] = ()
-    copies: int = 0
-    _guards: CodeType | None = None
-    _verdicts: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
-
-    def accepts(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the program may be run on these tensors."""
-        return self.accepts_sizes(tensors) and self.state.hold() and self.values.hold(tensors)
-
-    def accepts_sizes(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the program may be run on tensors of these shapes, whatever is in them."""
-        shapes = tuple(tensor.shape for tensor in tensors)
-        if shapes not in self._verdicts:
-            self._verdicts[shapes] = self._sizes_match(shapes) and self._guards_hold(tensors)
-        return self._verdicts[shapes]
-
-    @cached_property
-    def has_open_sizes(self) -> bool:
-        """Whether a size depends on what is in a tensor, as that of ``x[mask]`` does."""
-        values = [value_of(node) for node in self.program.graph.nodes]
-        return any(free_unbacked_symbols(value) for value in values if isinstance(value, Tensor))
-
-    @property
-    def fake_tensors(self) -> list[Tensor]:
-        """What the program knows of the user's tensors: types, and sizes that may be symbolic."""
-        pairs = zip(self.program.placeholders, self.program.inputs, strict=True)
-        return [value_of(node) for node, item in pairs if item.role is Role.USER]
-
-    @property
-    def fixed_axes(self) -> int:
-        """Of the user's tensors, how many have one size only."""
-        return sum(size_text(size).isdigit() for fake in self.fake_tensors for size in fake.shape)
-
-    def fixed_sizes(self, names: Sequence[str], tensors: Sequence[Tensor]) -> list[str]:
-        """Axes of the user's tensors that are fixed and have another size in these, and the line that fixes each."""
-        return [
-            f"axis {axis} of {names[position]}{f', fixed {line}' if line else ''}"
-            for position, (fake, tensor) in enumerate(zip(self.fake_tensors, tensors, strict=True))
-            for axis, (size, seen) in enumerate(zip(fake.shape, tensor.shape, strict=False))
-            if size_text(size).isdigit() and size != seen
-            for line in [self.fixing_lines.get((position, axis), "")]
-        ]
-
-    def _sizes_match(self, shapes: Sequence[torch.Size]) -> bool:
-        bound: dict[str, int] = {}
-        for fake, shape in zip(self.fake_tensors, shapes, strict=True):
-            if fake.dim() != len(shape):
-                return False
-            for expected, seen in zip(fake.shape, shape, strict=True):
-                if bound.setdefault(str(expected), seen) != seen or (isinstance(expected, int) and expected != seen):
-                    return False
-        return True
-
-    def _guards_hold(self, tensors: Sequence[Tensor]) -> bool:
-        if self._guards is None:
-            return True
-        arguments = {"tensors": tensors, "flat_args": tensors}  # as export and strict export name them
-        return bool(eval(self._guards, {"L": arguments, "math": math, "torch": torch}))
 
 
 def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, reads_values: bool = False) -> Capture:
@@ -321,7 +231,7 @@ class _Search:
             program, f"{name}, {self.opaque}" if self.opaque else name, tuple(self.attempts), output_spec,
             values=values, state=state, specialised_size=flat.specialised_size, opaque=tuple(dict.fromkeys(called)),
             fixing_lines=flat.fixing_lines, copies=copies,
-            _guards=_compile_guards(exported),
+            _guards=compiled_guards(exported),
         )  # fmt: skip
 
     def _program(self, rung: Rung, flat: FlatModel, example: Sequence[Tensor]) -> _Found:
@@ -417,10 +327,3 @@ class _NoteSizes(fx.Interpreter):
         elif isinstance(value, torch.SymInt):
             note_example_sizes([value], [result])
         return result
-
-
-def _compile_guards(exported: ExportedProgram) -> CodeType | None:
-    guards = exported._guards_code
-    if not guards:
-        return None
-    return compile(" and ".join(f"({guard})" for guard in guards), "<shape guards>", "eval")

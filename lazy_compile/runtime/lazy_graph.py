@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile.analysis.batch_rows import batch_axis, batch_symbol
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.ladder import Capture
+from lazy_compile.capture.captured import Capture
 from lazy_compile.config import Group, LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lazy_compile.capture import export_mode, ladder
-from lazy_compile.capture.ladder import Capture
+from lazy_compile.capture.captured import Capture
 from lazy_compile.capture.likeness import are_alike, groups_of_alike
 from lazy_compile.capture.regions import Regions
 from lazy_compile.ir.program import Program, module_state

@@ -15,7 +15,8 @@ from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.ladder import LADDER, Capture, capture
+from lazy_compile.capture.captured import Capture
+from lazy_compile.capture.ladder import LADDER, capture
 from lazy_compile.errors import CaptureError
 from lazy_compile.ir.program import module_state
 from support.captures import accepts, captured_call
