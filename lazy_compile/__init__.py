@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lazy_compile.execution import run as run
     from lazy_compile.integrations.diffusers_cache import apply_lazy_cache as apply_lazy_cache
     from lazy_compile.integrations.diffusers_enable_cache import LazyCacheConfig as LazyCacheConfig
+    from lazy_compile.integrations.pipeline_engines import export_pipeline as export_pipeline
     from lazy_compile.ir.branch import BranchKind as BranchKind
     from lazy_compile.ir.branch import Refusal as Refusal
     from lazy_compile.ir.branch import ResidualBranch as ResidualBranch
@@ -85,6 +86,7 @@ _HOMES = {
     "compare": "lazy_compile.side_by_side",
     "estimate_plan": "lazy_compile.plans",
     "export_onnx": "lazy_compile.backends.onnx.export",
+    "export_pipeline": "lazy_compile.integrations.pipeline_engines",
     "export_triton": "lazy_compile.backends.triton",
     "inspect": "lazy_compile.reporting.inspection",
     "load": "lazy_compile.compiler",

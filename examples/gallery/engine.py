@@ -7,8 +7,6 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import lazy_compile
-from lazy_compile import AlwaysCompute
-from lazy_compile.integrations.engine_module import EngineModule, observed_call
 
 torch.manual_seed(0)
 pipe = DiTPipeline(  # small and random; yours is DiTPipeline.from_pretrained(...)
@@ -29,16 +27,10 @@ def draw() -> torch.Tensor:
 
 
 dense = draw()
-lazy_compile.transform(pipe)
-with observed_call(pipe.transformer) as example:  # an engine has the sizes of one call
-    draw()
-with tempfile.TemporaryDirectory() as folder:
-    lazy_compile.export_onnx(pipe.transformer, Path(folder) / "m.onnx", example)
-    # On a GPU: lazy_compile.build_engine("m.onnx", "m.engine"), and EngineModule("m.engine", ...).
-    pipe.transformer = EngineModule(Path(folder) / "m.onnx", like=pipe.transformer, policy=AlwaysCompute())
+with tempfile.TemporaryDirectory() as folder:  # on a GPU: build=BuildConfig()
+    engine = lazy_compile.export_pipeline(pipe, Path(folder) / "m.onnx", {"class_labels": [1, 2]})
 computed = draw()
 
-engine = pipe.transformer
 engine.policy = "balanced"
 engine.denoiser.reset_stats()
 draw()

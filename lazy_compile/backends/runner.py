@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -228,6 +228,9 @@ class Runner:
         fixed: the decisions of the last call, if a host took them; None if the gates did.
     """
 
+    _made_for: ClassVar[str] = "the model was exported for"
+    _advice: ClassVar[str] = "export it again with an example call of the sizes that you need"
+
     sessions: Mapping[Mask, Session]
     prologue: LoadedFile | None = None
     streams: WeakSet[Stream] = field(default_factory=WeakSet, init=False)
@@ -410,11 +413,9 @@ class Runner:
                 isinstance(size, str) or size == length for size, length in zip(spec.shape, tensor.shape, strict=True)
             )
             if not fits or str(tensor.dtype) != f"torch.{spec.dtype}":
-                advice = (
-                    f"pass {spec.dtype}" if fits else "export it again with an example call of the sizes that you need"
-                )
                 raise ConfigError(
-                    f"input {name!r} is {seen}; the model was exported for {spec.dtype}{spelled(spec.shape)}: {advice}"
+                    f"input {name!r} is {seen}; {self._made_for} {spec.dtype}{spelled(spec.shape)}: "
+                    f"{self._advice if not fits else f'pass {spec.dtype}'}"
                 )
         sizes = self.sizes_of(tensors)
         return {name: _in_reals(tensor.to(self.device)).contiguous() for name, tensor in tensors.items()}, sizes

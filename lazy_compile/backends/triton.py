@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lazy_compile.backends.onnx.embed import NEXT_STEP, START, STEP, add_start, embed_policy, sizes_of
-from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx.metadata import KEY, SIZES_KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.save import save_model
 from lazy_compile.backends.onnx.seal import DIGEST_KEY, data_files, read_proto, seal_of
-from lazy_compile.backends.onnx.sizes import ShapeRange, Sizes, value_at
+from lazy_compile.backends.onnx.sizes import Sizes, value_at
 from lazy_compile.backends.tensorrt.build import build_engine, builder_for
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.backends.tensorrt.sidecar import path_beside
@@ -131,14 +131,14 @@ def export_triton(
     sizes = metadata.example
     lines = _config(name, backend, served.name, model, sizes, states, sequences, idle_seconds)
     text = "\n".join(lines) + "\n"
+    cache_bytes = sum(_bytes(value, sizes) for value, _ in states)
     with locked_folder(folder), superseding(served.with_name(CONFIG), _files_of(folder), _belonging(served)):
         if backend == "tensorrt":
             source = folder / "model.onnx"  # beside the versions, where the server does not look
             save_model(model, source)
-            given = {str(value.name): tuple(_shape(value, sizes)) for value in model.graph.inputs}
-            profiles = (ShapeRange(opt=given),) if sizes else ()
-            build_engine(source, served, replace(build or BuildConfig(), profiles=profiles))
+            build_engine(source, served, replace(build or BuildConfig(), profiles=()))  # of these sizes
         else:
+            _take_first_states(model, states)
             save_model(model, served)
         with atomic_path(folder / CONFIG) as temporary:
             temporary.write_text(text)
@@ -149,7 +149,7 @@ def export_triton(
         tuple(str(value.name) for value in model.graph.inputs if value not in kept and value.name != START),
         tuple(str(value.name) for value in model.graph.outputs if value not in kept),
         tuple(str(value.name) for value, _ in states),
-        sum(_bytes(value, sizes) for value, _ in states),
+        cache_bytes,
         embed_gates,
     )
 
@@ -210,6 +210,8 @@ def _read(path: Path) -> tuple[Model, OnnxMetadata]:
     # What it says about itself is no longer true of the result.
     del model.metadata_props[KEY]
     model.metadata_props.pop(DIGEST_KEY, None)
+    if metadata.sizes:
+        model.metadata_props[SIZES_KEY] = json.dumps(metadata.example)
     return model, metadata
 
 
@@ -237,6 +239,20 @@ def _states(model: Model, metadata: OnnxMetadata) -> list[tuple[Value, Value]]:
         for value in model.graph.inputs
         if value.name in pairs and pairs[str(value.name)] in outputs
     ]
+
+
+def _take_first_states(model: Model, states: Sequence[tuple[Value, Value]]) -> None:
+    """Let a first state have one element along each free axis: ONNX Runtime reuses memory where sizes have one name,
+    so those of states get names of their own, and what it takes for the others it finds out itself."""
+    ir = import_optional("onnx_ir", "onnx")
+    free = [value for value, _ in states if any(isinstance(size, str) for size in sizes_of(value))]
+    for value in free:
+        sizes = enumerate(sizes_of(value))
+        value.shape = ir.Shape(size if isinstance(size, int) else f"{value.name}_{axis}" for axis, size in sizes)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph) if free else ():
+        for value in node.outputs:
+            if value not in model.graph.outputs:
+                value.shape = None
 
 
 def _config(

@@ -81,7 +81,7 @@ def build(options: BuildOptions) -> None:
     from lazy_compile.backends.tensorrt.config import BuildConfig
     from lazy_compile.backends.tensorrt.preview import preview
     from lazy_compile.backends.tensorrt.source import OnnxSource
-    from lazy_compile.cli.engine_tables import build_table, preview_tables, preview_values
+    from lazy_compile.cli.engine_tables import build_table, preview_tables, preview_values, sizes_lines
     from lazy_compile.cli.models import parse_group
     from lazy_compile.progress import progress_bars
     from lazy_compile.reporting.tables import plain, show
@@ -135,6 +135,7 @@ def build(options: BuildOptions) -> None:
         {**values, "onnx": str(onnx), "output": str(options.output)},
         options.json,
         build_table(reports),
+        *sizes_lines(reports),
         f"written to {options.output}",
     )
 
@@ -203,7 +204,6 @@ class _Request:
             gating=self.gating,
             group=group,
             invariants=self.invariants,
-            dynamic=bool(self.profiles),
             shapes=union_of(self.profiles) if self.profiles else None,
             on_progress=on_progress,
         )
@@ -213,6 +213,7 @@ class _Request:
         command = ["lazy-compile", "export", self.source, "--output", str(onnx), "--gating", self.gating]
         for name, value in (("--gates", self.gates), ("--group", self.group), ("--precision", self.precision)):
             command += [name, str(value)] if value is not None else []
+        command += ["--dynamic", "none"]  # trtexec and Polygraphy are told no shapes
         repeated = ("--invariant", self.invariants), ("--shape", self.shapes), ("--set", self.options)
         for name, values in repeated:
             command += [word for value in values for word in (name, value)]
@@ -253,7 +254,7 @@ def _commands(request: _Request, output: Path, config: BuildConfig, trtexec: boo
         pairs = [(file, output / f"{file.stem}.engine") for file in ScheduleVariants.load(onnx).files.values()]
     pairs += list(_prologues(request, pairs))
     first = OnnxSource.read(pairs[0][0]) if request.is_onnx and pairs[0][0].is_file() else None
-    ranges = () if first is None else size_ranges(first.dims, first.model, config.profiles)
+    ranges = () if first is None else size_ranges(first.dims, first.model, config.profiles, first.example)
     for file, engine in pairs:
         profiles = [sizes.profile(OnnxSource.read(file).dims) for sizes in ranges]
         if trtexec:

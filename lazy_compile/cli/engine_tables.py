@@ -68,6 +68,12 @@ def build_table(reports: Sequence[BuildReport]) -> Table:
     return table
 
 
+def sizes_lines(reports: Sequence[BuildReport]) -> list[str]:
+    """For which sizes a file with free ones was built."""
+    sizes = {report.sizes for report in reports if report.sizes}
+    return [f"built for {each}; --minShapes and --maxShapes give other ranges" for each in sorted(sizes)]
+
+
 _COUNTS = ("branches", "heavy_inside", "heavy_always", "fused_attention", "host_copies")
 
 

@@ -32,8 +32,11 @@ class ExportOptions(ModelOptions):
     precision: given.Precision = None
     dynamic: Annotated[
         str,
-        typer.Option(metavar="auto|none|NAME,NAME", help="Sizes to leave free, such as batch,height,width."),
-    ] = "none"
+        typer.Option(
+            metavar="auto|none|NAME,NAME",
+            help="Sizes to leave free: all that can be, none, or some such as batch,height.",
+        ),
+    ] = "auto"
     min_shapes: given.MinShapes = None
     opt_shapes: given.OptShapes = None
     max_shapes: given.MaxShapes = None

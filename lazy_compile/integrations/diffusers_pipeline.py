@@ -123,7 +123,7 @@ def transform_pipeline(
         ConfigError: there is no such component, it is lazy already, or its weights are offloaded by layers.
     """
     modules = {name: item for name, item in pipe.components.items() if isinstance(item, nn.Module)}
-    chosen = components or [name for name in modules if name.startswith(_DENOISERS)]
+    chosen = components or denoiser_names(pipe)
     for name in chosen or ["transformer"]:
         if name not in modules:
             raise ConfigError(
@@ -133,13 +133,20 @@ def transform_pipeline(
         if isinstance(modules[name], LazyModule):
             raise ConfigError(f"{name} of this {type(pipe).__name__} is lazy already; restore(pipe) gives it back")
         require_resting_weights(modules[name])
-    with _models_exchanged(pipe):
+    with models_exchanged(pipe):
         for name in chosen:
             lazy = LazyDenoiser(modules[name], config)
             if policy is not None:
                 lazy.policy = policy
             setattr(pipe, name, lazy)
     return pipe
+
+
+def denoiser_names(pipe: Any) -> list[str]:
+    """The models of a pipeline that diffusers names ``transformer...`` and ``unet...``."""
+    return [
+        name for name, item in pipe.components.items() if isinstance(item, nn.Module) and name.startswith(_DENOISERS)
+    ]
 
 
 def require_resting_weights(model: nn.Module) -> None:
@@ -161,7 +168,7 @@ def _is_group_offloaded(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _models_exchanged(pipe: Any) -> Iterator[None]:
+def models_exchanged(pipe: Any) -> Iterator[None]:
     """Take the hooks of ``enable_model_cpu_offload`` off the old models, and put them on what is there then."""
     offloaded = bool(getattr(pipe, "_all_hooks", None))
     if offloaded:
@@ -182,7 +189,7 @@ def restore_pipeline(pipe: Any) -> Any:
     lazy = lazy_denoisers(pipe)
     if not lazy:
         raise ConfigError(f"no model of this {type(pipe).__name__} is lazy; there is nothing to restore")
-    with _models_exchanged(pipe):
+    with models_exchanged(pipe):
         for name, denoiser in lazy.items():
             setattr(pipe, name, denoiser.original)
     return pipe

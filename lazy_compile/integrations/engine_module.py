@@ -1,16 +1,14 @@
 """Exported models in diffusers pipelines: one takes the place of the transformer, and the pipeline runs unchanged.
 
->>> lazy_compile.transform(pipe)                                     # doctest: +SKIP
->>> with observed_call(pipe.transformer) as example:                 # doctest: +SKIP
-...     pipe("a lighthouse", num_inference_steps=1)
->>> export_onnx(pipe.transformer, "m.onnx", example)                 # doctest: +SKIP
->>> pipe.transformer = EngineModule("m.onnx", like=pipe.transformer) # doctest: +SKIP
+>>> pipe.transformer = EngineModule("m.onnx", like=pipe.transformer)  # doctest: +SKIP
+
+:func:`~lazy_compile.integrations.pipeline_engines.export_pipeline` writes the file too.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,19 +125,23 @@ def _with_signature(denoiser: EngineDenoiser, signature: inspect.Signature) -> A
     return forward
 
 
+def call_by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by the names of the original's parameters."""
+    original = model.original if isinstance(model, LazyModule) else model
+    return {**dict(zip(inspect.signature(original.forward).parameters, args, strict=False)), **kwargs}
+
+
 @contextmanager
 def observed_call(model: nn.Module) -> Iterator[dict[str, Any]]:
     """The arguments of the last call of ``model`` in this context, by name: an example for ``export_onnx``.
 
-    An exported model has the sizes of one call, and a pipeline knows best how it calls.
+    An export follows one call, and a pipeline knows best how it calls.
     """
     seen: dict[str, Any] = {}
-    original = model.original if isinstance(model, LazyModule) else model
-    parameters = list(inspect.signature(original.forward).parameters)
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.clear()
-        seen.update({**dict(zip(parameters, args, strict=False)), **kwargs})
+        seen.update(call_by_name(model, args, kwargs))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:

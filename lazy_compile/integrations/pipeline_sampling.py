@@ -46,7 +46,7 @@ class PipelineSampler:
         if not self.prompts:
             drawn = {"generator": torch.Generator().manual_seed(first)}
         output_type = "latent" if self.loss == "latent" else "pt"
-        with _quiet(self.pipe), _last_step(self.pipe.scheduler) as stepped:
+        with without_progress_bar(self.pipe), _last_step(self.pipe.scheduler) as stepped:
             result = self.pipe(**{"output_type": output_type, **self.call, **drawn}, return_dict=False)[0]
         if self.loss == "latent":
             return result if isinstance(result, Tensor) else _latents(self.pipe, stepped)
@@ -106,7 +106,7 @@ def others_dense(others: Sequence[LazyModule]) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
+def without_progress_bar(pipe: Any) -> Iterator[None]:
     """Without its progress bar, which would count the steps of every trajectory."""
     before = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(**{**(before or {}), "disable": True})

@@ -23,6 +23,7 @@ from lazy_compile.backends import triton
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnx.export import export_onnx
 from lazy_compile.backends.onnx.metadata import KEY
+from lazy_compile.backends.onnx.sizes import shape_at
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.backends.tensorrt.build import build_engine
 from lazy_compile.backends.tensorrt.config import BuildConfig
@@ -31,7 +32,7 @@ from lazy_compile.digests import verification
 from lazy_compile.errors import ArtifactError, ConfigError
 from support.command_line import answer, refusal
 from support.lowering import knots, random_gates
-from support.toy_models import TOYS, call, trajectory
+from support.toy_models import TOYS, Toy, call, trajectory
 
 STEPS, TOLERANCE = 8, 1e-5
 TOY = TOYS["dit"]
@@ -99,12 +100,12 @@ class Server:
                 for item in described
             }
         assert set(inputs) == {item.name for item in self.config.input}
-        shaped = {
-            item.name: np.asarray(inputs[item.name], NUMPY[item.data_type]).reshape(
-                tuple(item.reshape.shape) if item.HasField("reshape") else tuple(item.dims)
-            )
-            for item in self.config.input
-        }
+        shaped = {item.name: np.asarray(inputs[item.name], NUMPY[item.data_type]) for item in self.config.input}
+        for item in self.config.input:
+            if item.HasField("reshape"):
+                shaped[item.name] = shaped[item.name].reshape(tuple(item.reshape.shape))
+            elif -1 not in item.dims:
+                shaped[item.name] = shaped[item.name].reshape(tuple(item.dims))
         flag = {control.name: np.array([control.control[0].bool_false_true[start]])}
         names = [item.name for item in self.session.get_outputs()]
         results = dict(zip(names, self.session.run(None, {**shaped, **flag, **self.states[sequence]}), strict=True))
@@ -112,10 +113,12 @@ class Server:
         return {item.name: results[item.name] for item in self.config.output}
 
 
-def expected(models: Models, gating: str, policy: Policy, shift: float = 0.0) -> list[torch.Tensor]:
+def expected(
+    models: Models, gating: str, policy: Policy, shift: float = 0.0, toy: Toy = TOY, batch: int = 2
+) -> list[torch.Tensor]:
     """The trajectory by our own runner; ``shift`` makes it another request."""
     denoiser = EngineDenoiser(OnnxRunner(models.path[gating], threads=1), policy)
-    calls = [{**arguments, "x": arguments["x"] + shift} for arguments in trajectory(TOY, steps=STEPS)]
+    calls = [{**arguments, "x": arguments["x"] + shift} for arguments in trajectory(toy, batch, steps=STEPS)]
     result = [torch.as_tensor(denoiser(**arguments)) for arguments in calls]
     if not isinstance(policy, AlwaysCompute):
         assert 0.05 < denoiser.stats.lazy_ratio < 0.9
@@ -154,6 +157,18 @@ def test_two_interleaved_sequences_are_two_trajectories(
                 seen = server.infer(sequence, step == 0, {name: value.numpy() for name, value in own.items()})
                 difference = torch.from_numpy(seen["output_0"]) - wanted[sequence][step]
                 assert difference.abs().max() < TOLERANCE, (sequence, step)
+
+
+def test_sequences_may_have_other_sizes(models: Models, tmp_path: Path) -> None:
+    rule = Scheduled(TABLE)
+    server = Server(export_triton(models.path["input"], tmp_path, "dit", policy=rule).path)
+    large = replace(TOY, shapes={**TOY.shapes, "x": (3, 12, 8)})
+    for sequence, (toy, batch) in enumerate(((TOY, 2), (large, 3))):
+        wanted = expected(models, "input", rule, toy=toy, batch=batch)
+        for step, arguments in enumerate(trajectory(toy, batch, steps=STEPS)):
+            given = {name: value.numpy() for name, value in arguments.items()}
+            seen = server.infer(sequence, step == 0, given)["output_0"]
+            assert np.abs(seen - wanted[step].numpy()).max() < TOLERANCE, (sequence, step)
 
 
 def test_a_start_computes_whatever_the_server_has_kept(models: Models, tmp_path: Path) -> None:
@@ -208,14 +223,17 @@ def test_the_configuration_says_what_the_model_has(models: Models, tmp_path: Pat
     assert batching.max_sequence_idle_microseconds == 2_500_000
     assert not any(state.use_same_buffer_for_input_output for state in batching.state)
     graph = onnx.load(model_file(report.path)[1]).graph
-    shapes = {item.name: [size.dim_value for size in item.type.tensor_type.shape.dim] for item in graph.input}
+    shapes = {item.name: [size.dim_value or -1 for size in item.type.tensor_type.shape.dim] for item in graph.input}
     states = {state.input_name: list(state.dims) for state in batching.state}
     own = {item.name: list(item.dims) for item in config.input}
     assert {**states, **own, "START": [1]} == shapes
     assert {state.output_name for state in batching.state} | {item.name for item in config.output} == {
         item.name for item in graph.output
     }
-    sizes = sum(np.prod(state.dims) * np.dtype(NUMPY[state.data_type]).itemsize for state in batching.state)
+    metadata = OnnxRunner(models.path["input"]).metadata
+    full = {slot.input: shape_at(slot.shape, metadata.example) for slot in metadata.slots}
+    lengths = {state.input_name: np.prod(full.get(state.input_name, state.dims)) for state in batching.state}
+    sizes = sum(lengths[state.input_name] * np.dtype(NUMPY[state.data_type]).itemsize for state in batching.state)
     assert report.cache_bytes == sizes
     onnx.checker.check_model(str(model_file(report.path)[1]), full_check=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import subprocess
 import sys
 import threading
@@ -149,19 +150,25 @@ def test_the_same_with_the_tools_of_nvidia(exported: Path, tmp_path: Path) -> No
     shapes = ["--minShapes", "hidden_states:2x1x4x4", "--maxShapes", "hidden_states:2x1x4x4,timestep:2"]
     rtx = ["--flavor", "rtx", "--compute-capabilities", "8.9,SM120", "--no-tf32"]
     lines = answer("build", exported, *rtx, *shapes, "-o", "m.engine", "--print-trtexec", "--print-polygraphy")
-    first, second = lines["commands"]
-    assert first == (
-        f"tensorrt_rtx --onnx={exported} --saveEngine=m.engine --profilingVerbosity=detailed --skipInference "
-        "--computeCapabilities=89,120 --noTF32"
-    )
-    assert second == (
-        f"env POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy convert {exported} --convert-to trt --output m.engine "
-        "--strongly-typed --profiling-verbosity detailed"
-    )
+    first, second = map(shlex.split, lines["commands"])
+    caches = {f"{kind}_{index}_0": (2, 16, 16) for index in range(4) for kind in ("cache", "delta")}
+    sizes = {"hidden_states": (2, 1, 4, 4), "timestep": (2,), **caches}
+    given = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in sizes.items())
+    assert first == [
+        "tensorrt_rtx", f"--onnx={exported}", "--saveEngine=m.engine", "--profilingVerbosity=detailed",
+        "--skipInference", *(f"--{which}Shapes={given}" for which in ("min", "opt", "max")),
+        "--computeCapabilities=89,120", "--noTF32",
+    ]  # fmt: skip
+    listed = [f"{name}:[{','.join(map(str, shape))}]" for name, shape in sizes.items()]
+    assert second == [
+        *f"env POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy convert {exported} --convert-to trt --output m.engine".split(),
+        *["--strongly-typed", "--profiling-verbosity", "detailed"],
+        *(word for which in ("min", "opt", "max") for word in (f"--trt-{which}-shapes", *listed)),
+    ]
     options = ["--timing-cache", "t", "--workspace", 512, "--optimization-level", 4]
     lines = answer("build", TINY, *options, "--group", 2, "-o", "m.engine", "--print-trtexec")
     assert lines["commands"] == [
-        f"lazy-compile export {TINY} --output m.onnx --gating predicate --group 2",
+        f"lazy-compile export {TINY} --output m.onnx --gating predicate --group 2 --dynamic none",
         "trtexec --onnx=m.onnx --saveEngine=m.engine --profilingVerbosity=detailed --stronglyTyped --skipInference "
         "--memPoolSize=workspace:512M --builderOptimizationLevel=4 --timingCacheFile=t",
     ]

@@ -72,5 +72,5 @@ def test_the_tools_of_nvidia_build_both(exported: Path) -> None:
     for line, stem in zip(lines, ["m", "m.prologue"], strict=True):
         assert line.startswith(f"trtexec --onnx={exported.with_name(stem)}.onnx --saveEngine={stem}.engine ")
     lines = answer("build", MODEL, "--invariant", "text", "-o", "m.engine", "--print-polygraphy")["commands"]
-    assert lines[0] == f"lazy-compile export {MODEL} --output m.onnx --gating predicate --invariant text"
+    assert lines[0] == f"lazy-compile export {MODEL} --output m.onnx --gating predicate --dynamic none --invariant text"
     assert [line.split()[2] for line in lines[1:]] == ["m.onnx", "m.prologue.onnx"]

@@ -75,28 +75,6 @@ def test_a_pipeline_runs_with_an_exported_model(name: str, exported: Exported) -
     assert torch.equal(case.sample(), case.sample()), "a second sample starts afresh"
 
 
-@pytest.mark.slow
-def test_one_file_serves_a_pipeline_at_every_resolution_and_batch(tmp_path: Path) -> None:
-    case, path = CASES["sd3"](), tmp_path / "sd3.onnx"
-    lazy_compile.transform(case.pipe)
-    case.sample(num_inference_steps=1)  # captures; the file asks for no example call
-    lazy = case.model
-    lazy.policy = policy = Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))
-    report = export_onnx(lazy, path, dynamic=True, gating="input", predictors=False)
-    assert {"batch", "height", "width"} <= report.sizes.keys()
-    engine = EngineModule(path, like=lazy, policy=policy)
-    for height, width, images in ((8, 8, 1), (12, 8, 2), (4, 12, 2), (8, 8, 2), (12, 8, 1)):
-        embeds = {name: value for name, value in case.arguments.items() if "embeds" in name}
-        prompts = {name: value.repeat_interleave(images, 0) for name, value in embeds.items()}
-        replace(case, lazy)
-        expected = case.sample(**prompts, height=height, width=width)
-        replace(case, engine)
-        seen = case.sample(**prompts, height=height, width=width)
-        assert seen.shape == (images, 4, height, width)
-        assert difference(seen, expected) < TOLERANCE
-    assert engine.stats.lazy_ratio == lazy.stats.lazy_ratio == 0.5
-
-
 def test_a_pipeline_computes_what_follows_from_its_prompts_once(exported: Exported, tmp_path: Path) -> None:
     case, lazy, path = exported("wan")
     with observed_call(lazy) as example:
@@ -134,9 +112,12 @@ def test_it_is_taken_for_the_original_and_keeps_none_of_its_weights(exported: Ex
         case.pipe.save_pretrained(tmp_path / "pipe")
 
 
-def test_a_call_of_other_sizes_says_what_was_exported(exported: Exported) -> None:
-    case, lazy, path = exported("wan")
-    replace(case, EngineModule(path, like=lazy))
+def test_a_call_of_other_sizes_says_what_was_exported(exported: Exported, tmp_path: Path) -> None:
+    case, lazy, _ = exported("wan")
+    with observed_call(lazy) as example:
+        case.sample(num_inference_steps=1)
+    export_onnx(lazy, tmp_path / "m.onnx", example, gating="input", predictors=False, dynamic=False)
+    replace(case, EngineModule(tmp_path / "m.onnx", like=lazy))
     with pytest.raises(
         ConfigError, match=r"input 'hidden_states' is float32\[2, 4, .*; the model was exported for float32"
     ):

@@ -100,7 +100,7 @@ HOSTS = (
     Host(
         "an engine in a pipeline",
         "`EngineModule`, see [TensorRT](tensorrt.md#running)",
-        "the sizes of the export",
+        "an engine: the sizes it was built for",
         (*_in("integrations", "engine_module"), _example("engine")),
         ("diffusers", "onnxruntime"),
         "TensorRT engines, which take a GPU",

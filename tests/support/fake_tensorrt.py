@@ -20,6 +20,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from lazy_compile.backends.onnx.sizes import shape_at
 from lazy_compile.digests import digest_of
 
 
@@ -49,10 +50,11 @@ class ILogger:
 
 @dataclass
 class FakeTensorRT:
-    """Stands for the module; ``onnx`` names the file that each engine was built from."""
+    """Stands for the module; ``onnx`` names the file that each engine was built from, ``sizes`` what is free in it."""
 
     version: str
     onnx: Mapping[str, Path]
+    sizes: Mapping[str, int] = field(default_factory=dict)
     capturable: bool = True
     host_inputs: frozenset[str] = frozenset()
     refuses: str = ""
@@ -114,7 +116,7 @@ class FakeEngine:
         return DTYPES[self.tensors[name].type][0]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
+        return shape_at(self.tensors[name].shape, self.trt.sizes)
 
     def get_tensor_location(self, name: str) -> TensorLocation:
         return TensorLocation.HOST if name in self.trt.host_inputs else TensorLocation.DEVICE

@@ -13,10 +13,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from lazy_compile.backends.onnx.fixed_reshapes import fix_reshapes
-from lazy_compile.backends.onnx.free_sizes import note_symbol, read_text
+from lazy_compile.backends.onnx.formulas import note_symbol, read_text
 from lazy_compile.backends.onnx.metadata import first_line
 from lazy_compile.backends.onnx.operators import CONSTANT, Exportable
-from lazy_compile.backends.onnx.rewrites import in_known_operators
 from lazy_compile.backends.onnx.sink import DOMAIN
 from lazy_compile.backends.onnx.sizes import Size, names_in
 from lazy_compile.backends.onnx.structure import MARK
@@ -69,7 +68,6 @@ def convert(
             flat = Exportable(original, program)
             exported = torch.export.export(flat, tuple(example), dynamic_shapes=(axes,), strict=False)
             formulas = _formulas_of(exported, shapes)
-            exported = in_known_operators(exported)
             converted = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False)
     except SpecialisedError:
         raise

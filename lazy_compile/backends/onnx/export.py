@@ -26,6 +26,7 @@ from lazy_compile.backends.onnx.convert import (
     quiet,
 )
 from lazy_compile.backends.onnx.example import all_inputs, example_call
+from lazy_compile.backends.onnx.fixed_reshapes import read_sizes_of
 from lazy_compile.backends.onnx.free_sizes import Dynamic, FreeSizes
 from lazy_compile.backends.onnx.masks import MANIFEST, ScheduleVariants, SharedWeights
 from lazy_compile.backends.onnx.metadata import BATCH, KEY, Gating, InputSpec, OnnxMetadata, SlotSpec, first_line
@@ -125,15 +126,15 @@ def export_onnx(
     group: Group | None = None,
     predictors: bool | None = None,
     invariants: Sequence[str] = (),
-    dynamic: Dynamic = False,
+    dynamic: Dynamic = True,
     shapes: ShapeRange | None = None,
     opset: int = 20,
     simplify: bool = False,
     on_progress: OnProgress = no_progress,
 ) -> OnnxReport:
-    """Write a lazy model as ONNX, for the sizes of one example call, or for all that its graph holds for.
+    """Write a lazy model as ONNX, for all sizes that its graph holds for.
 
-    With ``dynamic`` sizes are free. They have names: the rows of a call are its ``batch``, axes of the latents are
+    Free sizes have names: the rows of a call are its ``batch``, axes of the latents are
     ``frames``, ``height`` and ``width`` or ``tokens``, and others are called by an input and its axis, such as
     ``encoder_hidden_states_1``. Cache slots and all results follow from them by formulas. All rows of a call take one
     decision, as ``batch_rule`` says.
@@ -169,7 +170,8 @@ def export_onnx(
         invariants: names of inputs that stay the same along a trajectory. A runner computes the prologue when one
             starts, and again should one of them change. A warning says if there is nothing that it could compute.
         dynamic: which sizes are free: True for all that the graph and ONNX allow (a warning names one that is not,
-            where the graph would allow it), False for none, or their names.
+            where the graph would allow it), False for none, or their names. An engine has the sizes of the example
+            call, unless it is built for a range.
         shapes: the range of sizes to build engines for, kept in the file; sizes whose minimum is their maximum are
             fixed. It takes the place of ``dynamic``.
         opset: 18 to 22.
@@ -190,20 +192,23 @@ def export_onnx(
         lazy, example_inputs, gating, group, predictors, checked_names(invariants), opset, dynamic, shapes, simplify
     )
     fixed: frozenset[str] = frozenset()
+    failure = ""
     while True:
         export = _Export.of(request, fixed)
         try:
-            return export.write(Path(path), on_progress, start)
+            report = export.write(Path(path), on_progress, start)
+            if failure:
+                logger.warning(
+                    "the exported %s has fixed sizes (%s), for with free ones: %s",
+                    type(lazy.original).__name__, ", ".join(sorted(fixed)), failure,
+                )  # fmt: skip
+            return report
         except BackendError as error:
             free = frozenset(export.free.example)
             if dynamic is not True or shapes is not None or not free:
                 raise
-            lost = error.names if isinstance(error, SpecialisedError) else free - {BATCH} or free
-            logger.warning(
-                "the exported %s has fixed sizes (%s), for with free ones: %s",
-                type(lazy.original).__name__, ", ".join(sorted(lost)), error,
-            )  # fmt: skip
-            fixed |= lost
+            fixed |= error.names if isinstance(error, SpecialisedError) else free - {BATCH} or free
+            failure = failure or str(error)
 
 
 @dataclass(frozen=True)
@@ -404,6 +409,7 @@ class _Export:
         )
         on_progress("exporting to ONNX", 2, 4, "operators converted")
         name_values(model, inputs, all_outputs(program))
+        read_sizes_of(model, [item.name for item in program.inputs if item.role is Role.USER])
         conditionals = sink_branches(model)
         drop_unread_inputs(model, self.hoisted_from)
         metadata = self._metadata(program, model, mask, conditionals).with_policy(self.lazy.policy)

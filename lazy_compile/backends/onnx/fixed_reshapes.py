@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lazy_compile.errors import import_optional
@@ -43,6 +43,31 @@ def fix_reshapes(model: Model) -> int:
         changed += 1
     _remove_dead(model)
     return changed
+
+
+def read_sizes_of(model: Model, names: Collection[str]) -> None:
+    """Read free sizes from the inputs of these names, in place, where torch has read them from any input that has them.
+
+    Those of a cache are not known before the first step: a server begins with one element along each free axis.
+    """
+    ir = import_optional("onnx_ir", "onnx")
+    places: dict[str, tuple[Any, int]] = {}
+    for value in (value for value in model.graph.inputs if value.name in names):
+        for axis, size in enumerate(_sizes(value) or ()):
+            if isinstance(size, str):
+                places.setdefault(size, (value, axis))
+    for node in (node for node in model.graph if node.op_type == "Shape" and node.domain == ""):
+        (read,) = node.inputs
+        start, end = (node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end"))
+        if read is None or not read.is_graph_input() or read.name in names or start is None or end != start + 1:
+            continue
+        sizes = _sizes(read)
+        place = None if sizes is None else places.get(sizes[start])
+        if place is not None:
+            node.replace_input_with(0, place[0])
+            node.attributes["start"], node.attributes["end"] = (
+                ir.AttrInt64(name, place[1] + more) for name, more in (("start", 0), ("end", 1))
+            )
 
 
 def _constant_sizes(node: Node) -> list[int] | None:

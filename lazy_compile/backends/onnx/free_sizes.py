@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 
-import lazy_compile.capture
 from lazy_compile.analysis.batch_rows import batch_symbol
+from lazy_compile.backends.onnx.formulas import UnwritableError, linear, size_symbol, written
 from lazy_compile.backends.onnx.metadata import BATCH, FreeSize
-from lazy_compile.backends.onnx.sizes import ShapeRange, Size, bound_sizes, names_in, shape_at
+from lazy_compile.backends.onnx.size_conditions import SizeGuard, condition_of, guards_of, pinned_symbols
+from lazy_compile.backends.onnx.sizes import ShapeRange, Size, bound_sizes, shape_at
 from lazy_compile.errors import ConfigError
 from lazy_compile.ir.operators import exact
 from lazy_compile.runtime.lazy_graph import LazyGraph
@@ -25,14 +26,6 @@ Dynamic = bool | Collection[str]
 
 _LATENT_AXES = {(5, 3): ("frames", "height", "width"), (4, 2): ("height", "width"), (3, 1): ("tokens",)}
 """Names of the free axes of the latents, by their rank and the number of free axes beside the batch."""
-
-
-class UnwritableError(Exception):
-    """A size follows from others in a way that no formula of :mod:`lazy_compile.backends.onnx.sizes` says."""
-
-    def __init__(self, symbols: Collection[str]) -> None:
-        super().__init__(", ".join(sorted(symbols)))
-        self.symbols = frozenset(symbols)
 
 
 @dataclass(frozen=True)
@@ -96,21 +89,28 @@ class FreeSizes:
         Raises:
             ConfigError: there is no free size of such a name, or the shapes do not fit.
         """
+        guards = guards_of(graph)
         found, held = dict(_named(graph)), _fixed(graph)
+        free = dict(found)
+        for symbol, line in pinned_symbols(guards).items():
+            for name, item in found.items():
+                if item.symbol == symbol:
+                    place = f"{graph.layout.names[item.position]}.{item.axis}"
+                    held[place] = _why(tensors[item.position].shape[item.axis], line)
+                    del free[name]
         if shapes is not None:
-            declared = cls._with(graph, tensors, found, found, {}, held)
-            ranges = declared._ranges(graph, shapes)
+            ranges = cls._with(tensors, found, free, {}, held)._ranges(graph, shapes)
         else:
             ranges = {}
             if not isinstance(dynamic, bool):
-                _require(set(dynamic), found, held)
-        wanted = ranges if shapes is not None else found if isinstance(dynamic, bool) else dynamic
+                _require(set(dynamic), free, held)
+        wanted = ranges if shapes is not None else free if isinstance(dynamic, bool) else dynamic
         kept = set(wanted if dynamic is not False or shapes is not None else ()) - fixed
         while True:
-            sizes = cls._with(graph, tensors, found, kept, ranges, held)
-            unwritable = set(sizes._unwritable(graph, others)) & kept
+            sizes = cls._with(tensors, found, kept, ranges, held)
+            unwritable = set(sizes._unwritable(graph, others, guards)) & kept
             if not unwritable:
-                return sizes
+                return replace(sizes, conditions=sizes._conditions(found, guards))
             kept -= unwritable
 
     def _ranges(self, graph: LazyGraph, shapes: ShapeRange) -> dict[str, tuple[int, int]]:
@@ -136,7 +136,6 @@ class FreeSizes:
     @classmethod
     def _with(
         cls,
-        graph: LazyGraph,
         tensors: Sequence[Tensor],
         found: Mapping[str, _Named],
         kept: Collection[str],
@@ -146,14 +145,17 @@ class FreeSizes:
         example = {name: tensors[item.position].shape[item.axis] for name, item in found.items()}
         formulas: dict[str, Any] = {}
         for name, item in found.items():
-            length = _symbol(name) if name in kept else sympy.Integer(example[name])
+            length = size_symbol(name) if name in kept else sympy.Integer(example[name])
             formulas[item.symbol] = sympy.floor((length - item.offset) / item.factor)
         hints = {name: example[name] if example[name] > 1 else found[name].hint for name in kept}
         kept_sizes = {name: example[name] for name in found if name in kept}
-        sizes = cls(kept_sizes, (), dict(held), formulas, hints, dict(ranges))
-        conditions = [f"{name}%{found[name].factor} == {found[name].offset}" for name in kept if found[name].factor > 1]
-        conditions += _conditions(graph, formulas)
-        return replace(sizes, conditions=tuple(dict.fromkeys(conditions)))
+        return cls(kept_sizes, (), dict(held), formulas, hints, dict(ranges))
+
+    def _conditions(self, found: Mapping[str, _Named], guards: Sequence[SizeGuard]) -> tuple[str, ...]:
+        factors = {name: found[name] for name in self.example if found[name].factor > 1}
+        conditions = [f"{name}%{item.factor} == {item.offset}" for name, item in factors.items()]
+        conditions += filter(None, (condition_of(guard, self.formulas) for guard in guards))
+        return tuple(dict.fromkeys(conditions))
 
     def _shape_or_none(self, value: Tensor) -> list[Size | None]:
         result: list[Size | None] = []
@@ -164,18 +166,17 @@ class FreeSizes:
                 result.append(None)
         return result
 
-    def _unwritable(self, graph: LazyGraph, others: Sequence[Any]) -> Iterator[str]:
+    def _unwritable(self, graph: LazyGraph, others: Sequence[Any], guards: Sequence[SizeGuard]) -> Iterator[str]:
         """Free sizes that must be fixed after all, since something follows from them that cannot be written down."""
         owners = {symbol: str(name) for symbol, formula in self.formulas.items() for name in formula.free_symbols}
-        for value in filter(_is_tensor, (*graph.captured.fake_tensors, *others)):
-            for size in value.shape:
-                try:
-                    self.size(size)
-                except UnwritableError as error:
-                    yield from (owners[symbol] for symbol in error.symbols if symbol in owners)
-        for text in self.conditions:
-            if text.startswith("?"):
-                yield from text.split()[1:]
+        values = filter(_is_tensor, (*graph.captured.fake_tensors, *others))
+        checks: list[Callable[[], object]] = [partial(self.size, size) for value in values for size in value.shape]
+        checks += [partial(condition_of, guard, self.formulas) for guard in guards]
+        for check in checks:
+            try:
+                check()
+            except UnwritableError as error:
+                yield from (owners[symbol] for symbol in error.symbols if symbol in owners)
 
 
 @dataclass(frozen=True)
@@ -212,19 +213,19 @@ def _named(graph: LazyGraph) -> Iterator[tuple[str, _Named]]:
     for bare in (True, False):
         for position, axis in places:
             size = _sizes(fakes[position])[axis]
-            linear = None if _number(size) is not None else _linear(exact(size.node.expr))
-            if linear is None or (linear[1:] == (1, 0)) != bare or linear[0] in known:
+            form = None if _number(size) is not None else linear(exact(size.node.expr))
+            if form is None or (form[1:] == (1, 0)) != bare or form[0] in known:
                 continue
             name = re.sub(r"\W", "_", f"{names[position]}_{axis}")
-            if linear[0] == batch:
+            if form[0] == batch:
                 name = BATCH
             elif latents is not None and position == latents.position:
                 name = of_latents.get(axis, name)
             while name in taken or name in ("min", "max") or not name.isidentifier():
                 name = f"{name}_" if name.isidentifier() else f"size_{name}"
-            known.add(linear[0])
+            known.add(form[0])
             taken.add(name)
-            yield name, _Named(position, axis, *linear, hint=int(size.node.hint))
+            yield name, _Named(position, axis, *form, hint=int(size.node.hint))
 
 
 def _sizes(value: Tensor) -> Sequence[Any]:
@@ -238,25 +239,18 @@ def _number(size: Any) -> int | None:
     return int(size.node.expr) if size.node.expr.is_number else None
 
 
-def _linear(expression: Any) -> tuple[str, int, int] | None:
-    """``(s, a, b)`` of ``a * s + b``; None for any other formula."""
-    symbols = expression.free_symbols
-    if len(symbols) != 1:
-        return None
-    (symbol,) = symbols
-    factor, offset = expression.coeff(symbol, 1), expression.subs(symbol, 0)
-    plain = factor.is_Integer and offset.is_Integer and factor > 0 and expression == factor * symbol + offset
-    return (str(symbol), int(factor), int(offset)) if plain else None
-
-
 def _fixed(graph: LazyGraph) -> dict[str, str]:
     lines, found = graph.captured.fixing_lines, {}
     for position, fake in enumerate(graph.captured.fake_tensors):
         for axis, size in enumerate(_sizes(fake)):
             if (length := _number(size)) is not None:
                 line = lines.get((position, axis), "")
-                found[f"{graph.layout.names[position]}.{axis}"] = f"{length}{f', fixed {line}' if line else ''}"
+                found[f"{graph.layout.names[position]}.{axis}"] = _why(length, line)
     return found
+
+
+def _why(length: int, line: str) -> str:
+    return f"{length}, fixed {line}" if line else str(length)
 
 
 def _require(asked: set[str], found: Mapping[str, Any], held: Mapping[str, str]) -> None:
@@ -267,161 +261,3 @@ def _require(asked: set[str], found: Mapping[str, Any], held: Mapping[str, str])
             f"no size {unknown[0]!r} can be left free; those that can: {', '.join(found) or 'none'}. "
             f"Fixed by the model: {fixed or 'nothing'}"
         )
-
-
-# Guards ---------------------------------------------------------------------------------------------------------------
-
-
-def _conditions(graph: LazyGraph, formulas: Mapping[str, Any]) -> Iterator[str]:
-    """What the free sizes must satisfy, from the guards of the capture.
-
-    1. What the model asks in Python decides which graph it is.
-    2. Of what torch asks on the way, equalities say which shapes go together. All else it asks to choose between ways
-       to the same values: whether a tensor is contiguous, or has one element.
-    """
-    for environment in {id(env): env for env in map(_environment, graph.captured.fake_tensors) if env}.values():
-        for guard in environment.guards:
-            expression = environment.replace(guard.expr)
-            if expression in (sympy.true, sympy.false):
-                continue
-            if _is_of_model(guard.sloc) or _says_equal(expression):
-                try:
-                    text = _relation(expression, formulas)
-                except (UnwritableError, ValueError, KeyError):
-                    names = {str(name) for part in expression.free_symbols for name in _free_in(part, formulas)}
-                    text = f"? {' '.join(sorted(names))}" if names and _is_of_model(guard.sloc) else ""
-                if text and not _is_trivial(text) and (text.startswith("?") or names_in(text)):
-                    yield text
-
-
-def _environment(value: Tensor) -> Any:
-    sizes = [size for size in _sizes(value) if isinstance(size, torch.SymInt)]
-    return sizes[0].node.shape_env if sizes else None
-
-
-def _free_in(symbol: Any, formulas: Mapping[str, Any]) -> Collection[Any]:
-    found: Collection[Any] = formulas[str(symbol)].free_symbols if str(symbol) in formulas else ()
-    return found
-
-
-def _is_of_model(place: Any) -> bool:
-    """Whether a guard was asked for in code of the model, to which the layers of torch belong."""
-    file = str(getattr(place.maybe_user_loc or place.framework_loc, "filename", place.framework_loc))
-    own = (str(Path(torch.__file__).parent), str(Path(lazy_compile.capture.__file__).parent))
-    return not file.startswith(own) or file.startswith(f"{own[0]}/nn/")
-
-
-def _says_equal(expression: Any) -> bool:
-    if isinstance(expression, sympy.Or | sympy.And):
-        return all(map(_says_equal, expression.args))
-    return isinstance(expression, sympy.Eq)
-
-
-_RELATIONS = {
-    sympy.Eq: "==", sympy.Ne: "!=", sympy.StrictLessThan: "<", sympy.LessThan: "<=", sympy.StrictGreaterThan: ">",
-    sympy.GreaterThan: ">=",
-}  # fmt: skip
-
-
-def _relation(expression: Any, formulas: Mapping[str, Any]) -> str:
-    if isinstance(expression, sympy.Or | sympy.And):
-        word = " or " if isinstance(expression, sympy.Or) else " and "
-        return f"({word.join(_relation(part, formulas) for part in expression.args)})"
-    if isinstance(expression, sympy.Not):
-        return f"(not {_relation(expression.args[0], formulas)})"
-    first, second = (written(part, formulas) for part in expression.args)
-    return f"{first} {_RELATIONS[type(expression)]} {second}"
-
-
-def _is_trivial(text: str) -> bool:
-    left, equal, right = text.partition(" == ")
-    return bool(equal) and left == right
-
-
-# Formulas -------------------------------------------------------------------------------------------------------------
-
-
-def _symbol(name: str) -> Any:
-    return sympy.Symbol(name, integer=True, positive=True)
-
-
-def written(expression: Any, formulas: Mapping[str, Any]) -> Size:
-    """A size of torch's as a formula.
-
-    Args:
-        expression: of sympy, with the operators that torch adds.
-        formulas: what its symbols are.
-
-    Raises:
-        UnwritableError: there is none.
-    """
-    try:
-        text = _text(_plain(exact(expression), formulas))
-    except (KeyError, ValueError) as error:
-        raise UnwritableError({str(symbol) for symbol in expression.free_symbols}) from error
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def note_symbol(formulas: dict[str, Any], size: Any, wanted: str) -> None:
-    """Note which formula the one symbol of ``size`` stands for, where ``size`` is known to be ``wanted``."""
-    linear = _linear(exact(size))
-    if linear is not None and linear[0] not in formulas:
-        symbol, factor, offset = linear
-        names = {name: _symbol(name) for name in names_in(wanted)}
-        text = sympy.sympify(wanted, locals={**names, "min": sympy.Min, "max": sympy.Max})
-        formulas[symbol] = sympy.floor((text - offset) / factor)
-
-
-def read_text(text: str, formulas: Mapping[str, Any]) -> Size | None:
-    """A size as the exporter has written it, as a formula; None if there is none."""
-    local: dict[str, Any] = {name: _symbol(name) for name in re.findall(r"\b[a-z]\w*\b", text)}
-    local |= {name: sympy.Function(name) for name in _PLAIN if name in text}
-    try:
-        return written(sympy.sympify(text, locals=local), formulas)
-    except (UnwritableError, SyntaxError, TypeError, AttributeError, sympy.SympifyError):
-        return None
-
-
-def _quotient(first: Any, second: Any) -> Any:
-    return sympy.floor(first / second)
-
-
-_PLAIN: dict[str, Callable[..., Any]] = {
-    "FloorDiv": _quotient, "CleanDiv": _quotient, "Mod": sympy.Mod, "PythonMod": sympy.Mod, "Max": sympy.Max,
-    "Min": sympy.Min, "floor": sympy.floor, "ceiling": sympy.ceiling, "CeilToInt": sympy.ceiling,
-    "FloorToInt": sympy.floor, "TruncToInt": sympy.floor, "IntTrueDiv": lambda first, second: first / second,
-    "ToFloat": lambda value: value, "Add": sympy.Add, "Mul": sympy.Mul, "Pow": sympy.Pow,
-}  # fmt: skip
-
-
-def _plain(expression: Any, formulas: Mapping[str, Any]) -> Any:
-    """In the functions of sympy itself, over the free sizes."""
-    if expression.is_Symbol:
-        return formulas[str(expression)]
-    if expression.is_Rational:
-        return expression
-    name = type(expression).__name__
-    if name not in _PLAIN:
-        raise ValueError(name)
-    return _PLAIN[name](*(_plain(part, formulas) for part in expression.args))
-
-
-def _text(expression: Any) -> str:
-    if expression.is_Integer or expression.is_Symbol:
-        return str(expression)
-    parts = expression.args
-    if expression.is_Add:
-        return f"({'+'.join(sorted(map(_text, parts)))})".replace("+-", "-")
-    if expression.is_Mul:
-        return "*".join(sorted(map(_text, parts)))
-    if expression.is_Pow and parts[1].is_Integer and parts[1] > 0:
-        return "*".join([_text(parts[0])] * int(parts[1]))
-    if isinstance(expression, sympy.floor | sympy.ceiling):
-        above, below = map(_text, sympy.fraction(sympy.together(parts[0])))
-        below = f"({below})" if "*" in below else below
-        return f"({above}//{below})" if isinstance(expression, sympy.floor) else f"(-(-{above}//{below}))"
-    if isinstance(expression, sympy.Mod):
-        return f"({_text(parts[0])}%({_text(parts[1])}))"
-    if isinstance(expression, sympy.Max | sympy.Min):
-        return f"{type(expression).__name__.lower()}({', '.join(sorted(map(_text, parts)))})"
-    raise ValueError(type(expression).__name__)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lazy_compile.backends.onnx.metadata_schema import check_contract
-from lazy_compile.backends.onnx.sizes import Size, bound_sizes, holds, spelled_sizes
+from lazy_compile.backends.onnx.sizes import Size, at_sizes, bound_sizes, holds, spelled_sizes
 from lazy_compile.config import BatchRule, ReuseArm
 from lazy_compile.errors import ArtifactError, ConfigError, one_line
 from lazy_compile.ir.branch import BranchKind, BranchTensor, ResidualBranch
@@ -21,6 +21,9 @@ logger = logging.getLogger("lazy_compile")
 
 KEY = "lazy_compile"
 """The entry of ``ModelProto.metadata_props``; its value is JSON."""
+
+SIZES_KEY = "lazy_compile.sizes"
+"""The entry of a file that is no lazy model any more, and has free sizes: JSON of those of the example call."""
 
 VERSION = 6
 UNSEALED = 4
@@ -156,6 +159,25 @@ class OnnxMetadata:
                     "sizes, or export another file with an example call of these"
                 )
         return sizes
+
+    def at_sizes(self, fixed: Mapping[str, int]) -> OnnxMetadata:
+        """The same where some of the free sizes are these and no others."""
+
+        def length(size: Size) -> Size:
+            return size if isinstance(size, int) else at_sizes(size, fixed)
+
+        def specialised(specs: Sequence[Any]) -> Any:
+            return tuple(replace(spec, shape=tuple(map(length, spec.shape))) for spec in specs)
+
+        return replace(
+            self,
+            inputs=specialised(self.inputs),
+            results=specialised(self.results),
+            slots=specialised(self.slots),
+            invariants=specialised(self.invariants),
+            sizes=tuple(size for size in self.sizes if size.name not in fixed),
+            conditions=tuple(text for text in map(length, self.conditions) if isinstance(text, str)),
+        )
 
     def read_policy(self) -> Policy | None:
         """

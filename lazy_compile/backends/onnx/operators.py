@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._higher_order_ops.flex_attention import flex_attention, math_attention
 
 from lazy_compile.analysis.dataflow import Dataflow
+from lazy_compile.backends.onnx.rewrites import rewrite_of
 from lazy_compile.backends.onnx.sink import DOMAIN, SELECT
 from lazy_compile.errors import BackendError
 from lazy_compile.ir.branch_arms import select
@@ -58,12 +59,18 @@ class _Tracer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n in self.constants:
             return self.constants[n]
-        lowering = _LOWERINGS.get(n.target)
+        lowering = _LOWERINGS.get(n.target) or _rewriting(n)
         if lowering is None:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         with fx.traceback.set_current_meta(n):  # what it is lowered to belongs to the same branch
-            return lowering(n.target, *args, **kwargs)
+            result = lowering(n.target, *args, **kwargs)
+        return super().run_node(n) if result is NotImplemented else result
+
+
+def _rewriting(node: fx.Node) -> Callable[..., Any] | None:
+    rewrite = rewrite_of(node)
+    return None if rewrite is None else lambda _, *args, **kwargs: rewrite(*args, **kwargs)
 
 
 def _decomposed_weights(original: nn.Module, program: Program) -> dict[fx.Node, Any]:

@@ -1,4 +1,4 @@
-"""Operators that ONNX, or a runtime of it, lacks, written in others; sizes are fixed by now."""
+"""Operators that ONNX, or a runtime of it, lacks, written in others."""
 
 from __future__ import annotations
 
@@ -7,34 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 
-from lazy_compile.ir.operators import CONVOLUTIONS, argument_of, operator_name
+from lazy_compile.ir.operators import CONVOLUTIONS, operator_name
 
 aten = torch.ops.aten
 
 
-def in_known_operators(exported: ExportedProgram) -> ExportedProgram:
-    """The same program, whose operators ONNX Runtime and TensorRT know.
+def rewrite_of(node: fx.Node) -> Callable[..., Any] | None:
+    """How ONNX Runtime and TensorRT know an operator; None for one that they know. What is returned takes the
+    arguments of the node, and may return ``NotImplemented``.
 
     - An einsum becomes the permutations and products that it stands for: ONNX has none in bfloat16, TensorRT few.
     - A fold whose blocks do not overlap is a permutation: TensorRT has no ``Col2Im``.
     - The frequencies of a Fourier transform depend on a size alone: they are counted.
     - A convolution is given one padding, stride and dilation for each axis, also where all are one number.
     """
-    nodes = [node for node in exported.graph.nodes if node.op == "call_function"]
-    needed = {node.target: rewrite for node in nodes if (rewrite := _rewrite_of(node)) is not None}
-    if not needed:
-        return exported
-    rewritten: ExportedProgram = exported.run_decompositions(needed)
-    return rewritten
-
-
-def _rewrite_of(node: fx.Node) -> Callable[..., Any] | None:
-    if node.target is aten.einsum.default:
-        return torch.export.default_decompositions()[aten.einsum.default]  # type: ignore[no-any-return]
-    if operator_name(node) in CONVOLUTIONS and not any(map(_is_for_all_axes, _per_axis(node))):
-        return None
     if operator_name(node) in CONVOLUTIONS:
         return _convolution_by_axis(node.target)
     return _REWRITES.get(node.target)
@@ -71,7 +58,12 @@ def _frequencies(n: int, d: float = 1.0, dtype: torch.dtype | None = None, **opt
     return whole * (1.0 / (n * d))
 
 
+def _einsum(equation: str, operands: Sequence[Tensor], path: Sequence[int] | None = None) -> Any:
+    return aten.einsum.default.decompose(equation, operands, path=path)
+
+
 _REWRITES: dict[Any, Callable[..., Any]] = {
+    aten.einsum.default: _einsum,
     aten.col2im.default: _fold,
     aten.fft_rfftfreq.default: _half_frequencies,
     aten.fft_fftfreq.default: _frequencies,
@@ -81,15 +73,7 @@ _REWRITES: dict[Any, Callable[..., Any]] = {
 _AXIS_OPTIONS = ("stride", "padding", "dilation", "output_padding")
 
 
-def _per_axis(node: fx.Node) -> list[tuple[int, Any]]:
-    """How many axes a convolution works along, with each of its options."""
-    weight = node.args[1]
-    axes = weight.meta["val"].dim() - 2 if isinstance(weight, fx.Node) else 0
-    return [(axes, argument_of(node, name)) for name in _AXIS_OPTIONS]
-
-
-def _is_for_all_axes(option: tuple[int, Any]) -> bool:
-    axes, value = option
+def _is_for_all_axes(axes: int, value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 1 < axes
 
 
@@ -99,7 +83,7 @@ def _convolution_by_axis(target: Any) -> Callable[..., Any]:
     def convolution(*args: Any, **kwargs: Any) -> Any:
         call = dict(zip(names, args, strict=False)) | kwargs
         axes = call["weight"].dim() - 2
-        short = {name for name in _AXIS_OPTIONS if _is_for_all_axes((axes, call.get(name)))}
+        short = {name for name in _AXIS_OPTIONS if _is_for_all_axes(axes, call.get(name))}
         if not short:
             return NotImplemented
         return target(**{name: value * axes if name in short else value for name, value in call.items()})

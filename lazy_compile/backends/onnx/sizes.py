@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -157,6 +158,16 @@ def value_at(size: Size, sizes: Sizes) -> int:
 
 def shape_at(shape: Sequence[Size], sizes: Sizes) -> Shape:
     return tuple(value_at(size, sizes) for size in shape)
+
+
+def at_sizes(text: str, sizes: Sizes) -> Size:
+    """A formula in which some names have a value; a number if none is left without.
+
+    >>> at_sizes("(height//2)*(width//2)", {"height": 8})
+    '(8//2)*(width//2)'
+    """
+    known = re.sub(r"[^\W\d]\w*", lambda name: str(sizes.get(name[0], name[0])), text)
+    return known if names_in(known) else value_at(known, {})
 
 
 def holds(condition: str, sizes: Sizes) -> bool:

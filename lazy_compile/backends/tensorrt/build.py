@@ -25,7 +25,7 @@ from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.backends.tensorrt.layers import parse_profiles
 from lazy_compile.backends.tensorrt.network import configure, parse_network, serialize
-from lazy_compile.backends.tensorrt.profile import Profile, SizeRange, size_ranges
+from lazy_compile.backends.tensorrt.profile import Profile, SizeRange, fixed_sizes, size_ranges, spelled_ranges
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, path_beside, waiting_path
 from lazy_compile.backends.tensorrt.source import OnnxSource
 from lazy_compile.digests import digest_of, verification
@@ -51,6 +51,8 @@ class BuildReport:
         seconds: how long it took.
         policy: what its runner follows unless told otherwise, in words.
         prologue: what was built of the prologue; None if there is none.
+        sizes: the free sizes of the file that the engine serves, such as ``"batch=1..8, height=32"``; empty if there
+            are none.
     """
 
     path: Path
@@ -61,6 +63,7 @@ class BuildReport:
     seconds: float
     policy: str = ""
     prologue: BuildReport | None = None
+    sizes: str = ""
 
 
 def build_engine(
@@ -92,7 +95,7 @@ def build_engine(
     """
     source, target, config = OnnxSource.read(onnx), Path(engine), config or BuildConfig()
     prologue = source.read_prologue()
-    ranges = size_ranges(source.dims, source.model, config.profiles)
+    ranges = size_ranges(source.dims, source.model, config.profiles, source.example)
     made = _make(source, target, config, ranges, policy or _policy_of(source), on_progress)
     if prologue is None:
         return made.write()
@@ -117,6 +120,7 @@ class _Made:
     structure: EngineStructure
     seconds: float
     policy: str
+    sizes: str
 
     def write(self) -> BuildReport:
         beside, waiting = path_beside(self.target), waiting_path(self.target, self.sidecar.content)
@@ -126,7 +130,9 @@ class _Made:
                     self._write_engine(waiting)
                 put_in_place(waiting, beside)
         size, skipped = self.target.stat().st_size, self.plan is None
-        return BuildReport(self.target, self.title, size, self.structure, skipped, self.seconds, self.policy)
+        return BuildReport(
+            self.target, self.title, size, self.structure, skipped, self.seconds, self.policy, sizes=self.sizes
+        )
 
     def _write_engine(self, waiting: Path) -> None:
         try:
@@ -194,7 +200,7 @@ def _make(
     key = _key(source, config, profiles, policy, version, device)
     if (known := _finished(target, key)) is not None:
         seconds = time.perf_counter() - start
-        return _Made(target, title, None, known, known.structure(), seconds, policy.describe())
+        return _Made(target, title, None, known, known.structure(), seconds, policy.describe(), spelled_ranges(ranges))
     if source.model is not None:
         policy.check(source.model.branches)
     with record(trt) as messages, tempfile.TemporaryDirectory() as folder:
@@ -205,12 +211,14 @@ def _make(
         structure = _structure(messages, source.nodes)
         tensors = network.tensors(profiles)
         _keep_timing_cache(config, settings)
+    model = None if source.model is None else source.model.at_sizes(fixed_sizes(ranges))
     sidecar = EngineSidecar(
-        flavor.name, version, device, key, digest_of(plan), config.options(), tensors, source.model, source.prologue,
+        flavor.name, version, device, key, digest_of(plan), config.options(), tensors, model, source.prologue,
         to_json(policy), source.nodes, structure.layers,
     )  # fmt: skip
     logger.info("%s: %s", target, policy.describe())
-    return _Made(target, title, plan, sidecar, structure, time.perf_counter() - start, policy.describe())
+    seconds = time.perf_counter() - start
+    return _Made(target, title, plan, sidecar, structure, seconds, policy.describe(), spelled_ranges(ranges))
 
 
 def _make_prologue(
@@ -268,7 +276,7 @@ def build_engines(
     first = OnnxSource.read(next(iter(masks.files.values())))
     policy = (first.model.read_policy() if first.model is not None else None) or Scheduled(masks.schedule)
     prologue = first.read_prologue()
-    ranges = size_ranges(first.dims, first.model, config.profiles)
+    ranges = size_ranges(first.dims, first.model, config.profiles, first.example)
     # The same set under the same name is not built again; another set lies beside this one until it is complete.
     _, trt, device = builder_for(config)
     sources = {mask: OnnxSource.read(file) for mask, file in masks.files.items()}

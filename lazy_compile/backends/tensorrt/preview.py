@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.metadata import InputSpec, OnnxMetadata, SlotSpec
 from lazy_compile.backends.onnx.sizes import ShapeRange, Sizes, shape_at
 from lazy_compile.backends.tensorrt.network import EngineTensor
-from lazy_compile.backends.tensorrt.profile import SizeRange, size_ranges
+from lazy_compile.backends.tensorrt.profile import SizeRange, fixed_sizes, size_ranges
 from lazy_compile.backends.tensorrt.source import OnnxSource
 
 REUSE = (0.25, 0.5, 0.75, 1.0)
@@ -35,7 +35,8 @@ class BuildPreview:
         cache_bytes: of one stream: two buffers for each slot, of which a step reads one and writes the other; where
             sizes are free, of the example call.
         invariant_bytes: of one stream: what a prologue computes for it.
-        memory: the same at the least, the best and the largest sizes of each profile; empty where none is free.
+        memory: the same at the least, the best and the largest sizes of each profile; empty where the engine has
+            no free size.
         speedups: share of reuse by the speed-up that the saved MACs allow at most. What the jumps cost is not in it.
             With ``gating="schedule"`` there is one entry, that of the schedule.
     """
@@ -81,6 +82,8 @@ def preview(onnx: str | Path, profiles: Sequence[ShapeRange] = ()) -> BuildPrevi
     sources = [OnnxSource.read(file) for file in (masks.files.values() if masks else [path])]
     first = sources[0]
     model = first.model
+    ranges = () if model is None else size_ranges(first.dims, model, profiles, first.example)
+    tensors = first.tensors if model is None else tuple(_at_sizes(first.tensors, model, fixed_sizes(ranges)))
     prologue = first.read_prologue()
     sources += [] if prologue is None else [prologue]
     speedups: dict[float, float] = {}
@@ -96,18 +99,28 @@ def preview(onnx: str | Path, profiles: Sequence[ShapeRange] = ()) -> BuildPrevi
         "" if model is None else model.gating,
         0 if model is None else len(model.branches),
         len(first.nodes) - 1,
-        first.tensors,
-        tuple(_role(tensor, model) for tensor in first.tensors),
+        tensors,
+        tuple(_role(tensor, model) for tensor in tensors),
         sum(source.weight_bytes for source in sources),
         0 if model is None else 2 * _bytes(model.slots, model.example),
         0 if model is None else _bytes(model.invariants, model.example),
         speedups,
-        () if model is None else tuple(_memory(model, size_ranges(first.dims, model, profiles))),
+        () if model is None else tuple(_memory(model, ranges)),
     )
 
 
+def _at_sizes(tensors: Sequence[EngineTensor], model: OnnxMetadata, fixed: Sizes) -> Iterator[EngineTensor]:
+    """The tensors with the sizes that the engine fixes."""
+    engine = model.at_sizes(fixed)
+    shapes = {spec.name: spec.shape for spec in (*engine.inputs, *engine.invariants, *engine.results)}
+    shapes |= {name: slot.shape for slot in engine.slots for name in (slot.input, slot.output)}
+    for tensor in tensors:
+        shape = shapes.get(tensor.name, tensor.shape)
+        yield replace(tensor, shape=tuple(size if isinstance(size, int) else -1 for size in shape))
+
+
 def _memory(model: OnnxMetadata, ranges: Sequence[SizeRange]) -> Iterator[StreamMemory]:
-    for index, sizes in enumerate(ranges):
+    for index, sizes in enumerate(ranges if fixed_sizes(ranges).keys() != model.example.keys() else ()):
         for which, at in zip(("min", "opt", "max"), sizes.all, strict=True):
             yield StreamMemory(index, which, dict(at), 2 * _bytes(model.slots, at), _bytes(model.invariants, at))
 

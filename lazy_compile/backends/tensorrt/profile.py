@@ -57,7 +57,9 @@ class SizeRange:
         return found
 
 
-def size_ranges(dims: Dims, model: OnnxMetadata | None, profiles: Sequence[ShapeRange]) -> tuple[SizeRange, ...]:
+def size_ranges(
+    dims: Dims, model: OnnxMetadata | None, profiles: Sequence[ShapeRange], example: Sizes
+) -> tuple[SizeRange, ...]:
     """One range for each profile that is asked for.
 
     A size that no shape names has the range that the model was exported with; without one it is what it was in the
@@ -67,6 +69,7 @@ def size_ranges(dims: Dims, model: OnnxMetadata | None, profiles: Sequence[Shape
         dims: shapes of all inputs.
         model: the description of the file; None if ``export_onnx`` did not write it.
         profiles: what is asked for; shapes of the model's own inputs are enough.
+        example: the free sizes of the example call, as far as the file says them.
 
     Raises:
         ConfigError: a shape belongs to no input, contradicts its sizes, or the model does not hold for it.
@@ -77,9 +80,8 @@ def size_ranges(dims: Dims, model: OnnxMetadata | None, profiles: Sequence[Shape
                 _bound(dims, shapes)
         return ()
     known = () if model is None else model.sizes
-    example = {size.name: size.example for size in known}
-    least = {size.name: size.least or size.example for size in known}
-    most = {size.name: size.most or size.example for size in known}
+    least = {**example, **{size.name: size.least for size in known if size.least}}
+    most = {**example, **{size.name: size.most for size in known if size.most}}
     found = []
     for asked in profiles or (ShapeRange(),):
         small, good, large = (_bound(dims, shapes) for shapes in asked.complete)
@@ -89,6 +91,23 @@ def size_ranges(dims: Dims, model: OnnxMetadata | None, profiles: Sequence[Shape
             _require_conditions(model, sizes)
         found.append(sizes)
     return tuple(found)
+
+
+def fixed_sizes(ranges: Sequence[SizeRange]) -> dict[str, int]:
+    """The free sizes of a model that are the same in all profiles, and so fixed in its engine."""
+    seen = [sizes for each in ranges for sizes in each.all]
+    return {name: size for name, size in (seen[0] if seen else {}).items() if {each[name] for each in seen} == {size}}
+
+
+def spelled_ranges(ranges: Sequence[SizeRange]) -> str:
+    """``batch=1..8, height=32``; profiles are separated by ``;``"""
+    return "; ".join(
+        ", ".join(
+            f"{name}={size}" if size == each.most[name] else f"{name}={size}..{each.most[name]}"
+            for name, size in each.least.items()
+        )
+        for each in ranges
+    )
 
 
 def _bound(dims: Dims, shapes: Mapping[str, Shape]) -> dict[str, int]:

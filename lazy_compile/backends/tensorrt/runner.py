@@ -46,6 +46,9 @@ class TensorRTRunner(Runner):
         MissingDependencyError: its flavor of TensorRT is not installed.
     """
 
+    _made_for = "the engine was built for"
+    _advice = "build another engine for these sizes, or one for a range with --minShapes and --maxShapes (profiles)"
+
     def __init__(self, path: str | Path, *, cuda_graphs: bool = True, verify: bool = True) -> None:
         with verification(verify):
             sessions, prologue = self._load(path, cuda_graphs)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
+from lazy_compile.backends.onnx.metadata import KEY, SIZES_KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, find_prologue
 from lazy_compile.backends.onnx.seal import DIGEST_KEY, properties_of, read_proto
 from lazy_compile.backends.onnx.sizes import Size, names_in
 from lazy_compile.backends.onnx.structure import heavy_nodes
 from lazy_compile.backends.tensorrt.network import EngineTensor
 from lazy_compile.digests import digest_of, digest_of_file
-from lazy_compile.errors import ArtifactError, import_optional
+from lazy_compile.errors import ArtifactError, import_optional, one_line
+from lazy_compile.storage import parse_json
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class OnnxSource:
         nodes: names of the heavy nodes by conditional, ``""`` for those in none.
         model: the contract of a lazy model; None if ``export_onnx`` did not write the file, or as a prologue.
         prologue: the digest of a prologue; empty if it is none.
+        example: its free sizes in the example call, where the file says them.
         weight_bytes: of all weights, wherever they lie.
         content: the digest of all that it holds; names of files with weights, which are drawn anew at every export, do
             not count.
@@ -41,6 +43,7 @@ class OnnxSource:
     nodes: dict[str, tuple[str, ...]]
     model: OnnxMetadata | None
     prologue: str
+    example: dict[str, int]
     weight_bytes: int
     content: str
 
@@ -61,7 +64,8 @@ class OnnxSource:
             raise ArtifactError(f"cannot read {path} as ONNX ({first_line(error)}); export the model again") from error
         properties = properties_of(proto)
         model = OnnxMetadata.parse(properties) if KEY in properties else None
-        return cls(path, tensors, dims, nodes, model, properties.get(PROLOGUE_KEY, ""), weight_bytes, digest)
+        example = _example(path, properties) if model is None else model.example
+        return cls(path, tensors, dims, nodes, model, properties.get(PROLOGUE_KEY, ""), example, weight_bytes, digest)
 
     def read_prologue(self) -> OnnxSource | None:
         """The prologue that belongs to this file; None if it needs none.
@@ -88,6 +92,15 @@ class OnnxSource:
                 "model with lazy-compile export, or give --any-onnx to build it as it is"
             )
         return self.model
+
+
+def _example(path: Path, properties: Mapping[str, str]) -> dict[str, int]:
+    """What a file without a contract says of its sizes."""
+    try:
+        values = parse_json(properties.get(SIZES_KEY, "{}"), f"the sizes in {path}")
+        return {str(name): int(size) for name, size in values.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"the sizes in {path} are damaged ({one_line(repr(error))}); export it again") from error
 
 
 def _dims(graph: Any) -> Iterator[tuple[str, tuple[Size, ...]]]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import lazy_compile
 from lazy_compile import CacheSchedule, LazyModule, Learned, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
+from lazy_compile.backends.onnx.example import example_call
 from lazy_compile.backends.onnx.export import OnnxReport, export_onnx
-from lazy_compile.backends.onnx.sizes import ShapeRange
+from lazy_compile.backends.onnx.free_sizes import FreeSizes
+from lazy_compile.backends.onnx.sizes import ShapeRange, holds
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.errors import ConfigError
+from support.layers import MLP, WIDTH, Attention, norm, sinusoid
 from support.lowering import knots, random_gates
 from support.toy_models import TOYS, Toy, call, trajectory
 
@@ -125,3 +131,36 @@ def test_sizes_may_be_chosen_by_name_or_range(tokens: Dynamic, tmp_path: Path) -
     assert (size.least, size.most) == (1, 4)
     with pytest.raises(ConfigError, match="input 'x' is float32"):
         OnnxRunner(tmp_path / "m.onnx", threads=1).run(call(of_size("mmdit", x=(12, 8))), force="compute")
+
+
+class Asks(nn.Module):
+    """Attention over tokens, behind a question about their number."""
+
+    def __init__(self, ask: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.ask, self.attn, self.mlp = ask, Attention(), MLP()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x * self.ask(x) + sinusoid(t, WIDTH)[:, None]
+        x = x + self.attn(norm(x))
+        return x + self.mlp(norm(x))
+
+
+def sizes_of(ask: Callable[[Tensor], Any]) -> FreeSizes:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 16, WIDTH), "t": torch.full((2,), 500.0)}
+    graph, tensors = example_call(lazy_compile.transform(Asks(ask).eval(), inputs), inputs)
+    return FreeSizes.of(graph, tensors, True, None, frozenset(), ())
+
+
+def test_a_size_that_the_model_pins_is_fixed_and_its_line_named() -> None:
+    sizes = sizes_of(lambda x: 2.0 if x.shape[1] // 2 == 8 else 3.0)
+    assert sizes.example == {"batch": 2}
+    assert sizes.fixed["x.1"].startswith("16, fixed in ")
+
+
+def test_what_the_model_asks_about_a_size_is_a_condition() -> None:
+    sizes = sizes_of(lambda x: 2.0 if x.shape[1] > 8 else 3.0)
+    assert sizes.example == {"batch": 2, "tokens": 16}
+    for tokens, expected in ((12, True), (4, False)):
+        assert all(holds(text, {"batch": 2, "tokens": tokens}) for text in sizes.conditions) is expected, tokens

@@ -15,6 +15,7 @@ import lazy_compile
 from lazy_compile import CacheSchedule, Learned, Policy, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnx.export import check_structure, export_onnx
+from lazy_compile.backends.onnx.sizes import shape_at
 from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.backends.open import open_runner
@@ -340,7 +341,7 @@ def test_complex_numbers_are_handed_over_as_pairs(tmp_path: Path) -> None:
     lazy = lazy_compile.transform(Rotated().eval(), call(CONDITIONED), batch_rule="all_reuse")
     export_onnx(lazy, tmp_path / "m.onnx", gating="input", invariants=("text",))
     runner = open_runner(tmp_path / "m.onnx")
-    shapes = [spec.shape for spec in runner.metadata.invariants]
+    shapes = [shape_at(spec.shape, runner.metadata.example) for spec in runner.metadata.invariants]
     assert shapes == [(2, WORDS, WIDTH // 2, 2)]
     for arguments in trajectory(CONDITIONED, steps=2):
         with torch.no_grad():

@@ -61,7 +61,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
 @pytest.fixture
 def fake(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     version = EngineSidecar.load(engines.path["input"]).version
-    trt, device = FakeTensorRT(version, engines.built_from), HostDevice()
+    sizes = OnnxRunner(engines.exports.path("input")).metadata.example
+    trt, device = FakeTensorRT(version, engines.built_from, sizes), HostDevice()
     monkeypatch.setattr(tensorrt_runner, "load", lambda flavor: trt)
     monkeypatch.setattr(tensorrt_runner, "open_device", lambda: device)
     return trt
