@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,14 +36,16 @@ def batch_source(program: Program, symbol: str) -> fx.Node | None:
 def batch_size(program: Program) -> str:
     """How the size of the batch reads, axis 0 of the first output: a symbol, or a number where it is fixed.
 
-    It is 1 where that axis holds tokens: the output has no other axis for them, and an attention sums over its length.
+    It is 1 where that axis holds tokens: the output has no other axis for them, and an attention sums over its length,
+    or that of several such tensors together.
     """
     outputs = [value_of(node) for node in program.graph.output_node().all_input_nodes]
     first = next((value for value in outputs if isinstance(value, Tensor) and value.dim() > 0), None)
     if first is None:
         return "1"
     size = size_text(first.shape[0])
-    packed = first.dim() == 2 and any(_attended(node) == size for node in program.graph.nodes)
+    lengths = (_attended(node) for node in program.graph.nodes)
+    packed = first.dim() == 2 and any(size in re.findall(r"\w+", length) for length in lengths)
     return "1" if packed else size
 
 

@@ -212,7 +212,8 @@ class EngineDenoiser:
             for key, tensor in inputs.items()
         }
         context = (current_stream(), self._policy_number)
-        contents = self._trajectories.identify(named, latents, name, metadata.timestep_input, rows, context)
+        names = [name] if name else []
+        contents = self._trajectories.identify(named, latents, names, metadata.timestep_input, rows, context)
         return self._trajectories.place(contents, ())
 
     @cached_property

@@ -22,30 +22,47 @@ class Latents:
 
     Attributes:
         position: of the input among the tensors of a call.
-        row_axis: its axis of rows, and ``output_row_axis`` that of the output.
+        row_axis: its axis of rows, and ``output_row_axis`` that of the output; None where rows cannot be taken apart.
         output: index of the output among the tensors that the model returns; None if none has its shape.
         axis: the one axis, rows taken as axis 0, along which input and output differ in length; None if none does.
         size: the length that they have in common along it.
+        others: further inputs that move along, with the outputs that move them, where a call takes a list of latents.
     """
 
     position: int
-    row_axis: int
+    row_axis: int | None
     output: int | None = None
-    output_row_axis: int = 0
+    output_row_axis: int | None = 0
     axis: int | None = None
     size: int = 0
+    others: tuple[tuple[int, int], ...] = ()
 
-    def moving(self, value: Tensor, row_axis: int) -> Tensor:
+    @property
+    def positions(self) -> list[int]:
+        """Of all inputs that move."""
+        return [self.position, *(position for position, _ in self.others)]
+
+    def together(self, values: Sequence[Tensor], row_axis: int | None) -> Tensor:
+        """The moving parts of all inputs, or of all outputs, with the rows on axis 0."""
+        if len(values) == 1:
+            return self.moving(values[0], row_axis)
+        return torch.cat([value.flatten() for value in values])[None]
+
+    def moving(self, value: Tensor, row_axis: int | None) -> Tensor:
         """The part that input and output have in common, with the rows on axis 0."""
-        value = value.movedim(row_axis, 0)
+        value = _rows_first(value, row_axis)
         return value if self.axis is None else value.narrow(self.axis, 0, min(self.size, value.shape[self.axis]))
 
     def staying(self, value: Tensor) -> Tensor | None:
         """What else the input carries, such as a mask and a masked image beside the latents."""
-        if self.axis is None or value.movedim(self.row_axis, 0).shape[self.axis] <= self.size:
+        value = _rows_first(value, self.row_axis)
+        if self.axis is None or value.shape[self.axis] <= self.size:
             return None
-        value = value.movedim(self.row_axis, 0)
         return value.narrow(self.axis, self.size, value.shape[self.axis] - self.size)
+
+
+def _rows_first(value: Tensor, row_axis: int | None) -> Tensor:
+    return value[None] if row_axis is None else value.movedim(row_axis, 0)
 
 
 Shape = tuple[int, ...]

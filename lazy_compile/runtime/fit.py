@@ -105,6 +105,21 @@ def _are_in_line(first: Position, second: Position) -> bool:
     return first.descends_from(second) or second.descends_from(first)
 
 
+PART = 64
+"""Numbers of a part of the latents that is looked at by itself."""
+
+
+def unexplained_part(latents: Floats, position: Position) -> float:
+    """The share of that part of the latents that follows least: one of several samples may have been replaced."""
+    target, here = latents[:-1], position.latents
+    if here is None or here.shape != latents.shape:
+        return 1.0
+    basis = np.stack([here[:-1], *_finite(position.returned, latents)[:4]], axis=1)
+    rest = target - basis @ np.linalg.lstsq(basis, target, rcond=1e-9)[0]
+    parts = zip(*(np.array_split(np.square(each), max(2, len(target) // PART)) for each in (rest, target)), strict=True)
+    return max(float(left.sum() / max(whole.sum(), np.finfo(np.float64).tiny)) for left, whole in parts)
+
+
 def _finite(returned: Sequence[Returned], latents: Floats) -> list[Floats]:
     """What was returned in the shape of the latents, and is finite; each once, since calls may be made again."""
     found: dict[bytes, Floats] = {}

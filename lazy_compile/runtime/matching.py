@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lazy_compile.runtime.fingerprint import Floats, same
-from lazy_compile.runtime.fit import EXACT, RELATED, Fit, is_ambiguous, level_of, unexplained_share
+from lazy_compile.runtime.fit import EXACT, RELATED, Fit, is_ambiguous, level_of, unexplained_part, unexplained_share
 from lazy_compile.runtime.positions import (
     HALF,
     Doubt,
@@ -33,12 +33,14 @@ class Content:
         latents: sampled; None if the model has none, or on the meta device.
         time: the time input; None if the model has none.
         conditions, context: as in :class:`~lazy_compile.runtime.positions.Stream`.
+        is_joint: whether the latents are those of several samples together.
     """
 
     latents: Floats | None
     time: float | None
     conditions: Mapping[str, Floats]
     context: object
+    is_joint: bool = False
 
     @property
     def spot(self) -> object:
@@ -205,6 +207,8 @@ def fit_of(content: Content, position: Position, is_new: bool, turns: bool) -> F
         return None
     rest, is_indirect, regressors = unexplained_share(latents, position)
     related = rest > EXACT
+    if related and content.is_joint:
+        rest = max(rest, unexplained_part(latents, position))
     doubtful = not position.believes(rest, time)
     doubtful |= turns and (is_indirect or rest > HALF)
     distance = 0.0 if related else away(position, time)

@@ -105,7 +105,7 @@ class LazyModule(nn.Module):
         contents = self._trajectories.identify(
             named,
             latents,
-            "" if latents is None else graph.layout.names[latents.position],
+            [] if latents is None else [graph.layout.names[position] for position in latents.positions],
             graph.timestep_input,
             rows,
             (current_stream(), self._store.generation, graph.layout, graph.types),

@@ -89,7 +89,7 @@ class Trajectories:
         self,
         named: Mapping[str, tuple[Tensor, int | None]],
         latents: Latents | None,
-        latents_name: str,
+        latents_names: Sequence[str],
         time_name: str | None,
         rows: int,
         context: object,
@@ -98,7 +98,7 @@ class Trajectories:
 
         Args:
             named: the tensors of the call by name, with the axis of their rows; None for one that all rows share.
-            latents: where the latents are.
+            latents: where the latents are, in the inputs called ``latents_names``.
             time_name: the name of the time input.
             rows: how many there are; 1 where they cannot be taken apart.
             context: see :class:`~lazy_compile.runtime.positions.Stream`.
@@ -106,13 +106,17 @@ class Trajectories:
         if any(tensor.is_meta for tensor, _ in named.values()):
             return [Content(None, None, {}, context)] * rows
         tensors: dict[str, Tensor] = {}
+        is_joint = False
         for name, (tensor, axis) in named.items():
-            if latents is not None and name == latents_name:
-                tensors[_LATENTS] = samples_of(latents.moving(tensor, latents.row_axis))
+            if latents is not None and name in latents_names:
                 if (rest := latents.staying(tensor)) is not None:
                     tensors[name] = samples_of(rest)
             elif tensor.numel():
                 tensors[name] = samples_of(tensor[None] if axis is None else tensor.movedim(axis, 0))
+        if latents is not None:
+            moved = [named[name][0] for name in latents_names]
+            is_joint = latents.row_axis is None and sum(len(tensor) for tensor in moved) > 1
+            tensors[_LATENTS] = samples_of(latents.together(moved, latents.row_axis))
         with self._mutex:
             waiting, self._unread = self._unread, []
         pending = {id(item.tensor): item.tensor for item in waiting if item.tensor is not None}
@@ -132,6 +136,7 @@ class Trajectories:
                 None if times is None else float(of(times, row)),
                 {name: of(found[name], row) for name in tensors if name in found},
                 context,
+                is_joint,
             )
             for row in range(rows)
         ]

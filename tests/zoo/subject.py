@@ -70,7 +70,10 @@ class Subject:
             if name == self.graph.timestep_input:
                 tensor = (tensor * (1 - done)).to(tensor.dtype)
             elif name.partition(".")[0] == self.latents and tensor.is_floating_point() and name not in guarded:
-                tensor = tensor + done * torch.randn(tensor.shape, generator=generator).to(tensor)
+                drift = done * torch.randn(tensor.shape, generator=generator).to(tensor)
+                if self.graph.latents is not None and (rest := self.graph.latents.staying(drift)) is not None:
+                    rest.zero_()  # a mask, an image to begin from
+                tensor = tensor + drift
             moved.append(tensor)
         return layout.rebuild(moved)[1]
 

@@ -236,11 +236,11 @@ def test_shapes_are_written_as_trtexec_writes_them() -> None:
 
 def test_caches_follow_the_sizes_of_the_inputs() -> None:
     inputs: dict[str, list[int | str]] = {"x": ["batch", "width"], "cache": ["batch", "(width//2)*4", 8], "w": [3]}
-    (sizes,) = size_ranges(inputs, None, [ShapeRange({"x": (1, 4)}, {}, {"x": (4, 8)})])
+    (sizes,) = size_ranges(inputs, None, [ShapeRange({"x": (1, 4)}, {}, {"x": (4, 8)})], {})
     assert sizes.profile(inputs) == {
         "x": ((1, 4), (4, 8), (4, 8)), "cache": ((1, 8, 8), (4, 16, 8), (4, 16, 8)),
     }  # fmt: skip
-    assert size_ranges({"w": [3]}, None, []) == ()
+    assert size_ranges({"w": [3]}, None, [], {}) == ()
 
 
 def test_commands_have_the_shapes_of_all_inputs_in_every_profile() -> None:
@@ -265,7 +265,7 @@ def test_commands_have_the_shapes_of_all_inputs_in_every_profile() -> None:
 def test_shapes_that_do_not_fit_are_refused(least: Any, most: Any, message: str) -> None:
     dims: dict[str, list[int | str]] = {"x": ["batch", 4], "t": ["batch"]}
     with pytest.raises(ConfigError, match=message):
-        [sizes.profile(dims) for sizes in size_ranges(dims, None, [ShapeRange(least, {}, most)])]
+        [sizes.profile(dims) for sizes in size_ranges(dims, None, [ShapeRange(least, {}, most)], {})]
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
