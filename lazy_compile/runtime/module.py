@@ -158,7 +158,7 @@ class LazyModule(nn.Module):
 
     def _warn_of_unrelated_calls(self, placed: Placed) -> None:
         """Nothing is ever reused where no call continues another: say it, once."""
-        self._unrelated = self._unrelated + 1 if placed.starts else 0
+        self._unrelated = self._unrelated + 1 if placed.is_unrelated else 0
         if self._unrelated == UNRELATED_CALLS and not isinstance(self._policy, AlwaysCompute):
             self._store.warn_once(
                 f"the last {UNRELATED_CALLS} calls of {type(self.original).__name__} do not continue one another: the "

@@ -55,14 +55,14 @@ class Placed:
         state: the caches of its rows, as they are before the call.
         steps: ``int64[rows]``, which call of its trajectory each row makes.
         times, before: the time input of each row now and at the step before; None where there is none.
-        starts: whether every row starts a trajectory.
+        is_unrelated: whether no row continues an earlier call.
     """
 
     state: CacheState
     steps: npt.NDArray[np.int64]
     times: tuple[float | None, ...]
     before: tuple[float | None, ...]
-    starts: bool
+    is_unrelated: bool
     rows: list[_Row]
     call: int
     context: object
@@ -188,9 +188,9 @@ class Trajectories:
         steps = np.array([row.position.step for row in rows], dtype=np.int64)
         before = tuple(None if row.position.parent is None else row.position.parent.time for row in rows)
         state.timestep_before = before[int(steps.argmax())]
-        starts = all(row.position.step == 0 and row.stream is None for row in rows)
+        unrelated = all(row.stream is None for row in rows)
         times = tuple(row.position.time for row in rows)
-        return Placed(state, steps, times, before, starts, rows, self._call, context)
+        return Placed(state, steps, times, before, unrelated, rows, self._call, context)
 
     def _first_position(self, content: Content, doubt: Doubt | None) -> Position:
         trajectory = Trajectory(None, content.time, content.latents)

@@ -1,4 +1,4 @@
-"""Models that take the latents of several images as a list, or all tokens in one sequence: no axis holds rows."""
+"""Models whose latents lie on no axis of rows, or are no floating-point numbers."""
 
 from __future__ import annotations
 
@@ -106,3 +106,34 @@ def test_an_image_that_is_replaced_by_another_is_computed(host: Host, replaced: 
     images[replaced] = others[replaced]
     expected = host.predict(host.model, images, at)
     assert all(map(torch.equal, host.predict(host.lazy, images, at), expected))
+
+
+class Tokens(Wraps):
+    """Masked diffusion of text: what moves are whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
+
+    def forward(self, ids: Tensor, t: Tensor) -> Tensor:
+        return self.head(self.small(self.embed(ids), t))
+
+
+def test_tokens_that_move_cannot_be_followed_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = randomize(Tokens()).eval(), torch.full((2, 12), 19)
+    lazy = lazy_compile.transform(model, {"ids": ids, "t": torch.full((2,), 1000.0)})
+    lazy.policy = Scheduled(CacheSchedule.every(2, 12, 2))
+    for step in range(12):
+        given = {"ids": ids, "t": torch.full((2,), 1000.0 - 80 * step)}
+        with torch.no_grad():
+            logits = lazy(**given)
+            assert torch.equal(logits, model(**given))
+        ids = ids.clone()
+        ids[:, step] = logits[:, step].argmax(-1) % 19
+    (told,) = [record.getMessage() for record in caplog.records if "do not continue one another" in record.getMessage()]
+    assert "lazy.trajectory(key, step=i)" in told
+    with torch.no_grad():
+        for step in range(4):
+            with lazy.trajectory("a", step=step):
+                lazy(ids=ids, t=torch.full((2,), 1000.0 - 80 * step))
+    assert lazy.stats.lazy_ratio > 0
