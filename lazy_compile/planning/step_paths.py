@@ -29,13 +29,13 @@ POWERS = (0.0, 1.0, 2.0, 4.0)
 @dataclass(frozen=True)
 class StepCosts:
     """``miss: float64[T, T, T]``: at ``[before, latest, step]`` the squared miss at a step that is extrapolated from
-    the two steps computed last, as far as misses least; ``before == latest`` where there is one, which is repeated."""
+    the two steps computed last; ``before == latest`` where there is one, which is repeated."""
 
     miss: Floats
 
     @classmethod
-    def of(cls, dense: Sequence[Trajectory], linear: bool) -> StepCosts:
-        """From dense trajectories."""
+    def of(cls, dense: Sequence[Trajectory], linear: bool, fitted: bool = False) -> StepCosts:
+        """From dense trajectories; ``fitted`` follows the line as far as misses least, and not all the way."""
         inner: Floats = np.sum([_inner_products(each) for each in dense], axis=0)
         steps = len(inner)
         miss = np.zeros((steps, steps, steps))
@@ -44,7 +44,9 @@ class StepCosts:
                 for step in range(latest + 1, steps):
                     apart = _apart(inner, latest, step, latest, step)
                     if linear and before < latest and (length := _apart(inner, before, latest, before, latest)) > 0:
-                        apart -= _apart(inner, latest, step, before, latest) ** 2 / length
+                        along = _apart(inner, latest, step, before, latest)
+                        slope = along / length if fitted else (step - latest) / (latest - before)
+                        apart += slope * (slope * length - 2 * along)
                     miss[before, latest, step] = max(apart, 0.0)
         return cls(miss)
 

@@ -106,7 +106,7 @@ def _make(source: Any, target: Path, config: Any, ranges: Any, policy: Any, on_p
         "rtx", "1", "", "key", digest_of(plan), {"tf32": True}, source.tensors, source.model, source.prologue,
         to_json(policy), {"": ("MatMul",)}, (layer,),
     )  # fmt: skip
-    return build._Made(target, "", plan, sidecar, sidecar.structure(), 0.0, "")
+    return build._Made(target, "", plan, sidecar, sidecar.structure(), 0.0, "", "")
 
 
 @dataclass(frozen=True)

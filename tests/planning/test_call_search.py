@@ -175,7 +175,7 @@ def test_few_calls_are_refused(lazy: LazyModule) -> None:
 
 def test_the_shortest_path_misses_least_of_all_choices(lazy: LazyModule) -> None:
     dense = run_trajectory(replayable(lazy), sample, 0, CacheSchedule.always_compute(STEPS, 4))
-    costs = StepCosts.of([dense], linear=True)
+    costs = StepCosts.of([dense], linear=True, fitted=True)
     for power in (0.0, 2.0):
         path = costs.path(3, 1, power)
         assert path.sum() == 3
