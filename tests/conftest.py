@@ -88,7 +88,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
         if (toy, reuse) not in made:
             lazy = lazy_compile.transform(TOYS[toy].model(), call(TOYS[toy]), reuse=reuse, batch_rule="all_reuse")
             path = tmp_path_factory.mktemp("onnx") / f"{toy}.onnx"
-            made[toy, reuse] = lazy, path, export_onnx(lazy, path)
+            made[toy, reuse] = lazy, path, export_onnx(lazy, path, dynamic=False)
         lazy, path, report = made[toy, reuse]
         lazy.policy = AlwaysCompute()
         lazy.reset_stats()

@@ -152,7 +152,9 @@ def test_an_empty_range_gives_zeros() -> None:
 
 
 def test_quantisers_stand_inside_the_arms(case: Quantised, lazy: LazyModule, tmp_path: Path) -> None:
-    report = lazy_compile.export_onnx(lazy, tmp_path / "m.onnx", case.inputs, gating="input", predictors=False)
+    report = lazy_compile.export_onnx(
+        lazy, tmp_path / "m.onnx", case.inputs, gating="input", predictors=False, dynamic=False
+    )
     assert report.if_nodes == len(lazy.branches)
     assert report.heavy_ops_outside_if == ()
     for node in ir.load(tmp_path / "m.onnx").graph:
@@ -180,7 +182,7 @@ def test_engines_branch_around_quantised_products(family: str, config: str, tmp_
     case = Quantised(family, getattr(mtq, config))
     lazy = lazy_of(case)
     lazy.capture(**case.inputs)
-    lazy_compile.export_onnx(lazy, tmp_path / "m.onnx", case.inputs)
+    lazy_compile.export_onnx(lazy, tmp_path / "m.onnx", case.inputs, dynamic=False)
     structure = build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", BuildConfig(flavor="rtx")).structure
     assert structure.problems == ()
     assert len(structure.branches) == len(lazy.branches)
@@ -191,7 +193,7 @@ def test_weights_alone_as_integers_run_in_onnx_runtime(tmp_path: Path) -> None:
     case = Quantised("dit", mtq.INT8_WEIGHT_ONLY_CFG)
     lazy = lazy_of(case)
     lazy.capture(**case.inputs)
-    lazy_compile.export_onnx(lazy, tmp_path / "m.onnx", case.inputs, gating="input", predictors=False)
+    lazy_compile.export_onnx(lazy, tmp_path / "m.onnx", case.inputs, gating="input", predictors=False, dynamic=False)
     lazy.policy = every_second(lazy)
     denoiser = EngineDenoiser(OnnxRunner(tmp_path / "m.onnx"), lazy.policy)
     for step in range(STEPS):

@@ -48,7 +48,7 @@ def lazy() -> LazyModule:
 @pytest.fixture(scope="module")
 def engine(lazy: LazyModule, tmp_path_factory: pytest.TempPathFactory) -> EngineDenoiser:
     path = tmp_path_factory.mktemp("engine") / "dit.onnx"
-    export_onnx(lazy, path, gating="input")
+    export_onnx(lazy, path, gating="input", dynamic=False)
     return EngineDenoiser(OnnxRunner(path, threads=1), lazy.policy)
 
 

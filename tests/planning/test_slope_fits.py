@@ -77,7 +77,7 @@ def test_what_never_computed_has_no_slope(lazy: LazyModule) -> None:
 
 def test_an_engine_computes_what_the_model_does(lazy: LazyModule, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("engine") / "dit.onnx"
-    export_onnx(lazy, path, gating="input")
+    export_onnx(lazy, path, gating="input", dynamic=False)
     engine = EngineDenoiser(OnnxRunner(path, threads=1), lazy.policy)
     seen, expected = fits(engine, 1), fits(lazy, 1)
     assert np.isfinite(expected.inner).all()

@@ -71,7 +71,7 @@ class Exports:
             path = folder / ("hoisted" if gating == "schedule" else "hoisted.onnx")
             options: dict[str, Any] = {"predictors": False} if gating == "input" else {}
             options["invariants"] = ("text",) if hoist else ()
-            self.made[key] = export_onnx(self.lazy, path, gating=gating, group=group, **options)
+            self.made[key] = export_onnx(self.lazy, path, gating=gating, group=group, **options, dynamic=False)
         self.lazy.lazy_config = LazyConfig(batch_rule="all_reuse")
         self.lazy.policy = AlwaysCompute()
         return self.made[key]

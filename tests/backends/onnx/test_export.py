@@ -117,7 +117,7 @@ def test_limits_hold(exported: Exported, options: dict[str, int]) -> None:
 
 def test_limits_are_those_of_the_export_unless_told_otherwise(tmp_path: Path) -> None:
     lazy = lazy_compile.transform(TOYS["dit"].build(), call(TOYS["dit"]), warmup_steps=2, max_reuse_age=3)
-    export_onnx(lazy, tmp_path / "m.onnx")
+    export_onnx(lazy, tmp_path / "m.onnx", dynamic=False)
     denoiser = EngineDenoiser(OnnxRunner(tmp_path / "m.onnx", threads=1))
     schedule = CacheSchedule.every(STEPS, STEPS, len(lazy.branches))
     assert follow(lazy, denoiser, Scheduled(schedule), trajectory(TOYS["dit"], steps=STEPS)) < TOLERANCE
@@ -259,7 +259,7 @@ def test_the_file_names_everything(exported: Exported) -> None:
 
 @pytest.mark.parametrize("opset", [18, 22])
 def test_opsets(tmp_path: Path, compiled: Callable[..., LazyModule], opset: int) -> None:
-    export_onnx(compiled("windowed"), tmp_path / "m.onnx", opset=opset)
+    export_onnx(compiled("windowed"), tmp_path / "m.onnx", opset=opset, dynamic=False)
     assert {item.domain: item.version for item in onnx.load(tmp_path / "m.onnx").opset_import} == {"": opset}
     OnnxRunner(tmp_path / "m.onnx", threads=1).run(call(TOYS["windowed"]))
 
@@ -274,7 +274,7 @@ class DividesByAlmostNothing(Small):
 
 def test_tiny_addends_are_kept(tmp_path: Path) -> None:
     lazy = lazy_compile.transform(randomize(DividesByAlmostNothing()).eval(), call(SMALL))
-    export_onnx(lazy, tmp_path / "m.onnx", gating="input")
+    export_onnx(lazy, tmp_path / "m.onnx", gating="input", dynamic=False)
     (output,) = OnnxRunner(tmp_path / "m.onnx", threads=1).run(call(SMALL), force="compute")
     with torch.no_grad():
         torch.testing.assert_close(output, lazy(**call(SMALL)), atol=TOLERANCE, rtol=0.0)
@@ -282,7 +282,7 @@ def test_tiny_addends_are_kept(tmp_path: Path) -> None:
 
 def test_another_example_call_fixes_other_sizes(tmp_path: Path, compiled: Callable[..., LazyModule]) -> None:
     lazy, arguments = compiled("windowed"), call(TOYS["windowed"], batch=1)
-    export_onnx(lazy, tmp_path / "m.onnx", arguments)
+    export_onnx(lazy, tmp_path / "m.onnx", arguments, dynamic=False)
     (output,) = OnnxRunner(tmp_path / "m.onnx", threads=1).run(arguments)
     with torch.no_grad():
         torch.testing.assert_close(output, lazy.original(**arguments), rtol=TOLERANCE, atol=TOLERANCE)
@@ -293,7 +293,7 @@ def test_large_weights_stand_beside_the_file(
 ) -> None:
     monkeypatch.setattr(onnx_save, "EXTERNAL_BYTES", 0)
     for _ in range(2):
-        report = export_onnx(compiled("windowed"), tmp_path / "m.onnx")
+        report = export_onnx(compiled("windowed"), tmp_path / "m.onnx", dynamic=False)
         assert len(list(tmp_path.iterdir())) == 2, "the weights of the file before are gone"
         assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
         OnnxRunner(tmp_path / "m.onnx", threads=1).run(call(TOYS["windowed"]))
@@ -319,7 +319,7 @@ def test_an_opset_that_tensorrt_cannot_take_is_refused(compiled: Callable[..., L
 
 
 def test_onnxsim_keeps_the_branches(tmp_path: Path, compiled: Callable[..., LazyModule]) -> None:
-    report = export_onnx(compiled("windowed"), tmp_path / "m.onnx", simplify=True)
+    report = export_onnx(compiled("windowed"), tmp_path / "m.onnx", simplify=True, dynamic=False)
     assert report.simplified
     assert (report.if_nodes, report.heavy_ops_outside_if) == (2, ())
     OnnxRunner(tmp_path / "m.onnx", threads=1).run(call(TOYS["windowed"]))

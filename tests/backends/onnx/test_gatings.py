@@ -57,7 +57,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
             lazy.policy = Scheduled(TABLE) if gating == "schedule" else AlwaysCompute()
             path = tmp_path_factory.mktemp("onnx") / (toy if gating == "schedule" else f"{toy}.onnx")
             options = {"predictors": predictors} if gating == "input" else {}
-            made[key] = path, export_onnx(lazy, path, gating=gating, **options)
+            made[key] = path, export_onnx(lazy, path, gating=gating, **options, dynamic=False)
         lazy.policy = AlwaysCompute()
         lazy.reset_stats()
         return lazy, *made[key]
@@ -111,12 +111,12 @@ def _scheduled_mmdit(exported: Exported) -> tuple[LazyModule, Path, OnnxReport]:
     lazy, path, _ = exported("mmdit", "predicate", "block")
     lazy.policy = Scheduled(CacheSchedule(three_patterns(5)))
     folder = path.with_name("mmdit")
-    return lazy, folder, export_onnx(lazy, folder, gating="schedule")
+    return lazy, folder, export_onnx(lazy, folder, gating="schedule", dynamic=False)
 
 
 def test_a_group_given_to_the_export_is_that_of_the_model(compiled: Callable[..., LazyModule], tmp_path: Path) -> None:
     lazy = compiled("windowed", batch_rule="all_reuse")
-    assert export_onnx(lazy, tmp_path / "m.onnx", group=2).if_nodes == 1
+    assert export_onnx(lazy, tmp_path / "m.onnx", group=2, dynamic=False).if_nodes == 1
     lazy.lazy_config = LazyConfig(batch_rule="all_reuse", group=2)
     assert follow(lazy, tmp_path / "m.onnx", Scheduled(CacheSchedule.every(3, STEPS, 2)), "windowed") < TOLERANCE
 
@@ -142,9 +142,9 @@ def test_inputs_of_each_gating(exported: Exported) -> None:
 
 def test_predictors_are_there_if_the_policy_is_learned(compiled: Callable[..., LazyModule], tmp_path: Path) -> None:
     lazy = compiled("windowed")
-    assert "compute_logits" not in export_onnx(lazy, tmp_path / "m.onnx", gating="input").outputs
+    assert "compute_logits" not in export_onnx(lazy, tmp_path / "m.onnx", gating="input", dynamic=False).outputs
     lazy.policy = Learned(random_gates(lazy, knots(STEPS)))
-    assert "compute_logits" in export_onnx(lazy, tmp_path / "m.onnx", gating="input").outputs
+    assert "compute_logits" in export_onnx(lazy, tmp_path / "m.onnx", gating="input", dynamic=False).outputs
 
 
 def test_a_model_for_each_distinct_row(exported: Exported) -> None:
@@ -169,7 +169,7 @@ def test_writing_a_set_again_removes_what_was_there(compiled: Callable[..., Lazy
     lazy = compiled("windowed")
     for table in ([[True, True], [True, False]], [[True, True]]):
         lazy.policy = Scheduled(CacheSchedule(np.array(table)))
-        export_onnx(lazy, tmp_path / "set", gating="schedule")
+        export_onnx(lazy, tmp_path / "set", gating="schedule", dynamic=False)
     names = sorted(file.name.split(".")[0] for file in (tmp_path / "set").iterdir())
     assert names == ["mask-3", "schedule", "weights"]
 
@@ -251,5 +251,5 @@ def test_a_full_disk_leaves_no_weights(
     with pytest.raises(
         ArtifactError, match=r"cannot write .*weights.*: No space left on device; nothing was left behind"
     ):
-        export_onnx(lazy, tmp_path / "set", gating="schedule")
+        export_onnx(lazy, tmp_path / "set", gating="schedule", dynamic=False)
     assert not list((tmp_path / "set").iterdir())

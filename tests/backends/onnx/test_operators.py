@@ -100,7 +100,7 @@ def captured(model: nn.Module, arguments: dict[str, Any]) -> LazyModule:
 
 def agrees(lazy: LazyModule, arguments: dict[str, Any], folder: Path) -> bool:
     """ONNX Runtime gives what PyTorch gives, with and without reuse."""
-    lazy_compile.export_onnx(lazy, folder / "m.onnx", arguments)
+    lazy_compile.export_onnx(lazy, folder / "m.onnx", arguments, dynamic=False)
     denoiser = EngineDenoiser(OnnxRunner(folder / "m.onnx", threads=1))
     lazy.policy = denoiser.policy = Scheduled(CacheSchedule.every(2, 4, len(lazy.branches)))
     calls = [arguments | {"x": arguments["x"] * (1 - 0.1 * step)} for step in range(4)]

@@ -79,7 +79,7 @@ def test_a_file_is_followed_without_being_told_again(
     lazy: LazyModule, tmp_path: Path, gating: Gating, policy_of: Callable[[LazyModule], Policy]
 ) -> None:
     lazy.policy = policy_of(lazy)
-    export_onnx(lazy, tmp_path / "m", gating=gating)
+    export_onnx(lazy, tmp_path / "m", gating=gating, dynamic=False)
     denoiser = EngineDenoiser(OnnxRunner(tmp_path / "m", threads=1))
     assert to_json(denoiser.policy) == to_json(lazy.policy)
     lazy.reset()
@@ -96,7 +96,7 @@ def test_a_file_is_followed_without_being_told_again(
 def scheduled(lazy: LazyModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lazy.policy = SLOPED
     path = tmp_path_factory.mktemp("scheduled") / "m.onnx"
-    export_onnx(lazy, path, gating="input")
+    export_onnx(lazy, path, gating="input", dynamic=False)
     return path
 
 
@@ -145,11 +145,11 @@ def test_what_the_file_cannot_follow_is_left_out_with_a_warning(
     lazy: LazyModule, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lazy.policy = Learned(gates(lazy))
-    export_onnx(lazy, tmp_path / "m.onnx", gating="input", predictors=False)
+    export_onnx(lazy, tmp_path / "m.onnx", gating="input", predictors=False, dynamic=False)
     assert "the exported Small carries no policy; give its runner one: Learned(..., delayed=False) cannot steer" in (
         caplog.text
     )
     assert OnnxRunner(tmp_path / "m.onnx", threads=1).policy is None
     monkeypatch.setattr(metadata, "MAX_POLICY_BYTES", 1000)
-    export_onnx(lazy, tmp_path / "m.onnx")
+    export_onnx(lazy, tmp_path / "m.onnx", dynamic=False)
     assert "it takes 0 MiB, a file carries 0 at most" in caplog.text

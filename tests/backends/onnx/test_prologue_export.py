@@ -38,7 +38,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What was exported of a model with other weights."""
     path = tmp_path_factory.mktemp("other") / "other.onnx"
     lazy = lazy_compile.transform(Conditioned().eval(), call(CONDITIONED))
-    export_onnx(lazy, path, gating="input", invariants=("text",))
+    export_onnx(lazy, path, gating="input", invariants=("text",), dynamic=False)
     return path
 
 
@@ -226,7 +226,9 @@ def test_a_folder_has_one_prologue_and_loses_it_again(exports: Exports, tmp_path
     assert len(list(report.path.glob("*prologue*"))) == 1
     exports.lazy.policy = Scheduled(CacheSchedule.every(1, 1, 3))
     for hoist in (True, False):
-        export_onnx(exports.lazy, tmp_path / "set", gating="schedule", invariants=("text",) if hoist else ())
+        export_onnx(
+            exports.lazy, tmp_path / "set", gating="schedule", invariants=("text",) if hoist else (), dynamic=False
+        )
         assert (tmp_path / "set" / "prologue.onnx").exists() == hoist
         open_runner(tmp_path / "set").run(call(CONDITIONED), force="compute")
 
@@ -246,7 +248,7 @@ def test_a_prologue_that_cannot_be_written_leaves_the_old_pair(
 
     monkeypatch.setattr(onnx.checker, "check_model", refuse)
     with pytest.raises(BackendError, match="not valid ONNX: no"):
-        export_onnx(exports.lazy, files[0], invariants=("text",))
+        export_onnx(exports.lazy, files[0], invariants=("text",), dynamic=False)
     assert sorted(tmp_path.iterdir()) == files
     assert [file.read_text() for file in files] == ["old", "old"]
 
@@ -288,14 +290,14 @@ def test_a_prologue_that_is_missing_or_of_another_model_is_refused(
 )
 def test_names_that_make_no_sense_are_refused(exports: Exports, names: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        export_onnx(exports.lazy, tmp_path / "m.onnx", invariants=names)
+        export_onnx(exports.lazy, tmp_path / "m.onnx", invariants=names, dynamic=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_where_nothing_can_be_hoisted_a_warning_says_so(
     exports: Exports, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    report = export_onnx(exports.lazy, tmp_path / "m.onnx", invariants=("shift",))
+    report = export_onnx(exports.lazy, tmp_path / "m.onnx", invariants=("shift",), dynamic=False)
     assert "nothing of Conditioned can be hoisted" in caplog.text
     assert "shift and the weights alone decide no matrix product" in caplog.text
     assert (report.prologue, report.hoisted_tensors) == (None, 0)
@@ -324,7 +326,7 @@ def test_phones_get_both_files(exports: Exports, tmp_path: Path) -> None:
 
 def test_half_precision(tmp_path: Path) -> None:
     lazy = lazy_compile.transform(CONDITIONED.model().half(), _halved(call(CONDITIONED)))
-    export_onnx(lazy, tmp_path / "m.onnx", gating="input", invariants=("text",))
+    export_onnx(lazy, tmp_path / "m.onnx", gating="input", invariants=("text",), dynamic=False)
     runner = open_runner(tmp_path / "m.onnx")
     assert {spec.dtype for spec in runner.metadata.invariants} == {"float16"}
     for arguments in map(_halved, trajectory(CONDITIONED, steps=2)):
@@ -339,7 +341,7 @@ def _halved(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def test_complex_numbers_are_handed_over_as_pairs(tmp_path: Path) -> None:
     lazy = lazy_compile.transform(Rotated().eval(), call(CONDITIONED), batch_rule="all_reuse")
-    export_onnx(lazy, tmp_path / "m.onnx", gating="input", invariants=("text",))
+    export_onnx(lazy, tmp_path / "m.onnx", gating="input", invariants=("text",), dynamic=False)
     runner = open_runner(tmp_path / "m.onnx")
     shapes = [shape_at(spec.shape, runner.metadata.example) for spec in runner.metadata.invariants]
     assert shapes == [(2, WORDS, WIDTH // 2, 2)]

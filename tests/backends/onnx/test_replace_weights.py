@@ -48,7 +48,7 @@ class Peculiar(Small):
 def export(model: nn.Module, toy: Toy, path: Path, **options: Any) -> Path:
     lazy = lazy_compile.transform(model.eval(), call(toy))
     lazy.policy = Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))
-    export_onnx(lazy, path, gating="input", predictors=False, **options)
+    export_onnx(lazy, path, gating="input", predictors=False, **options, dynamic=False)
     return path
 
 
@@ -159,7 +159,7 @@ def test_what_has_no_place_of_its_own_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_says_nothing_of_its_weights_is_refused(base: nn.Module, tmp_path: Path) -> None:
     lazy = lazy_compile.transform(base, call(CONDITIONED))
     lazy.policy = Scheduled(CacheSchedule.always_compute(STEPS, len(lazy.branches)))
-    export_onnx(lazy, tmp_path / "set", gating="schedule")
+    export_onnx(lazy, tmp_path / "set", gating="schedule", dynamic=False)
     file = next((tmp_path / "set").glob("mask-*.onnx"))
     with pytest.raises(ArtifactError, match="does not say where its weights lie"):
         replace_weights(file, base)

@@ -56,7 +56,7 @@ def test_exported_spans_follow_pytorch(
     slopes = np.random.default_rng(0).uniform(0.5, 1.5, table.should_compute.shape)
     slopes[:] = slopes[:, :1]
     lazy.policy = Scheduled(CacheSchedule(table.should_compute, slopes))
-    report = export_onnx(lazy, tmp_path / ("m" if gating == "schedule" else "m.onnx"), gating=gating)
+    report = export_onnx(lazy, tmp_path / ("m" if gating == "schedule" else "m.onnx"), gating=gating, dynamic=False)
     assert report.if_nodes == conditionals
     assert report.heavy_ops_outside_if == ()
     assert largest_difference(lazy, report.path, toy) < TOLERANCE

@@ -40,7 +40,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         if (name, dtype) not in made:
             lazy = lazy_compile.transform(*family(name, dtype))
             path = tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
-            made[name, dtype] = lazy, path, export_onnx(lazy, path)
+            made[name, dtype] = lazy, path, export_onnx(lazy, path, dynamic=False)
         return made[name, dtype]
 
     return get

@@ -23,7 +23,7 @@ Compiled = Callable[..., LazyModule]
 
 
 def built(lazy: LazyModule, folder: Path, gating: str, group: int | str) -> EngineStructure:
-    export_onnx(lazy, folder / "m.onnx", gating=gating, group=group)
+    export_onnx(lazy, folder / "m.onnx", gating=gating, group=group, dynamic=False)
     return build_engine(folder / "m.onnx", folder / "m.engine", RTX).structure
 
 
@@ -84,7 +84,7 @@ def test_a_fixed_schedule_has_no_jump_and_half_the_kernels(
     table[1, :2] = table[3, :2] = table[2, 2:] = False
     lazy.policy = Scheduled(CacheSchedule(table))
     gated = each_branch(lazy, "input")
-    export_onnx(lazy, tmp_path / "onnx", gating="schedule")
+    export_onnx(lazy, tmp_path / "onnx", gating="schedule", dynamic=False)
     reports = build_engines(tmp_path / "onnx", tmp_path / "engines", RTX)
     assert len(reports) == 3, "equal rows share an engine"
     heavy = [sum(layer.is_heavy for layer in report.structure.layers) for report in reports]
