@@ -13,6 +13,7 @@ from lazy_compile.bench import compiled
 from lazy_compile.errors import VerificationError
 
 
+@pytest.mark.slow
 def test_rows_are_written_as_they_are_measured_and_a_stopped_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
