@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lazy_compile.capture.capture_folder import CaptureFolder
 from lazy_compile.capture.lock import CAPTURE_LOCK
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ConfigError
@@ -224,6 +225,18 @@ class LazyModule(nn.Module):
         return self._store.of_structure(self.lazy_config)[-1]
 
     @property
+    def capture_cache(self) -> Path | None:
+        """The folder in which captures are kept, so that another process starts without one; None for nowhere.
+
+        It is that of the environment variable ``LAZY_COMPILE_CACHE_DIR`` unless another one is set, before the model is
+        captured. What lies there may be deleted at any time."""
+        return None if self._store.folder is None else self._store.folder.path
+
+    @capture_cache.setter
+    def capture_cache(self, folder: str | Path | None) -> None:
+        self._store.folder = None if folder is None else CaptureFolder.chosen(folder)
+
+    @property
     def policy(self) -> Policy:
         """The rule that decides; a :class:`CacheSchedule` and the name of a preset may be set too, at any time."""
         return self._policy
@@ -370,7 +383,7 @@ class LazyModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, captures for itself; it has the options and the policy, and no caches."""
-        return _rebuild, (type(self), self.original, self.lazy_config, self._policy)
+        return _rebuild, (type(self), self.original, self.lazy_config, self._policy, self.capture_cache)
 
     # How ----------------------------------------------------------------------------------------------------------
 
@@ -427,7 +440,10 @@ class LazyModule(nn.Module):
         return self._stats[names]
 
 
-def _rebuild(kind: type[LazyModule], original: nn.Module, config: LazyConfig, policy: Policy) -> LazyModule:
+def _rebuild(
+    kind: type[LazyModule], original: nn.Module, config: LazyConfig, policy: Policy, capture_cache: Path | None
+) -> LazyModule:
     lazy = kind(original, config)
     lazy._policy = policy
+    lazy.capture_cache = capture_cache
     return lazy
