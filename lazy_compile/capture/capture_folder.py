@@ -53,8 +53,8 @@ class CaptureFolder:
         """Those of a model for calls like this one."""
         try:
             key = capture_key(model, layout, tensors, *options)
-        except RecursionError:
-            logger.debug("no captures of %s are kept: it holds objects too deep to look at", type(model).__name__)
+        except Exception as error:  # whatever an object raises that is looked at
+            logger.info("captures of %s are not kept: %s", type(model).__name__, first_line(error))
             key = ""
         name = re.sub(r"\W", "_", type(model).__name__)[:80]
         return KeptCaptures(self.path / f"{name}-{key[:40]}" if key else None, model, tuple(tensors))
@@ -109,6 +109,8 @@ class KeptCaptures:
             logger.info("the capture of %s is not kept: %s", self._name, error)
         except ArtifactError as error:
             logger.warning("the capture of %s is not kept: %s", self._name, error)
+        except Exception as error:  # the capture is none the worse for it
+            logger.info("the capture of %s is not kept: %s", self._name, first_line(error))
         else:
             logger.info("the capture of %s is kept in %s", self._name, self._file)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.call_layout import CallLayout, types_of
 from lazy_compile.capture.model_code import ReachedCode
 from lazy_compile.capture.model_snapshot import LOOKED_UP
 from lazy_compile.capture.plain_text import PlainText
@@ -34,14 +34,14 @@ def capture_key(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor],
     is compared with.
 
     Raises:
-        RecursionError: the model holds objects in objects, too deep to look at.
+        Exception: of any kind, where an object that the model holds cannot be looked at.
     """
     content = new_digest()
     code = ReachedCode(module.__class__ for module in model.modules())
     text = PlainText(lambda piece: content.update(piece.encode()), code.meet)
     text.add(platform.python_version_tuple()[:2], str(torch.__version__), _own_code(), options)
     text.add(str(layout.spec), layout.paths, layout.leaves)
-    text.add([(tensor.dtype, tensor.device) for tensor in tensors], torch.get_default_dtype(), _autocast(tensors))
+    text.add(types_of(tensors), torch.get_default_dtype())
     for name, module in model.named_modules(remove_duplicate=False):
         text.write(f"module {name} ")
         if not text.is_known(module):
@@ -73,11 +73,6 @@ def _kind(weight: Tensor) -> list[Any]:
         names, context = weight.__tensor_flatten__()
         return [*described, *((name, _kind(getattr(weight, name))) for name in names), context]
     return [*described, weight.stride() if weight.layout is torch.strided else None]
-
-
-def _autocast(tensors: Sequence[Tensor]) -> list[Any]:
-    kinds = sorted({tensor.device.type for tensor in tensors})
-    return [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
 
 
 @functools.cache

@@ -23,7 +23,7 @@ class Unwritable(Exception):
 
 
 _CORE = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Eq, sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge, sympy.And)
-_OPERATIONS = {
+OPERATIONS = {
     kind.__name__: kind
     for kind in (
         *_CORE, sympy.Or, sympy.Not, sympy.floor, sympy.ceiling,
@@ -100,7 +100,7 @@ def _written(expression: sympy.Basic) -> Any:
     if isinstance(expression, sympy.Float) and math.isfinite(value := float(expression)):
         return value
     name = expression.func.__name__
-    if _OPERATIONS.get(name) is not expression.func:
+    if OPERATIONS.get(name) is not expression.func:
         raise Unwritable(f"a size is computed by {name}")
     return [name, *map(_written, expression.args)]
 
@@ -183,7 +183,7 @@ class SizeReader:
             return sympy.Rational(*made)
         if name == "Pow" and not (made[1].is_number and abs(made[1]) <= _LARGEST_EXPONENT):
             raise ValueError(f"a size is raised to {made[1]}")
-        return _OPERATIONS[name](*made, evaluate=False)  # it is what an evaluation came to
+        return OPERATIONS[name](*made, evaluate=False)  # it is what an evaluation came to
 
 
 _SYMBOLIC = {int: torch.SymInt, float: torch.SymFloat, bool: torch.SymBool}

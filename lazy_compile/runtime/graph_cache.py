@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile import pass_pipelines
 from lazy_compile.analysis.timestep_input import find_timestep_input, names_the_time
-from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.call_layout import CallLayout, types_of
 from lazy_compile.capture.capture_folder import CaptureFolder
 from lazy_compile.capture.captured import Capture
 from lazy_compile.capture.evaluation import comparable_evaluation
@@ -28,7 +28,7 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.errors import CaptureError, ConfigError, NoBranchError
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.operators import has_formula, is_foreign_kernel, macs, operator_name
-from lazy_compile.runtime.lazy_graph import LazyGraph, sources_of, types_of
+from lazy_compile.runtime.lazy_graph import LazyGraph, sources_of
 
 logger = logging.getLogger("lazy_compile")
 

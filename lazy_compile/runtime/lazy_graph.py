@@ -258,14 +258,3 @@ def _shape(value: object) -> tuple[int, ...] | None:
         return None
     sizes = [size for axis in value.shape if (size := example_size(axis)) is not None]
     return tuple(sizes) if len(sizes) == value.dim() else None
-
-
-def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Dtypes and devices of tensors, and the autocast that is in force for them."""
-    devices = sorted({tensor.device.type for tensor in tensors})
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device))
-        for device in devices
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    )
-    return tuple((tensor.dtype, tensor.device) for tensor in tensors) + autocast
