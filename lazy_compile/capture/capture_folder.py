@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ class KeptCaptures:
                 logger.info("%s: its capture was read from %s", self._name, file)
                 return found
             logger.warning("the capture of %s in %s is made anew: %s", self._name, file, trouble)
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # others may own the folder
+                file.unlink()
         return None
 
     def keep(self, found: Capture) -> None:
