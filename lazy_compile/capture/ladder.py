@@ -85,6 +85,7 @@ def capture(
         while (found := search.climb(rungs)) is None:
             if not search.look_away():
                 raise search.refusal()
+        found.forget_operators()
         if kept is not None:
             kept.keep(found)
     return found

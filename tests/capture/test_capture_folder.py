@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,12 @@ def test_a_lazy_model_starts_without_a_capture(
     model.factor = 2.0  # changes of the model are seen as after a capture
     assert torch.equal(lazy(**call()), model(**call()))
     assert exports
+
+
+def test_torch_remembers_no_operators_of_a_capture(tmp_path: Path) -> None:
+    found = kept_capture(toy(), call(), tmp_path)
+    size: Any = found.fake_tensors[0].shape[0]
+    assert not size.node.shape_env.fake_tensor_cache
 
 
 # What is not kept
