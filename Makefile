@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help docs install demo test test-slow test-torchao test-openvino test-pruna test-zoo fuzz zoo-golden coverage-page hosts-page bench peers results lint clean
+.PHONY: help docs install demo test test-slow test-torchao test-openvino test-pruna test-olive test-zoo fuzz zoo-golden coverage-page hosts-page bench peers results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -52,6 +52,11 @@ test-pruna: $(INSTALLED) ## the cacher of examples/pruna, with Pruna installed b
 	@test -d $(PRUNA) || $(BIN)/python -m pip install -q --no-deps --target $(PRUNA) -r examples/pruna/requirements.txt
 	PYTHONPATH=$(PRUNA) $(BIN)/pytest -m pruna tests/integrations/test_pruna.py
 
+OLIVE := build/olive
+test-olive: $(INSTALLED) ## the passes of examples/olive, with Microsoft Olive installed beside .venv (150 MB)
+	@test -d $(OLIVE) || $(BIN)/python -m pip install -q --no-deps --target $(OLIVE) -r examples/olive/requirements.txt
+	PYTHONPATH=$(OLIVE) $(BIN)/pytest -m olive tests/integrations/test_olive.py
+
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: $(INSTALLED) ## read 2,000 damaged files and aimed ones; end every writer at every point, and 100 by kill -9
 	$(BIN)/pytest -m "fuzz or not fuzz" tests/fuzz
@@ -68,7 +73,7 @@ coverage-page: $(INSTALLED) ## ask the zoo every question; answers in docs/cover
 
 hosts-page: export OMP_NUM_THREADS := 1
 hosts-page: $(INSTALLED) ## run the tests of every host; the table in docs/integrations.md (HOSTS="A B" renews some)
-	PYTHONPATH=tests:$(OPENVINO):$(TORCHAO) $(BIN)/python -m project.hosts $(HOSTS)
+	PYTHONPATH=tests:$(OPENVINO):$(TORCHAO):$(OLIVE) $(BIN)/python -m project.hosts $(HOSTS)
 
 bench: $(INSTALLED) ## measure speed; results in build/bench
 	$(BIN)/lazy-compile bench speed --output build/bench

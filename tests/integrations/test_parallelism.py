@@ -48,7 +48,9 @@ def outcome(lazy: LazyModule, sample: Callable[..., Tensor] = sample) -> dict[st
 def gates(lazy: LazyModule) -> Learned:
     widths = tuple(branch.gate_features for branch in lazy.branches)
     weight = 0.3 * torch.randn(STEPS, sum(widths), generator=torch.Generator().manual_seed(3))
-    return Learned(GateTable(widths, torch.arange(float(STEPS)).double(), weight, torch.zeros(STEPS, len(widths))))
+    bias = torch.zeros(STEPS, len(widths))
+    bias[:, -1] = -10.0  # one of them reuses whenever it may
+    return Learned(GateTable(widths, torch.arange(float(STEPS)).double(), weight, bias))
 
 
 def refusal(call: Callable[[], Any]) -> str:

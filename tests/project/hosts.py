@@ -174,6 +174,22 @@ HOSTS = (
         "a GPU",
     ),
     Host(
+        "[Olive](#olive)",
+        "`LazyCompile`, Olive's quantisation, `LazyCompileSeal`",
+        'dynamic, with `extra_options={"EnableSubgraph": True}`',
+        _in("integrations", "olive"),
+        ("olive-ai",),
+        "static quantisation",
+    ),
+    Host(
+        "[several processes](integrations/parallelism.md)",
+        "`parallelize_module`, `enable_parallelism`",
+        "before or after `transform`; no FSDP",
+        _in("integrations", "parallelism"),
+        ("torch", "diffusers"),
+        "GPUs: two gloo processes; ring attention",
+    ),
+    Host(
         "torchao",
         "`quantize_(model, ...)`, before or after `transform(model)`",
         "not `quantize_(lazy, ...)`",
