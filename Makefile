@@ -40,12 +40,12 @@ test-slow: $(INSTALLED) ## the longer cases of what make test runs a few of, and
 TORCHAO := build/torchao
 test-torchao: $(INSTALLED) ## integer weights of torchao, installed beside .venv (28 MB)
 	@test -d $(TORCHAO) || $(BIN)/python -m pip install -q --no-deps --target $(TORCHAO) -c constraints.txt torchao
-	PYTHONPATH=$(TORCHAO) $(BIN)/pytest -m torchao tests/integrations/test_torchao.py tests/examples/test_gallery.py
+	PYTHONPATH=$(TORCHAO) $(BIN)/pytest -m torchao tests/integrations/test_torchao.py tests/integrations/test_four_questions.py tests/examples/test_gallery.py
 
 OPENVINO := build/openvino
 test-openvino: $(INSTALLED) ## exported models in OpenVINO, installed beside .venv (180 MB)
 	@test -d $(OPENVINO) || $(BIN)/python -m pip install -q --no-deps --target $(OPENVINO) -c constraints.txt openvino
-	PYTHONPATH=$(OPENVINO) $(BIN)/pytest -m openvino tests/backends/test_openvino.py
+	PYTHONPATH=$(OPENVINO) $(BIN)/pytest -m openvino tests/backends/test_openvino.py tests/integrations/test_four_questions.py
 
 PRUNA := build/pruna
 test-pruna: $(INSTALLED) ## the cacher of examples/pruna, with Pruna installed beside .venv (300 MB)
