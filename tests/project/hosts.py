@@ -116,7 +116,7 @@ HOSTS = (
         "fp32 and fp16, single files",
         (*_in("backends", "openvino"), *_four("in_openvino")),
         ("openvino",),
-        "GPUs and NPUs; NNCF, Optimum-Intel",
+        "GPUs and NPUs; Optimum-Intel; [NNCF leaves arms out](integrations/openvino.md)",
     ),
     Host(
         "NVIDIA ModelOpt",
