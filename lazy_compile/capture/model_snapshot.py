@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from lazy_compile.capture.sharded_layers import has_shards
+
 
 @dataclass(frozen=True, eq=False)
 class _Same:
@@ -125,11 +127,11 @@ class ModelWatch:
 
 
 def hooked_modules(model: nn.Module) -> list[str]:
-    """Paths of the modules with forward hooks, the model itself as ``"the model itself"``."""
+    """Paths of the modules whose forward hooks run while they are captured only, ``"the model itself"`` for that."""
     return [
         name or "the model itself"
         for name, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks
+        if (module._forward_hooks or module._forward_pre_hooks) and not has_shards(module)
     ]
 
 

@@ -20,6 +20,7 @@ from lazy_compile.ir.branch import Refusal, ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyStep
 from lazy_compile.policies.policy import AlwaysCompute, Policy
 from lazy_compile.policies.presets import PolicyLike, as_policy
+from lazy_compile.processes import agreed
 from lazy_compile.runtime.artifact import Artifact, describe, fingerprint, write
 from lazy_compile.runtime.cache import CacheState
 from lazy_compile.runtime.compiled_pieces import CompiledPieces, backend_of, traced_backend
@@ -112,6 +113,12 @@ class LazyModule(nn.Module):
             (current_stream(), self._store.generation, graph.layout, graph.types),
         )
         placed = self._trajectories.place(contents, graph.branches)
+        if not agreed(placed.digest, graph.collective_groups):
+            placed.state = CacheState()  # a branch that one process computes and another reuses would wait for ever
+            self._store.warn_once(
+                f"processes that run one {type(self.original).__name__} together found different calls before this "
+                "one, so that every branch computes; give all of them the same rows, or lazy.trajectory(key, step=i)"
+            )
         self._warn_of_unrelated_calls(placed)
         return placed
 
