@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils import _pytree as pytree
 
 from lazy_compile.errors import CaptureError
@@ -31,6 +30,8 @@ def call_with_hooks(module: nn.Module, path: str) -> Callable[..., Any]:
     Raises:
         CaptureError: tensors that processes hold together go in or come out.
     """
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor  # not in every build of torch
+
     same = copy.copy(module)  # shares its weights and hooks
 
     def call(*args: Any, **kwargs: Any) -> Any:
