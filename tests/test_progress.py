@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from lazy_compile import progress
 from lazy_compile.progress import progress_bars
 
 
@@ -12,7 +11,7 @@ def test_a_log_gets_a_line_from_time_to_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("lazy_compile.progress.time.monotonic", lambda: clock[0])
     with progress_bars() as report:
         for done in range(1, 41):
             clock[0] += 1.0
