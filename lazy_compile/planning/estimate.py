@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +20,9 @@ from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.planning.output_store import Place, Streaming
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.planning.trace import MAX_AGE
+from lazy_compile.runtime.cache_format import CacheFormat
 from lazy_compile.runtime.module import LazyModule, ModelCall
 from lazy_compile.runtime.sampling import DenseStep, Samplers, parts_of
-
-FORWARD_STEPS = 3
-"""Sets of outputs of one call that are in memory at once, wherever they are kept: those of the first step, of the
-latest, and what they are made of."""
 
 GRADIENTS = 1.3
 """Memory of a call on the way back, over what it saves for its gradients."""
@@ -59,11 +58,14 @@ def estimate_plan(
     options: SearchOptions | None = None,
     calls: int | None = None,
     max_memory: int | None = None,
+    max_host_memory: int | None = None,
     seed: int = 0,
 ) -> PlanEstimate:
     """Run the model once at the sizes of ``sample``, timed; later calls of the trajectory repeat its answer.
 
     Arguments are those of :func:`lazy_compile.plan`; ``max_memory`` are bytes on the model's device, beside the model.
+    ``max_host_memory`` are bytes that may be taken of the host's memory, by default half of what it has: outputs of
+    branches that are more lie in a temporary file.
 
     Raises:
         ConfigError: no way to plan keeps to ``max_memory``.
@@ -80,13 +82,15 @@ def estimate_plan(
     ]
     if max_memory is None:
         return estimates[0]
+    on_host = _host_memory() // 2 if max_host_memory is None else max_host_memory
     for estimate in estimates:
-        if estimate.device_bytes <= max_memory:
+        if estimate.device_bytes <= max_memory and (largest.device.type == "cpu" or estimate.host_bytes <= on_host):
             return estimate
     least = min(estimate.device_bytes for estimate in estimates)
     raise ConfigError(
         f"a plan takes at least {_gigabytes(least)} of memory beside the model, and {_gigabytes(max_memory)} are "
-        "allowed; draw fewer samples at once (give several samplers), or allow more"
+        "allowed; draw fewer samples at once (give several samplers), transform with a coarser granularity or with "
+        "cache_device='cpu', or allow more"
     )
 
 
@@ -124,20 +128,40 @@ def _estimate(
     options: SearchOptions | None,
 ) -> PlanEstimate:
     outputs, on_cpu = costs.output_bytes * costs.calls // costs.steps, costs.device.type == "cpu"
-    kept = outputs * costs.steps
+    kept, config, settings = outputs * costs.steps, lazy.lazy_config, options or SearchOptions()
+    caches = config.values_kept * cached_share(lazy) * outputs
+    moved = config.cache_device is not None  # caches of a judged trajectory lie elsewhere
+    computing = costs.largest_branch + costs.output_bytes
+    device, host, disk = int(computing + (0 if moved else caches)), int(caches if moved else 0), 0
     if without_gradient:  # caches of every step, of the dense and the best trajectory
-        device, host = 2 * kept, 0
+        states = int(2 * cached_share(lazy) * kept)
+        device, host = device + (0 if moved else states), host + (states if moved else 0)
         streaming = Streaming()
     else:
-        saved = costs.outside + costs.largest_branch if streaming.repeat_branches else costs.outside + costs.inside
-        device = int(FORWARD_STEPS * outputs + GRADIENTS * saved)
-        device += kept if streaming.keep == "device" or (streaming.keep == "host" and on_cpu) else 0
+        saved = costs.outside + (costs.largest_branch if streaming.repeat_branches else costs.inside)
+        measuring = int(GRADIENTS * saved) + costs.output_bytes + costs.latent_bytes * costs.calls
+        measuring += kept if streaming.keep == "device" or (streaming.keep == "host" and on_cpu) else 0
+        device = max(device, measuring)
         answers = 4 * costs.rows * costs.steps * len(lazy.branches) * (MAX_AGE + 1)
-        host = 3 * (options or SearchOptions()).remembered * answers + (kept if streaming.keep == "host" else 0)
+        host += 3 * settings.remembered * answers + (kept if streaming.keep == "host" else 0)
+        disk = kept if streaming.keep == "disk" else 0
     if on_cpu:
         device, host = device + host, device + host
-    disk = kept if streaming.keep == "disk" else 0
     return PlanEstimate(costs.steps, model_calls, model_calls * seconds, device, host, disk, streaming)
+
+
+def cached_share(lazy: LazyModule) -> float:
+    """Bytes of a value in a cache, over those of the same value as the model computes it."""
+    computed = sum(branch.output_bytes for branch in lazy.branches)
+    form = CacheFormat.of(lazy.lazy_config)
+    return sum(map(form.bytes, lazy.branches)) / computed if computed else 1.0
+
+
+def _host_memory() -> int:
+    """Bytes that the host has; no end of them where it does not say."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return sys.maxsize
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass
@@ -148,6 +172,7 @@ class _CallCosts:
         output_bytes: what all branches return.
         inside, outside: what is saved for gradients in branches, and between them.
         largest_branch: of one branch.
+        latent_bytes: of the latents that a call is given, and of those that it returns: the way back needs them.
         rows: samples.
         steps, calls: of the trajectory.
     """
@@ -157,6 +182,7 @@ class _CallCosts:
     inside: int = 0
     outside: int = 0
     largest_branch: int = 0
+    latent_bytes: int = 0
     seconds: float = 0.0
     rows: int = 1
     steps: int = 0
@@ -175,6 +201,8 @@ def _measure(lazy: LazyModule, sample: Any, seed: int) -> _CallCosts:
             answers.append(call.run(DenseStep()))
             _wait_for(costs.device)
             costs.seconds = time.perf_counter() - begun
+            returned = [leaf for leaf in pytree.tree_leaves(answers[0]) if isinstance(leaf, Tensor)]
+            costs.latent_bytes = 2 * sum(leaf.numel() * leaf.element_size() for leaf in returned)
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, answers[0])
 
     with torch.no_grad(), lazy.call_handler(answer):

@@ -36,7 +36,7 @@ class OutputStore:
     """Tensors by number; each is written once. ``get`` gives a tensor of the same values, dtype and device."""
 
     streaming: Streaming
-    _held: list[Tensor | _Filed] = field(default_factory=list)
+    _held: list[Tensor | Filed] = field(default_factory=list)
     _file: int | None = None
     _written: int = 0
 
@@ -46,7 +46,7 @@ class OutputStore:
         if self.streaming.keep == "disk":
             self._held.append(self._write(tensor))
         elif self.streaming.keep == "host" and tensor.device.type != "cpu":
-            self._held.append(_Filed(tensor.shape, tensor.dtype, tensor.device, copy=tensor.to("cpu")))
+            self._held.append(Filed(tensor.shape, tensor.dtype, tensor.device, copy=tensor.to("cpu")))
         else:
             self._held.append(tensor)
         return len(self._held) - 1
@@ -61,19 +61,19 @@ class OutputStore:
             os.close(self._file)
             self._file = None
 
-    def _write(self, tensor: Tensor) -> _Filed:
+    def _write(self, tensor: Tensor) -> Filed:
         if self._file is None:
             self._file, name = tempfile.mkstemp(prefix="lazy-compile-", dir=self.streaming.folder)
             Path(name).unlink()  # gone when closed, however the process ends
         content = memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        filed = _Filed(tensor.shape, tensor.dtype, tensor.device, self._written, len(content))
+        filed = Filed(tensor.shape, tensor.dtype, tensor.device, self._written, len(content))
         while content:
             done = os.pwrite(self._file, content, self._written)
             self._written += done
             content = content[done:]
         return filed
 
-    def _read(self, filed: _Filed) -> Tensor:
+    def _read(self, filed: Filed) -> Tensor:
         if filed.copy is not None:
             return filed.copy.to(filed.device)
         assert self._file is not None
@@ -88,7 +88,7 @@ class OutputStore:
 
 
 @dataclass(frozen=True)
-class _Filed:
+class Filed:
     """A tensor that lies elsewhere: as a copy on the host, or in the file."""
 
     shape: torch.Size

@@ -26,6 +26,9 @@ Floats = npt.NDArray[np.float64]
 MAX_AGE = 12
 """Steps that are looked back: an older output counts as one of this age."""
 
+OnGradient = Callable[["_Stream", int, int, int, Tensor], None]
+"""Called with the gradient of an output: ``(stream, step, branch, output, gradient)``."""
+
 Computed = tuple[int, tuple[Tensor, ...], tuple[int, ...]]
 """A computation that is reused: its step, stand-ins of what a cache keeps of its outputs, which carry the gradients,
 and the numbers of these in the store."""
@@ -42,12 +45,19 @@ def earlier_weights(step: int, computed: tuple[int, ...]) -> tuple[float, ...]:
 @dataclass
 class _Stream:
     """For each branch of one stream the numbers in the store of what it computed, by step, its last computations, and
-    what it returned last. A stream may begin late, as that of a guidance does, and be left out at a step."""
+    the step at which it last returned something. A stream may begin late, as that of a guidance does, and be left out
+    at a step.
+
+    Attributes:
+        anchors: for each step a scalar that all that is returned there depends on. A way back ends at these, so that no
+            output need be kept for it.
+    """
 
     caches: CacheState
     computed: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
     known: dict[int, tuple[Computed, ...]] = field(default_factory=dict)
-    latest: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    latest: dict[int, int] = field(default_factory=dict)
+    anchors: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,9 +66,7 @@ class Trace:
 
     Attributes:
         order: of the extrapolation.
-        first: what the branches returned where nothing came before that can be differentiated.
-        on_gradient: called with the gradient of each output on the way back:
-            ``(stream, step, branch, output, gradient)``.
+        on_gradient: called with the gradient of each output on the way back.
     """
 
     schedule: CacheSchedule
@@ -66,8 +74,7 @@ class Trace:
     order: int = 1
     streams: dict[int, _Stream] = field(default_factory=dict)
     axes: dict[int, list[int | None]] = field(default_factory=dict)
-    first: list[Tensor] = field(default_factory=list)
-    on_gradient: Callable[[_Stream, int, int, int, Tensor], None] | None = None
+    on_gradient: OnGradient | None = None
     hooks: list[RemovableHandle] = field(default_factory=list)
     timesteps: dict[int, float] = field(default_factory=dict)
 
@@ -86,15 +93,16 @@ class Trace:
         for stream in self.streams.values():
             stream.computed.clear()
             stream.known.clear()
-            stream.latest.clear()
+            stream.anchors.clear()
         self.streams.clear()
-        self.first.clear()
         self.store.close()
 
     def drive(self, call: ModelCall) -> Any:
         torch.set_grad_enabled(True)  # until the sampler's own torch.no_grad ends
         stream = self.streams.setdefault(id(call.caches), _Stream(call.caches))
-        step = _TracedStep(self, stream, call.step, dict(stream.known))
+        anchor = torch.zeros((), device=call.tensors[0].device, requires_grad=True)
+        stream.anchors[call.step] = anchor
+        step = _TracedStep(self, stream, call.step, dict(stream.known), anchor)
         detached = replace(call, state=[value.detach() for value in call.state])
         self.timesteps[call.step] = call.timestep
         result = checkpoint(detached.run, step, use_reentrant=False, preserve_rng_state=False)
@@ -109,21 +117,22 @@ class Trace:
 
     def rows_are_samples(self, samples: Tensor) -> bool:
         """Whether row r of every branch belongs to sample ``r % B``, seen from what reaches the first sample."""
+        if any(axis is None for axes in self.axes.values() for axis in axes):
+            return False
+        mixed = False
+
+        def on_gradient(stream: _Stream, step: int, branch: int, output: int, gradient: Tensor) -> None:
+            nonlocal mixed
+            if mixed or step != stream.latest[branch]:
+                return
+            rows = gradient.movedim(self.axes[branch][output] or 0, 0).flatten(1).abs().sum(1)
+            mixed = len(rows) % len(samples) > 0 or bool(rows.reshape(-1, len(samples))[:, 1:].any())
+
         towards = torch.zeros_like(samples)
         towards[0] = 1.0
-        latest = [
-            (output, axis)
-            for stream in self.streams.values()
-            for branch, outputs in stream.latest.items()
-            for output, axis in zip(outputs, self.axes[branch], strict=True)
-        ]
-        if any(axis is None or output.shape[axis] % len(samples) for output, axis in latest):
-            return False
-        gradients = torch.autograd.grad(
-            samples, [output for output, _ in latest], towards, retain_graph=True, materialize_grads=True
-        )
-        rows = [gradient.movedim(axis or 0, 0) for gradient, (_, axis) in zip(gradients, latest, strict=True)]
-        return not any(each.flatten(1).abs().sum(1).reshape(-1, len(samples))[:, 1:].any() for each in rows)
+        steps = [(stream, step) for stream in self.streams.values() for step in set(stream.latest.values())]
+        self._go_back(samples, [stream.anchors[step] for stream, step in steps], towards, on_gradient, keep=True)
+        return not mixed
 
     def answer(self, samples: Tensor, direction: Tensor, by_sample: bool, keep: bool) -> Tensor:
         """``float32[B, T, G, MAX_AGE + 1]`` along one direction for each sample, or ``[1, ...]`` for all together."""
@@ -131,16 +140,26 @@ class Trace:
         result = torch.zeros(count, self.schedule.steps, self.schedule.branches, MAX_AGE + 1)
 
         def on_gradient(stream: _Stream, step: int, branch: int, output: int, gradient: Tensor) -> None:
+            if step >= self.schedule.steps:
+                return
             axis = self.axes[branch][output] if by_sample else None
             computed = stream.computed[branch]
             for age in range(min(step, MAX_AGE) + 1):
                 value = self.store.get(computed.get(step - age, computed[step])[output])  # nothing cached: it computes
                 result[:, step, branch, age] += _products(gradient, value, axis, count).cpu()
 
-        self.on_gradient = on_gradient
-        torch.autograd.grad(samples, self.first, direction, retain_graph=keep, allow_unused=True)
-        self.on_gradient = None
+        anchors = [anchor for stream in self.streams.values() for anchor in stream.anchors.values()]
+        self._go_back(samples, anchors, direction, on_gradient, keep)
         return result
+
+    def _go_back(
+        self, samples: Tensor, to: Sequence[Tensor], along: Tensor, on_gradient: OnGradient, keep: bool
+    ) -> None:
+        self.on_gradient = on_gradient
+        try:
+            torch.autograd.grad(samples, to, along, retain_graph=keep, allow_unused=True)
+        finally:
+            self.on_gradient = None
 
 
 @dataclass
@@ -154,6 +173,7 @@ class _TracedStep:
     stream: _Stream
     step: int
     known: dict[int, tuple[Computed, ...]]
+    anchor: Tensor
     traced: set[int] = field(default_factory=set)
 
     def evaluate(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -166,26 +186,29 @@ class _TracedStep:
                 self._note(branch, numbers := self._keep(kept))
                 latest = (self.step, tuple(stand_in(value) for value in kept), numbers)
                 self.stream.known[index] = (latest, *known[: self.trace.order])
-            returned = tuple(output.view_as(output) for output in returned)
         else:
             if not again:  # only its values are asked for
                 with torch.no_grad():
                     self._note(branch, self._keep(branch.kept(inputs, branch.compute(inputs))))
             slope = 1.0 if schedule.slopes is None else float(schedule.slopes[self.step, index])
             returned = branch.restored(inputs, self._reuse(known, slope))
-        returned = tuple(value if value.requires_grad else value.detach().requires_grad_() for value in returned)
+        returned = tuple(_Anchored.apply(value, self.anchor) for value in returned)  # type: ignore[no-untyped-call]
         if not again:
             self.traced.add(index)
-            self.stream.latest[index] = returned
+            self.stream.latest[index] = self.step
             for position, value in enumerate(returned):
                 self.trace.hooks.append(value.register_hook(partial(self._note_gradient, index, position)))
-            self.trace.first += [value for value in returned if value.is_leaf]
         return returned
 
     def _compute(self, branch: LazyBranch, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         if not self.trace.streaming.repeat_branches:
             return branch.compute(inputs)
-        result: tuple[Tensor, ...] = checkpoint(branch.compute, inputs, use_reentrant=False, preserve_rng_state=False)
+
+        def compute(*given: Any) -> tuple[Tensor, ...]:
+            return branch.compute(given)
+
+        # one by one: tensors in a list would be kept until the way back, those of all steps
+        result: tuple[Tensor, ...] = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         return result
 
     def _keep(self, outputs: Sequence[Tensor]) -> tuple[int, ...]:
@@ -196,7 +219,7 @@ class _TracedStep:
         self.stream.computed.setdefault(branch.branch.index, {})[self.step] = numbers
 
     def _note_gradient(self, branch: int, output: int, gradient: Tensor) -> None:
-        if self.trace.on_gradient is not None and self.step < self.trace.schedule.steps:
+        if self.trace.on_gradient is not None:
             self.trace.on_gradient(self.stream, self.step, branch, output, gradient)
 
     def _reuse(self, known: tuple[Computed, ...], slope: float) -> tuple[Tensor, ...]:
@@ -235,6 +258,18 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
         return gradient
+
+
+class _Anchored(torch.autograd.Function):
+    """A value that depends on a scalar too, which it is not changed by."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_zeros((), dtype=torch.float32)
 
 
 class _Value(torch.autograd.Function):
