@@ -22,7 +22,7 @@ class ConfigError(LazyCompileError):
 
 
 class CaptureError(LazyCompileError):
-    """No rung of the capture ladder could turn the model into a graph."""
+    """No strategy could capture the model as a graph."""
 
     exit_code = 3
 

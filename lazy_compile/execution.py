@@ -64,7 +64,7 @@ def run(
     Args:
         lazy: a captured model; its statistics are of this trajectory afterwards.
         sample: ``(denoiser, seed) -> samples``.
-        runner: an exported model to run instead, from :func:`lazy_compile.backends.open.open_runner`.
+        runner: an exported model to run instead, from :func:`lazy_compile.backends.open_runner.open_runner`.
         follow_runner: keep the policy that was exported with ``runner``; else it is that of ``lazy``.
         seed: of the noise; each process of a group takes the next.
         dense: also time the original model, with the same noise.

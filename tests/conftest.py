@@ -15,7 +15,7 @@ import lazy_compile
 from lazy_compile import AlwaysCompute, LazyConfig, LazyModule
 from lazy_compile.backends.onnx.export import OnnxReport, export_onnx
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.ladder import capture
+from lazy_compile.capture.capture_model import capture
 from lazy_compile.ir.program import Program
 from lazy_compile.planning import planner, search
 from lazy_compile.planning.search import SearchOptions

@@ -11,7 +11,7 @@ import lazy_compile
 from lazy_compile import AlwaysCompute
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
-from lazy_compile.backends.open import open_runner
+from lazy_compile.backends.open_runner import open_runner
 
 torch.manual_seed(0)
 model = DiTTransformer2DModel(  # small and random; yours is DiTTransformer2DModel.from_pretrained(...)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lazy_compile.backends.onnx.embed import NEXT_STEP, START, STEP, add_start, embed_policy, sizes_of
+from lazy_compile.backends.onnx.embedded_policy import NEXT_STEP, START, STEP, add_start, embed_policy, sizes_of
 from lazy_compile.backends.onnx.metadata import KEY, SIZES_KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.save import save_model
-from lazy_compile.backends.onnx.seal import DIGEST_KEY, data_files, read_proto, seal_of
+from lazy_compile.backends.onnx.sealed_file import DIGEST_KEY, data_files, read_proto, seal_of
 from lazy_compile.backends.onnx.sizes import Sizes, value_at
 from lazy_compile.backends.tensorrt.build import build_engine, builder_for
 from lazy_compile.backends.tensorrt.config import BuildConfig

@@ -23,7 +23,7 @@ from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.import_schedule import freeze
 from lazy_compile.planning.linear_model import flips_of
 from lazy_compile.planning.planner import plan
-from lazy_compile.planning.response import cauchy_weights, dense_samples, measure_response
+from lazy_compile.planning.sample_response import cauchy_weights, dense_samples, measure_response
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.policies.gate_table import GateTable, pool
 from lazy_compile.policies.learned import Learned

@@ -102,7 +102,7 @@ def measure(name: str, **changes: Any) -> FullSizeRow:
         setting=FULL_SIZE[name].setting,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         nodes=len(lazy.graph.captured.program.graph.nodes),
-        capture=lazy.graph.captured.rung,
+        capture=lazy.graph.captured.strategy,
         branches=dict(Counter(branch.kind.value for branch in lazy.branches)),
         macs=lazy.graph.total_macs,
         counted_macs=count_macs(model, inputs),

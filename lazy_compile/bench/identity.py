@@ -24,7 +24,7 @@ from lazy_compile.bench.tasks.registry import SUBJECTS
 from lazy_compile.errors import import_optional
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime.fingerprint import samples_of
-from lazy_compile.runtime.fit import unexplained_share
+from lazy_compile.runtime.latent_fit import unexplained_share
 from lazy_compile.runtime.matching import Content, fit_of
 from lazy_compile.runtime.positions import (
     REACH,

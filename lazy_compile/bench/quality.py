@@ -21,7 +21,7 @@ from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.import_schedule import freeze
 from lazy_compile.planning.linear_model import swap
 from lazy_compile.planning.planner import plan
-from lazy_compile.planning.response import measure_response
+from lazy_compile.planning.sample_response import measure_response
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.policies.learned import Learned
 from lazy_compile.policies.policy import GateQuery, Policy, Scheduled

@@ -14,7 +14,7 @@ from torch import Tensor
 from lazy_compile.calibration.initial_gates import MAX_MARGIN
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.budget import Budget
-from lazy_compile.planning.response import dense_samples
+from lazy_compile.planning.sample_response import dense_samples
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, robust_losses
 from lazy_compile.policies.gate_table import GateTable
 from lazy_compile.policies.learned import Learned

@@ -14,8 +14,8 @@ from torch import Tensor
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.linear_model import harm_of_reuse
 from lazy_compile.planning.planner import search_schedule
-from lazy_compile.planning.response import NoGradientError, measure_response
 from lazy_compile.planning.reuse_effects import measure_effects
+from lazy_compile.planning.sample_response import NoGradientError, measure_response
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET
 from lazy_compile.planning.single_reuses import MIN_MARGIN, PlannedReuse, margins_of, plan_reuse
 from lazy_compile.policies.gate_table import GateTable

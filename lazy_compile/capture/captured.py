@@ -26,7 +26,7 @@ class Capture:
 
     Attributes:
         program: the raw program, before any pass.
-        rung: the way that worked, for the report.
+        strategy: the way that worked, for the report.
         attempts: one line for each way that was tried before and failed.
         output_spec: how to build the model's own return value from flat outputs.
         values: what the model read from its inputs on the way, and must read again for the program to be right.
@@ -40,7 +40,7 @@ class Capture:
     """
 
     program: Program
-    rung: str
+    strategy: str
     attempts: tuple[str, ...]
     output_spec: pytree.TreeSpec
     values: ValueGuards = field(default_factory=ValueGuards)

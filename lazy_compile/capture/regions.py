@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lazy_compile.capture.alike_modules import groups_of_alike
 from lazy_compile.capture.call_log import Call, CallLog, Unfollowed, rehearse, weights_of
 from lazy_compile.capture.evaluation import other_forward
 from lazy_compile.capture.export_mode import ExportAid
-from lazy_compile.capture.likeness import groups_of_alike
 from lazy_compile.errors import CaptureError
 
 Forward = Callable[..., Any]

@@ -48,7 +48,7 @@ def write_capture(capture: Capture, model: nn.Module) -> tuple[Written, dict[str
     constants, tensors = _constants(program, model)
     written = {
         "format": FORMAT,
-        "rung": capture.rung,
+        "strategy": capture.strategy,
         "attempts": list(capture.attempts),
         "specialised_size": capture.specialised_size,
         "fixing_lines": [[*place, line] for place, line in sorted(capture.fixing_lines.items())],
@@ -93,7 +93,7 @@ def read_capture(written: Written, tensors: Mapping[str, Tensor], model: nn.Modu
         raise ArtifactError(f"{where} has {len(program.placeholders)} inputs and names {len(program.inputs)}")
     return Capture(
         program,
-        str(written["rung"]),
+        str(written["strategy"]),
         tuple(map(str, written["attempts"])),
         output_spec,
         specialised_size=str(written["specialised_size"]),

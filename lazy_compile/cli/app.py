@@ -9,10 +9,10 @@ import typer
 
 from lazy_compile.cli.bench import compile as compile_bench
 from lazy_compile.cli.bench import full_size, identity, overhead, peers, quality, questions, speed
-from lazy_compile.cli.boundary import OneLineErrors, debug_option, exit_codes
 from lazy_compile.cli.build import build
 from lazy_compile.cli.calibrate import calibrate
 from lazy_compile.cli.demo import demo
+from lazy_compile.cli.error_boundary import OneLineErrors, debug_option, exit_codes
 from lazy_compile.cli.export import export
 from lazy_compile.cli.inspect import inspect
 from lazy_compile.cli.options import as_command

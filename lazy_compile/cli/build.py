@@ -79,7 +79,7 @@ def build(options: BuildOptions) -> None:
     from lazy_compile.backends.onnx.sizes import parse_ranges
     from lazy_compile.backends.tensorrt.build import builder_for
     from lazy_compile.backends.tensorrt.config import BuildConfig
-    from lazy_compile.backends.tensorrt.preview import preview
+    from lazy_compile.backends.tensorrt.dry_run import preview
     from lazy_compile.backends.tensorrt.source import OnnxSource
     from lazy_compile.cli.engine_tables import build_table, preview_tables, preview_values, sizes_lines
     from lazy_compile.cli.models import parse_group

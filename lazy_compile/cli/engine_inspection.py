@@ -117,7 +117,7 @@ def _names(layers: Sequence[EngineLayer]) -> list[str]:
 
 
 def _write_picture(picture: Path, structures: Mapping[str, EngineStructure]) -> None:
-    from lazy_compile.backends.tensorrt.svg import draw
+    from lazy_compile.backends.tensorrt.engine_picture import draw
     from lazy_compile.storage import atomic_path
 
     if picture.suffix != ".svg" or len(structures) > 1:

@@ -11,7 +11,7 @@ from lazy_compile.reporting.tables import add_row, facts, new_table, plain, size
 
 if TYPE_CHECKING:
     from lazy_compile.backends.tensorrt.build import BuildReport
-    from lazy_compile.backends.tensorrt.preview import BuildPreview
+    from lazy_compile.backends.tensorrt.dry_run import BuildPreview
 
 
 def preview_values(preview: BuildPreview, source: str, output: object) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def run(options: RunOptions) -> None:
 
 
 def _runner(onnx: Path | None, engine: Path | None) -> Runner | None:
-    from lazy_compile.backends.open import open_runner
+    from lazy_compile.backends.open_runner import open_runner
 
     if onnx is not None and engine is not None:
         raise ConfigError("--onnx and --engine exclude each other: give the one to run")

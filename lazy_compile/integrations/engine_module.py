@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lazy_compile.backends.denoiser import EngineDenoiser, check_same_model
-from lazy_compile.backends.open import open_runner
+from lazy_compile.backends.open_runner import open_runner
 from lazy_compile.backends.runner import Runner
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import BackendError

@@ -21,7 +21,7 @@ from polygraphy.tools.args import util as args_util
 from polygraphy.tools.args.base import BaseRunnerArgs
 from polygraphy.tools.script import make_invocable
 
-from lazy_compile.backends.open import open_runner
+from lazy_compile.backends.open_runner import open_runner
 from lazy_compile.errors import ConfigError
 from lazy_compile.policies.policy import GATES, AlwaysCompute, Policy, spread
 from lazy_compile.policies.presets import EveryNth

@@ -16,8 +16,8 @@ from lazy_compile.planning.journal import Journal, digest
 from lazy_compile.planning.replay import Replayable, Trajectory, first_change, replayed_steps, run_trajectory
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, relative_loss, robust_losses
 from lazy_compile.planning.slope_fits import OutputSamples, SlopeFits, Table
-from lazy_compile.planning.starts import every_nth, fitting, rules
 from lazy_compile.planning.step_paths import POWERS, StepCosts
+from lazy_compile.planning.whole_step_starts import every_nth, fitting, rules
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress
 from lazy_compile.runtime.sampling import Sampler, require_finite

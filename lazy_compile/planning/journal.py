@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from lazy_compile.errors import ArtifactError
-from lazy_compile.planning.response import Response
+from lazy_compile.planning.sample_response import Response
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.processes import Processes, averaged
 from lazy_compile.runtime.artifact import fingerprint

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lazy_compile.errors import ConfigError
-from lazy_compile.planning.response import Response
+from lazy_compile.planning.sample_response import Response
 from lazy_compile.planning.trace import MAX_AGE, earlier_weights
 from lazy_compile.policies.schedule import BoolTable, CacheSchedule
 

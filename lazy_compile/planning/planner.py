@@ -18,8 +18,8 @@ from lazy_compile.planning.estimate import estimate_plan
 from lazy_compile.planning.journal import Journal, identity_of
 from lazy_compile.planning.patterns import few_patterns
 from lazy_compile.planning.replay import replayable
-from lazy_compile.planning.response import NoGradientError
 from lazy_compile.planning.reuse_effects import EffectTable
+from lazy_compile.planning.sample_response import NoGradientError
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, ScheduleSearch, SearchOptions, final_error
 from lazy_compile.planning.single_reuses import plan_reuse
 from lazy_compile.planning.timings import BranchTimings, measure_timings

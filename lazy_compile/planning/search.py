@@ -18,9 +18,9 @@ from lazy_compile.planning.linear_model import around_another, fit_slopes, swap,
 from lazy_compile.planning.output_store import Streaming
 from lazy_compile.planning.patterns import few_patterns
 from lazy_compile.planning.replay import replayable, run_trajectory
-from lazy_compile.planning.response import Response, dense_samples, measure_response
-from lazy_compile.planning.starts import RULES, Rule, fitting, rules
+from lazy_compile.planning.sample_response import Response, dense_samples, measure_response
 from lazy_compile.planning.step_paths import POWERS, StepCosts
+from lazy_compile.planning.whole_step_starts import RULES, Rule, fitting, rules
 from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.processes import Processes, averaged
@@ -38,7 +38,7 @@ class SearchOptions:
     Attributes:
         rounds: times that the answer of the final samples is measured around the best schedule, each on other noise, to
             exchange decisions; around every start it is measured once before.
-        directions: see :func:`~lazy_compile.planning.response.measure_response`.
+        directions: see :func:`~lazy_compile.planning.sample_response.measure_response`.
         swaps: pairs of decisions that a round may exchange.
         remembered: the latest rounds whose measurements count.
     """
@@ -87,8 +87,8 @@ class ScheduleSearch:
         self._samples = 0
 
     def starts(self, steps: int, seed: int) -> list[CacheSchedule]:
-        """Whole steps, see :mod:`lazy_compile.planning.starts`: the best that the budget allows, and the best of a step
-        more, less those decisions that the final samples miss least.
+        """Whole steps, see :mod:`lazy_compile.planning.whole_step_starts`: the best that the budget allows, and the
+        best of a step more, less those decisions that the final samples miss least.
 
         The best few that the budget allows are held against the result of the search, see :meth:`run`.
         """
@@ -254,7 +254,7 @@ class ScheduleSearch:
 def robust_losses(errors: Floats) -> Floats:
     """``log(1 + error / least median)`` of ``errors: float64[candidates, samples]``.
 
-    One sample that diverged counts for little, as under :func:`~lazy_compile.planning.response.cauchy_weights`.
+    One sample that diverged counts for little, as under :func:`~lazy_compile.planning.sample_response.cauchy_weights`.
     """
     typical = float(np.median(errors, axis=1).min())
     return relative_loss(errors, typical) if np.isfinite(typical) else np.full(errors.shape, np.inf)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lazy_compile.planning.replay import Trajectory
-from lazy_compile.planning.starts import Rule, Steps
+from lazy_compile.planning.whole_step_starts import Rule, Steps
 
 Floats = npt.NDArray[np.float64]
 
@@ -98,7 +98,7 @@ class StepCosts:
         return computes
 
     def rules(self, warmup_steps: int) -> list[Rule]:
-        """The shortest paths, see :mod:`lazy_compile.planning.starts`."""
+        """The shortest paths, see :mod:`lazy_compile.planning.whole_step_starts`."""
         return [lambda count, power=power: self.path(max(count, warmup_steps), warmup_steps, power) for power in POWERS]  # type: ignore[misc]
 
     def _weights(self, power: float) -> Floats:

@@ -51,7 +51,7 @@ def inspection(name: str, lazy: LazyModule) -> dict[str, Any]:
     in_branches = sum(branch.macs for branch in lazy.branches)
     return {
         "model": name,
-        "capture": graph.captured.rung,
+        "capture": graph.captured.strategy,
         "attempts": list(graph.captured.attempts),
         "guarded_inputs": list(graph.guarded_inputs),
         "timestep_input": graph.timestep_input,

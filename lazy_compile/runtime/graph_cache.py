@@ -17,9 +17,9 @@ from lazy_compile import pass_pipelines
 from lazy_compile.analysis.timestep_input import find_timestep_input, names_the_time
 from lazy_compile.capture.call_layout import CallLayout, types_of
 from lazy_compile.capture.capture_folder import CaptureFolder
+from lazy_compile.capture.capture_model import capture
 from lazy_compile.capture.captured import Capture
 from lazy_compile.capture.evaluation import comparable_evaluation
-from lazy_compile.capture.ladder import capture
 from lazy_compile.capture.lock import CAPTURE_LOCK
 from lazy_compile.capture.model_snapshot import ModelWatch, changed_between, dropping_modules, hooked_modules
 from lazy_compile.capture.restored_state import left_as_it_was

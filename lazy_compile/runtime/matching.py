@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from lazy_compile.runtime.fingerprint import Floats, same
-from lazy_compile.runtime.fit import EXACT, RELATED, Fit, is_ambiguous, level_of, unexplained_part, unexplained_share
+from lazy_compile.runtime.latent_fit import (
+    EXACT,
+    RELATED,
+    Fit,
+    is_ambiguous,
+    level_of,
+    unexplained_part,
+    unexplained_share,
+)
 from lazy_compile.runtime.positions import (
     HALF,
     Doubt,

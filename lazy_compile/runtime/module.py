@@ -375,7 +375,7 @@ class LazyModule(nn.Module):
                 config=self.lazy_config,
                 policy=self.policy,
                 fingerprint=fingerprint(self.original),
-                capture=captured.rung,
+                capture=captured.strategy,
                 attempts=tuple(captured.attempts),
                 guarded_inputs=tuple(self.graph.guarded_inputs),
                 branches=describe(self.branches),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support.research_model import lazily, mlp
+from support.published_model import lazily, mlp
 
 WIDTH, FRAMES, PLACES = 16, 3, 4
 

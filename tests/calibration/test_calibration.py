@@ -18,7 +18,7 @@ from lazy_compile.calibration.initial_gates import gate_start, initial_gates
 from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.planning import planner
 from lazy_compile.planning.budget import Budget
-from lazy_compile.planning.response import measure_response
+from lazy_compile.planning.sample_response import measure_response
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.progress import no_progress
 from support.sampling import STEPS, lazy_tiny_dit, sample, step_pairs

@@ -18,8 +18,8 @@ from lazy_compile.calibration.trainer import GateTrainer
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.planner import plan
-from lazy_compile.planning.response import dense_samples
 from lazy_compile.planning.reuse_effects import measure_effects
+from lazy_compile.planning.sample_response import dense_samples
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.progress import no_progress
 from support import planted

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.ladder import LADDER, capture
+from lazy_compile.capture.capture_model import STRATEGIES, capture
 from lazy_compile.errors import CaptureError
 from lazy_compile.ir.operators import macs, operator_name
 from lazy_compile.ir.program import Role, module_state
@@ -38,7 +38,7 @@ class Joins(nn.Module):
 def test_a_batch_of_one_gives_a_graph_for_every_batch() -> None:
     model = randomize(Joins())
     found = captured_call(model, **joined(1))
-    assert found.rung == "export, dynamic sizes"
+    assert found.strategy == "export, dynamic sizes"
     assert found.attempts == ()
     for batch in (1, 2, 3, 7):
         arguments = joined(batch)
@@ -126,7 +126,7 @@ def test_a_fixed_batch_is_captured_as_it_is() -> None:
     assert found.attempts == ("export, dynamic sizes: the graph of a batch of 2 serves no other",)
 
 
-# The ladder -------------------------------------------------------------------------------------------------------
+# Strategies -------------------------------------------------------------------------------------------------------
 
 
 class OnlyFixed(nn.Module):
@@ -136,21 +136,23 @@ class OnlyFixed(nn.Module):
         return x * {16: 2.0, 8: 3.0}[hash(x.shape[1])]
 
 
-RUNGS = [rung.name for rung in LADDER]
+NAMES = [strategy.name for strategy in STRATEGIES]
 
 
-def test_the_rung_that_worked_is_named_with_those_that_failed() -> None:
+def test_the_strategy_that_worked_is_named_with_those_that_failed() -> None:
     x = torch.ones(2, 16, 8)
     found = captured_call(OnlyFixed(), x=x)
-    assert found.rung in RUNGS[1:]
-    assert [attempt.partition(": ")[0] for attempt in found.attempts] == RUNGS[: RUNGS.index(found.rung)]
+    assert found.strategy in NAMES[1:]
+    assert [attempt.partition(": ")[0] for attempt in found.attempts] == NAMES[: NAMES.index(found.strategy)]
     assert accepts(found, x=x)
     assert not accepts(found, x=torch.ones(2, 8, 8))
     assert torch.equal(found.program.graph_module(x)[0], 2 * x)
 
 
-@pytest.mark.parametrize("rung", range(len(LADDER)))
-def test_every_rung_gives_the_same_program_under_the_same_names(rung: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strategy", range(len(STRATEGIES)))
+def test_every_strategy_gives_the_same_program_under_the_same_names(
+    strategy: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Returns(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -163,10 +165,10 @@ def test_every_rung_gives_the_same_program_under_the_same_names(rung: int, monke
             result = x + self.mlps[0](x)
             return {"sample": result, "none": None, "parts": (2 * result, [x + 1])}
 
-    monkeypatch.setattr("lazy_compile.capture.ladder.LADDER", LADDER[rung : rung + 1])
+    monkeypatch.setattr("lazy_compile.capture.capture_model.STRATEGIES", STRATEGIES[strategy : strategy + 1])
     model, arguments = randomize(Returns()), {"x": joined(2)["x"]}
     found = captured_call(model, **arguments)
-    assert found.rung == RUNGS[rung]
+    assert found.strategy == NAMES[strategy]
     paths = {node.meta["module_path"] for node in found.program.graph.nodes if operator_name(node) == "linear"}
     assert paths == {"mlps.0.up", "mlps.0.down"}
     assert found.accepts(list(arguments.values()))

@@ -36,8 +36,8 @@ def test_a_kept_capture_is_the_capture(kept: tuple[Path, Capture], exports: list
     read = kept_capture(model, call(), folder)
     assert not exports
     assert str(read.program.graph) == str(fresh.program.graph)
-    assert [(read.rung, read.attempts, read.guards, read.is_exact, read.output_spec)] == [
-        (fresh.rung, fresh.attempts, fresh.guards, True, fresh.output_spec)
+    assert [(read.strategy, read.attempts, read.guards, read.is_exact, read.output_spec)] == [
+        (fresh.strategy, fresh.attempts, fresh.guards, True, fresh.output_spec)
     ]
     gated = [pass_pipelines.gating(LazyConfig()).run(found.program) for found in (fresh, read)]
     assert text(gated[0]) == text(gated[1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lazy_compile import transform
-from lazy_compile.capture.ladder import LADDER
+from lazy_compile.capture.capture_model import STRATEGIES
 from lazy_compile.errors import CaptureError
 from lazy_compile.ir.program import module_state
 from support.captures import accepts, captured_call, joined
@@ -36,7 +36,7 @@ class CountsRows(nn.Module):
 def test_a_batch_that_became_a_number_stays_dynamic(how: str) -> None:
     model, x = randomize(CountsRows(how)), joined(2)["x"]
     found = captured_call(model, x=x)
-    assert found.rung == "export, dynamic sizes"
+    assert found.strategy == "export, dynamic sizes"
     (reason,) = found.attempts
     assert reason.startswith(f"export, dynamic sizes: a size is fixed by {how}() in forward, test_capture_numbers.py:")
     lazy = transform(model, (x,))
@@ -59,7 +59,7 @@ class CountsByAnotherName(CountsRows):
 
 def test_under_another_name_it_stays_dynamic_in_strict_export() -> None:
     found = captured_call(randomize(CountsByAnotherName("len")), x=joined(2)["x"])
-    assert found.rung == "strict export, dynamic batch"
+    assert found.strategy == "strict export, dynamic batch"
     assert accepts(found, x=joined(3)["x"])
 
 
@@ -71,7 +71,7 @@ def test_it_is_fixed_where_strict_export_fails() -> None:
 
     x = joined(2)["x"]
     found = captured_call(randomize(LooksAround("len")), x=x)
-    assert found.rung == "export, dynamic sizes"
+    assert found.strategy == "export, dynamic sizes"
     assert accepts(found, x=x)
     assert not accepts(found, x=joined(3)["x"])
 
@@ -91,7 +91,7 @@ class Rescales(nn.Module):
 def test_numpy_takes_the_root_of_a_size_that_stays_dynamic() -> None:
     model, x = randomize(Rescales()), joined(2)["x"]
     found = captured_call(model, x=x)
-    assert (found.rung, found.attempts) == ("export, dynamic sizes", ())
+    assert (found.strategy, found.attempts) == ("export, dynamic sizes", ())
     x = torch.randn(3, 9, WIDTH)
     assert accepts(found, x=x)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_numpy_takes_the_root_of_a_size_that_stays_dynamic() -> None:
 def test_a_capture_that_rounds_otherwise_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("lazy_compile.capture.ladder.LADDER", LADDER[1:2])
+    monkeypatch.setattr("lazy_compile.capture.capture_model.STRATEGIES", STRATEGIES[1:2])
     captured_call(randomize(Rescales()), x=joined(2)["x"])
     (record,) = caplog.records
     assert record.getMessage().startswith("the captured Rescales differs from the original by up to ")
@@ -119,7 +119,7 @@ def test_a_program_that_cannot_be_run_is_no_capture(monkeypatch: pytest.MonkeyPa
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.vmap(lambda head: x @ head, out_dims=-1)(self.heads).flatten(-2)
 
-    monkeypatch.setattr("lazy_compile.capture.ladder.LADDER", LADDER[1:2])
+    monkeypatch.setattr("lazy_compile.capture.capture_model.STRATEGIES", STRATEGIES[1:2])
     with pytest.raises(CaptureError, match="SymIntArrayRef"):
         captured_call(randomize(Heads()), x=joined(2)["x"])
 

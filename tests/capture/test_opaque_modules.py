@@ -59,7 +59,7 @@ def check(model: nn.Module, lazy: LazyModule) -> None:
 def test_experts_that_are_counted_in_python(experts: tuple[nn.Module, LazyModule]) -> None:
     model, lazy = experts
     check(model, lazy)
-    assert lazy.graph.captured.rung == "export, dynamic sizes, opaque mlps.0 and 1 more"
+    assert lazy.graph.captured.strategy == "export, dynamic sizes, opaque mlps.0 and 1 more"
     assert all(branch.row_separable for branch in lazy.branches)
     attention, mlp = lazy.branches[:2]
     tokens, products = 2 * 16, 2 * WIDTH * 2 * WIDTH

@@ -15,8 +15,8 @@ from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.capture_model import STRATEGIES, capture
 from lazy_compile.capture.captured import Capture
-from lazy_compile.capture.ladder import LADDER, capture
 from lazy_compile.errors import CaptureError
 from lazy_compile.ir.program import module_state
 from support.captures import accepts, captured_call
@@ -124,10 +124,12 @@ def by_what_is_written_in_place(x: Tensor, y: Tensor) -> Tensor:
 def test_a_graph_serves_the_calls_that_answer_alike(
     function: Callable[[Tensor, Tensor], Tensor], alike: Tensor, other: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lazy_compile.capture.ladder.LADDER", [rung for rung in LADDER if rung.reads_values])
+    monkeypatch.setattr(
+        "lazy_compile.capture.capture_model.STRATEGIES", [strategy for strategy in STRATEGIES if strategy.reads_values]
+    )
     model = randomize(Reads(function))
     found = captured(model, x=X, y=MASK)
-    assert found.rung == GUARDED
+    assert found.strategy == GUARDED
     assert found.values.inputs == (1,)
     assert found.accepts([X, MASK])
     assert found.accepts([X + 1, alike])
@@ -212,7 +214,7 @@ class Causal(nn.Module):
 def test_what_a_model_reads_from_its_own_state_is_asked_again_where_that_was_written_to() -> None:
     model = randomize(Causal())
     found = captured(model, x=X)
-    assert found.rung == GUARDED
+    assert found.strategy == GUARDED
     assert not found.values
     assert len(found.state.sources) == 2
     with torch.no_grad():

@@ -22,7 +22,7 @@ from lazy_compile.backends.onnx import save as onnx_save
 from lazy_compile.backends.onnx.export import export_onnx
 from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.prologue import check_prologue, find_prologue
-from lazy_compile.backends.onnx.seal import read_proto
+from lazy_compile.backends.onnx.sealed_file import read_proto
 from lazy_compile.backends.onnx.weight_places import note_places
 from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner

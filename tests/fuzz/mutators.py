@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lazy_compile.backends.onnx.metadata import KEY
-from lazy_compile.backends.onnx.seal import DIGEST_KEY, seal
+from lazy_compile.backends.onnx.sealed_file import DIGEST_KEY, seal
 from lazy_compile.digests import DIGEST, digest_of, with_digest
 from lazy_compile.storage import save_tensors
 

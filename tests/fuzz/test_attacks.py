@@ -24,7 +24,7 @@ from lazy_compile import GateTable, Learned, execution
 from lazy_compile.backends.onnx.export import export_onnx
 from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata
-from lazy_compile.backends.onnx.seal import read_proto
+from lazy_compile.backends.onnx.sealed_file import read_proto
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.backends.triton import export_triton
 from lazy_compile.capture.exported_file import load_exported

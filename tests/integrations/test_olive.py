@@ -12,7 +12,7 @@ import torch
 import lazy_compile
 from lazy_compile import CacheSchedule
 from lazy_compile.backends.denoiser import EngineDenoiser
-from lazy_compile.backends.onnx.seal import seal_of
+from lazy_compile.backends.onnx.sealed_file import seal_of
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.errors import ArtifactError
 from support.small_model import SMALL, STEPS, run

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.ladder import capture
+from lazy_compile.capture.capture_model import capture
 from lazy_compile.ir.operators import operator_name
 from lazy_compile.passes.canonicalize import Canonicalize
 from lazy_compile.passes.join_slices import JoinSlices

@@ -22,8 +22,8 @@ from lazy_compile.planning.journal import Journal
 from lazy_compile.planning.planner import plan
 from lazy_compile.planning.replay import first_change, replayable, run_trajectory
 from lazy_compile.planning.search import final_error
-from lazy_compile.planning.starts import every_nth, fitting
 from lazy_compile.planning.step_paths import StepCosts
+from lazy_compile.planning.whole_step_starts import every_nth, fitting
 from lazy_compile.progress import no_progress
 from support.sampling import STEPS, inputs, lazy_tiny_dit, sample, start
 

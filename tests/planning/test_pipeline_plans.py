@@ -16,7 +16,7 @@ import lazy_compile
 from lazy_compile import Budget, CacheSchedule, Scheduled
 from lazy_compile.errors import ConfigError
 from lazy_compile.integrations.pipeline_sampling import PipelineSampler, pipeline_samplers
-from lazy_compile.planning.response import measure_response
+from lazy_compile.planning.sample_response import measure_response
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.planning.trace import MAX_AGE
 from lazy_compile.progress import no_progress

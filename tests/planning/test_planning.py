@@ -15,8 +15,8 @@ from lazy_compile.errors import ArtifactError, ConfigError
 from lazy_compile.planning import search as schedule_search
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.planner import plan
-from lazy_compile.planning.response import Response
 from lazy_compile.planning.reuse_effects import EffectTable, measure_effects
+from lazy_compile.planning.sample_response import Response
 from lazy_compile.planning.search import ScheduleSearch, SearchOptions, final_error
 from lazy_compile.planning.single_reuses import AGE_EXPONENT, plan_reuse
 from lazy_compile.planning.step_paths import StepCosts

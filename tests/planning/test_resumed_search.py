@@ -25,7 +25,7 @@ from lazy_compile.planning import search
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.journal import Journal
 from lazy_compile.planning.planner import plan
-from lazy_compile.planning.response import measure_response
+from lazy_compile.planning.sample_response import measure_response
 from lazy_compile.planning.search import ScheduleSearch, SearchOptions, robust_losses
 from lazy_compile.progress import no_progress
 from support import planted

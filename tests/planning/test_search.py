@@ -23,14 +23,14 @@ from lazy_compile.planning.linear_model import (
     swap,
     trim,
 )
-from lazy_compile.planning.response import (
+from lazy_compile.planning.reuse_effects import measure_effects
+from lazy_compile.planning.sample_response import (
     NoGradientError,
     Response,
     cauchy_weights,
     dense_samples,
     measure_response,
 )
-from lazy_compile.planning.reuse_effects import measure_effects
 from lazy_compile.planning.search import ScheduleSearch, SearchOptions
 from lazy_compile.planning.trace import Trace
 from lazy_compile.runtime.cache import CacheSlot

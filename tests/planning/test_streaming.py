@@ -15,7 +15,7 @@ from lazy_compile.errors import ConfigError
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.planning.estimate import estimate_plan, parse_bytes
 from lazy_compile.planning.output_store import OutputStore, Streaming
-from lazy_compile.planning.response import Response, measure_response
+from lazy_compile.planning.sample_response import Response, measure_response
 from support.sampling import STEPS, inputs, lazy_tiny_dit, sample, start, timesteps
 
 SCHEDULE = CacheSchedule.every(2, STEPS, 4)

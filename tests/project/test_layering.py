@@ -25,7 +25,7 @@ LAYERS = [  # lowest first
     ["planning", "calibration"],
     [
         *["backends", "backends.onnx", "backends.session", "backends.stream", "backends.runner", "backends.denoiser"],
-        *["backends.onnxruntime", "backends.openvino", "backends.tensorrt", "backends.triton", "backends.open"],
+        *["backends.onnxruntime", "backends.openvino", "backends.tensorrt", "backends.triton", "backends.open_runner"],
     ],
     ["integrations", "compiler", "plans", "verification", "execution", "side_by_side", "reporting"],
     ["bench.tasks", "bench", "demo", "cli", "__init__", "__main__"],
@@ -86,7 +86,7 @@ def test_both_folders_are_seen() -> None:
         ("ir.branch", "from lazy_compile.analysis import dataflow", "ir imports lazy_compile.analysis.dataflow"),
         ("ir.branch", "from lazy_compile import transform", "ir imports lazy_compile, which is above it"),
         ("ir.branch", "from ..analysis.dataflow import X", "ir imports lazy_compile.analysis.dataflow"),
-        ("ir.branch", "def f():\n    from lazy_compile.capture.ladder import X", ":2: ir imports"),
+        ("ir.branch", "def f():\n    from lazy_compile.capture.capture_model import X", ":2: ir imports"),
         ("analysis.dataflow", "if TYPE_CHECKING:\n    import lazy_compile.passes.canonicalize", ":2: analysis imports"),
         ("backends.onnx.export", "from ...compiler import X", "backends.onnx imports lazy_compile.compiler"),
         ("backends.__init__", "from ..compiler import X", "backends imports lazy_compile.compiler"),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.capture_model import capture
 from lazy_compile.capture.captured import Capture
-from lazy_compile.capture.ladder import capture
 from support.layers import WIDTH
 
 

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.capture_folder import CaptureFolder
+from lazy_compile.capture.capture_model import capture
 from lazy_compile.capture.captured import Capture
-from lazy_compile.capture.ladder import capture
 from lazy_compile.ir.program import module_state
 from support import diffusers_families as families
 from support.layers import WIDTH

@@ -36,8 +36,8 @@ MIXED = 1e-4
 
 
 def captures(subject: Subject) -> str:
-    """It is captured and transformed; the rung of the ladder."""
-    return subject.graph.captured.rung
+    """It is captured and transformed; by which strategy."""
+    return subject.graph.captured.strategy
 
 
 def branches(subject: Subject) -> str:

@@ -34,7 +34,7 @@ diffusers lacks: small configurations with random weights, found by dataflow alo
 
 {summary}
 
-- **rung**: the way that captured it ([the ladder](architecture.md#capture)).
+- **strategy**: the way that captured it ([strategies](architecture.md#capture)).
 - **branches**: how many of each kind; the expected ones stand in `tests/zoo/golden/`.
 - **attention**: how many of the model's attentions a branch holds. Softmax attention, fused or written out, and linear
   attention are looked for without the package's own discovery.
@@ -49,7 +49,7 @@ diffusers lacks: small configurations with random weights, found by dataflow alo
   row (OmniGen's images belong to places of the batch), so each branch is run for the batch and for each row instead.
 - **ONNX**: one `If` for each branch, and the largest difference between ONNX Runtime and PyTorch, with reuse.
 
-| model | rung | branches | attention | token MACs | exact | reuse | gates | rows | ONNX |
+| model | strategy | branches | attention | token MACs | exact | reuse | gates | rows | ONNX |
 |---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -106,8 +106,8 @@ def _row(name: str, found: dict[str, Any]) -> str:
         return f"| {name} | not captured |" + " |" * (len(SHOWN) + 1)
     kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
     cells = [found[check][1] if found[check][0] else "**no**" for check in SHOWN]
-    rung = found["captures"][1].removeprefix("export, ")
-    return f"| {name} | {rung} | {kinds} | " + " | ".join(cells) + " |"
+    strategy = found["captures"][1].removeprefix("export, ")
+    return f"| {name} | {strategy} | {kinds} | " + " | ".join(cells) + " |"
 
 
 def _causes(answers: dict[str, dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lazy_compile.backends.onnx.metadata import OnnxMetadata
-from lazy_compile.backends.onnx.seal import DIGEST_KEY, properties_of, seal
+from lazy_compile.backends.onnx.sealed_file import DIGEST_KEY, properties_of, seal
 from lazy_compile.backends.onnx.weight_places import WEIGHTS_KEY
 from lazy_compile.errors import ArtifactError, import_optional, shown
 from lazy_compile.storage import regular_file

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from lazy_compile.backends.onnx.conditionals import DOMAIN
 from lazy_compile.backends.onnx.fixed_reshapes import fix_reshapes
 from lazy_compile.backends.onnx.formulas import note_symbol, read_text
 from lazy_compile.backends.onnx.metadata import first_line
 from lazy_compile.backends.onnx.operators import CONSTANT, Exportable
-from lazy_compile.backends.onnx.sink import DOMAIN
 from lazy_compile.backends.onnx.sizes import Size, names_in
 from lazy_compile.backends.onnx.structure import MARK
 from lazy_compile.backends.onnx.weight_places import note_places

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile import pass_pipelines
 from lazy_compile.analysis.timestep_input import names_the_time
+from lazy_compile.backends.onnx.conditionals import sink_branches
 from lazy_compile.backends.onnx.convert import (
     SpecialisedError,
     all_outputs,
@@ -43,7 +44,6 @@ from lazy_compile.backends.onnx.prologue import (
 )
 from lazy_compile.backends.onnx.rules import check_rules
 from lazy_compile.backends.onnx.save import OPSETS, put_in_place, save_model, save_pair
-from lazy_compile.backends.onnx.sink import sink_branches
 from lazy_compile.backends.onnx.sizes import ShapeRange, Size
 from lazy_compile.backends.onnx.structure import StructureReport as StructureReport
 from lazy_compile.backends.onnx.structure import check_structure

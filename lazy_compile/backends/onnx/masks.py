@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from lazy_compile.backends.onnx.seal import seal_of
+from lazy_compile.backends.onnx.sealed_file import seal_of
 from lazy_compile.digests import RangeDigests, check_digest, digest_of, digest_of_file, verifies
 from lazy_compile.errors import ArtifactError, import_optional, one_line, shown
 from lazy_compile.policies.schedule import CacheSchedule

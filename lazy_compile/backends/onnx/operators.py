@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch._higher_order_ops.flex_attention import flex_attention, math_attention
 
 from lazy_compile.analysis.dataflow import Dataflow
+from lazy_compile.backends.onnx.conditionals import DOMAIN, SELECT
 from lazy_compile.backends.onnx.rewrites import rewrite_of
-from lazy_compile.backends.onnx.sink import DOMAIN, SELECT
 from lazy_compile.errors import BackendError
 from lazy_compile.ir.branch_arms import select
 from lazy_compile.ir.fake_quantize import FLOAT8_MAX, SMALLEST, fake_quantize

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lazy_compile import pass_pipelines
 from lazy_compile.backends.onnx.convert import convert, name_values
 from lazy_compile.backends.onnx.metadata import Gating, OnnxMetadata
-from lazy_compile.backends.onnx.seal import PROLOGUE_KEY as PROLOGUE_KEY
+from lazy_compile.backends.onnx.sealed_file import PROLOGUE_KEY as PROLOGUE_KEY
 from lazy_compile.backends.onnx.sizes import Size
 from lazy_compile.backends.onnx.weight_places import write_places
 from lazy_compile.digests import new_digest

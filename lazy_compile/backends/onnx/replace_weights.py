@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, digest_of_prologue, find_prologue
 from lazy_compile.backends.onnx.save import save_pair
-from lazy_compile.backends.onnx.seal import check_file
+from lazy_compile.backends.onnx.sealed_file import check_file
 from lazy_compile.backends.onnx.weight_places import WEIGHTS_KEY, Place, digest_of_weight
 from lazy_compile.errors import ArtifactError, ConfigError, import_optional
 from lazy_compile.ir.program import module_state

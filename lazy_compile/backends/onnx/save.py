@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lazy_compile.backends.onnx.metadata import Gating, first_line
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, prologue_path, waiting_path
-from lazy_compile.backends.onnx.seal import data_files, seal
+from lazy_compile.backends.onnx.sealed_file import data_files, seal
 from lazy_compile.digests import RangeDigests
 from lazy_compile.errors import ArtifactError, BackendError, import_optional
 from lazy_compile.storage import atomic_path, locked_folder, remove_files, superseding, token_of

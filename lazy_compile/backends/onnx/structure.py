@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazy_compile.backends.onnx.metadata import OnnxMetadata, first_line
-from lazy_compile.backends.onnx.seal import read_proto
+from lazy_compile.backends.onnx.sealed_file import read_proto
 from lazy_compile.errors import ArtifactError, import_optional
 
 if TYPE_CHECKING:

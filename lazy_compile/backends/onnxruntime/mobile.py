@@ -7,7 +7,7 @@ from pathlib import Path
 from lazy_compile.backends.onnx.metadata import KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import find_prologue, prologue_path, waiting_path
 from lazy_compile.backends.onnx.save import put_in_place
-from lazy_compile.backends.onnx.seal import check_file, properties_of, read_proto, seal_opaque
+from lazy_compile.backends.onnx.sealed_file import check_file, properties_of, read_proto, seal_opaque
 from lazy_compile.backends.onnxruntime.runner import open_session
 from lazy_compile.errors import BackendError, import_optional
 from lazy_compile.storage import atomic_path, locked_folder, superseding

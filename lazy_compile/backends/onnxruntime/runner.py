@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.metadata import OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, find_prologue
-from lazy_compile.backends.onnx.seal import check_file
+from lazy_compile.backends.onnx.sealed_file import check_file
 from lazy_compile.backends.runner import Runner
 from lazy_compile.backends.session import TensorSpec
 from lazy_compile.digests import RangeDigests, verification

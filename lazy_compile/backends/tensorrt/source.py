@@ -11,7 +11,7 @@ from typing import Any
 
 from lazy_compile.backends.onnx.metadata import KEY, SIZES_KEY, OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, find_prologue
-from lazy_compile.backends.onnx.seal import DIGEST_KEY, properties_of, read_proto
+from lazy_compile.backends.onnx.sealed_file import DIGEST_KEY, properties_of, read_proto
 from lazy_compile.backends.onnx.sizes import Size, names_in
 from lazy_compile.backends.onnx.structure import heavy_nodes
 from lazy_compile.backends.tensorrt.network import EngineTensor

@@ -28,7 +28,7 @@ from lazy_compile import (
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnx import metadata
 from lazy_compile.backends.onnx.metadata import KEY, Gating
-from lazy_compile.backends.onnx.seal import DIGEST_KEY
+from lazy_compile.backends.onnx.sealed_file import DIGEST_KEY
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar
 from lazy_compile.policies.presets import PRESETS, EveryNth

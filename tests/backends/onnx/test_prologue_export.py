@@ -18,7 +18,7 @@ from lazy_compile.backends.onnx.export import check_structure, export_onnx
 from lazy_compile.backends.onnx.sizes import shape_at
 from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
-from lazy_compile.backends.open import open_runner
+from lazy_compile.backends.open_runner import open_runner
 from lazy_compile.backends.triton import export_triton
 from lazy_compile.errors import ArtifactError, BackendError, ConfigError
 from support.hoisting import CONDITIONED, SCHEDULE, STEPS, Conditioned, Exports, counted, prompts

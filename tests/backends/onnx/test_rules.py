@@ -9,8 +9,8 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from lazy_compile.backends.onnx.conditionals import sink_branches
 from lazy_compile.backends.onnx.rules import check_rules
-from lazy_compile.backends.onnx.sink import sink_branches
 from lazy_compile.backends.tensorrt.build import build_engine
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.errors import BackendError

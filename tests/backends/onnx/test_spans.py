@@ -13,7 +13,7 @@ import torch
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnx.export import export_onnx
-from lazy_compile.backends.open import open_runner
+from lazy_compile.backends.open_runner import open_runner
 from support.toy_models import TOYS, trajectory
 
 Compiled = Callable[..., LazyModule]

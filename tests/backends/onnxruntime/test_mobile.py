@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
-from lazy_compile.backends.open import open_runner
+from lazy_compile.backends.open_runner import open_runner
 from lazy_compile.cli.app import app
 from lazy_compile.cli.models import load_lazy, load_model
 from lazy_compile.errors import ArtifactError

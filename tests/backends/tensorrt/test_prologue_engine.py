@@ -19,7 +19,7 @@ from lazy_compile.backends.tensorrt import build as tensorrt_build
 from lazy_compile.backends.tensorrt import runner as tensorrt_runner
 from lazy_compile.backends.tensorrt.build import BuildReport, build_engine, build_engines
 from lazy_compile.backends.tensorrt.config import BuildConfig
-from lazy_compile.backends.tensorrt.preview import preview
+from lazy_compile.backends.tensorrt.dry_run import preview
 from lazy_compile.backends.tensorrt.runner import TensorRTRunner
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar
 from lazy_compile.errors import ArtifactError, BackendError

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from lazy_compile import CacheSchedule, Scheduled
 from lazy_compile.backends.onnx.export import export_onnx
 from lazy_compile.errors import ConfigError
-from support.research_model import TOKENS, WIDTH, Body, Stranger, lazily, mlp
+from support.published_model import TOKENS, WIDTH, Body, Stranger, lazily, mlp
 
 
 def pair(split: Callable[[Tensor], Any]) -> Body:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lazy_compile import CacheSchedule, Scheduled
 from support.oracle import Oracle
-from support.research_model import TOKENS, WIDTH, lazily, mlp
+from support.published_model import TOKENS, WIDTH, lazily, mlp
 
 
 class Residuals(nn.Module):

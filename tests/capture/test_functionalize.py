@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from lazy_compile.capture import functional as module
-from lazy_compile.capture.functional import functional
+from lazy_compile.capture import functionalize as module
+from lazy_compile.capture.functionalize import functional
 from lazy_compile.ir.program import Program
 from lazy_compile.passes.canonicalize import Canonicalize
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.research_model import TOKENS, WIDTH, lazily, mlp
+from support.published_model import TOKENS, WIDTH, lazily, mlp
 
 
 class TwoStreams(nn.Module):

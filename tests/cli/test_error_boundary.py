@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lazy_compile
-from lazy_compile.cli.boundary import LONGEST_LINE, describe
+from lazy_compile.cli.error_boundary import LONGEST_LINE, describe
 from lazy_compile.cli.models import FolderModules
 from support.command_line import call, refusal
 from support.slow import slow_but

@@ -1,4 +1,4 @@
-"""From a module and example inputs to a :class:`Program`: a ladder of ways, each tried in turn and named."""
+"""From a module and example inputs to a :class:`Program`: strategies are tried in turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lazy_compile.capture.capture_folder import CaptureFolder
 from lazy_compile.capture.captured import Capture
 from lazy_compile.capture.comparison import ExampleResult, Verdict, compare
 from lazy_compile.capture.evaluation import first_line, quiet_evaluation
-from lazy_compile.capture.functional import functional
+from lazy_compile.capture.functionalize import functional
 from lazy_compile.capture.opaque_modules import NotOneOperator, OpaqueModules, culprit, parent_of
 from lazy_compile.capture.opaque_modules import scripted_modules as scripted
 from lazy_compile.capture.refusals import eager_modules, require_capturable, unreadable
@@ -23,11 +23,11 @@ from lazy_compile.capture.region_copies import require_unwritten, with_copies
 from lazy_compile.capture.regions import Regions
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.restored_tensors import same_random_numbers
-from lazy_compile.capture.rungs import (
-    LADDER,
+from lazy_compile.capture.strategies import (
+    STRATEGIES,
     WITHOUT_FIXING,
+    CaptureStrategy,
     FlatModel,
-    Rung,
     inputs_with_rows,
     with_batch_of_two,
 )
@@ -51,15 +51,15 @@ def capture(
 ) -> Capture:
     """Capture ``model`` as it runs in evaluation mode on a call like this one.
 
-    1. The rungs of the ladder are tried in turn. Dynamic sizes come before fixed ones; a model that decides by the
+    1. The strategies are tried in turn. Dynamic sizes come before fixed ones; a model that decides by the
        values of its inputs is captured for the values of this call, which are guarded.
     2. An example batch of 1 is repeated to 2 first, since export specialises the sizes 0 and 1.
     3. A model that writes ``len(x)`` or ``int(size)`` fixes that size in a plain export; one in which these names mean
        something else, and a strict one if the batch is still fixed, are tried before that is accepted.
-    4. With ``reads_values`` only those rungs are tried that read values: then no size depends on a value.
+    4. With ``reads_values`` only those strategies are tried that read values: then no size depends on a value.
     5. A decision by a value that depends on inputs and weights could not be checked beforehand. Where it is taken in a
        module inside the model, that becomes *opaque*: one operator that calls it as it is. So does a module whose code
-       no rung can follow (NumPy, a kernel that torch knows no shapes of); then the ladder is climbed again.
+       no strategy can follow (NumPy, a kernel that torch knows no shapes of); then all are tried again.
     6. The model is called on the example before, and the graph behind: a graph that returns something else is none.
        On the meta device, where there is nothing to compare, ``attempts`` says so.
     7. Modules that are alike are captured once and copied, see :mod:`lazy_compile.capture.regions`, if that can be done
@@ -69,11 +69,11 @@ def capture(
     9. Whatever comes of it, the model is left as it was.
 
     Raises:
-        CaptureError: every rung failed; the message names the decisive reason. Or something moves, packs or replaces
-            the weights while the model runs, or the model fails on the example.
+        CaptureError: every strategy failed; the message names the decisive reason. Or something moves, packs or
+            replaces the weights while the model runs, or the model fails on the example.
     """
     require_capturable(model)
-    rungs = [rung for rung in LADDER if rung.reads_values or not reads_values]
+    strategies = [strategy for strategy in STRATEGIES if strategy.reads_values or not reads_values]
     with left_as_it_was(model):
         kept = None if folder is None else folder.entries(model, layout, tensors, reads_values)
         expected = ExampleResult.of(model, layout, tensors, fetched=eager_modules(model))
@@ -82,7 +82,7 @@ def capture(
         search = _Search(model, layout, tensors, expected)
         if kept is not None and (known := kept.find(search.verdict_on)) is not None:
             return known
-        while (found := search.climb(rungs)) is None:
+        while (found := search.first_working(strategies)) is None:
             if not search.look_away():
                 raise search.refusal()
         found.forget_operators()
@@ -93,7 +93,7 @@ def capture(
 
 @dataclass
 class _Search:
-    """A climb of the ladder, and what was learned from those before.
+    """A pass over all strategies, and what was learned from those before.
 
     Attributes:
         attempts: one line for each way that failed.
@@ -122,17 +122,17 @@ class _Search:
         elif self.opaque:
             self._learn(self.opaque)
 
-    def climb(self, rungs: Sequence[Rung]) -> Capture | None:
-        """The capture of the first rung that works; None if none does."""
-        for rung in rungs:
-            if rung.strict and self.opaque:
+    def first_working(self, strategies: Sequence[CaptureStrategy]) -> Capture | None:
+        """The capture of the first strategy that works; None if none does."""
+        for strategy in strategies:
+            if strategy.strict and self.opaque:
                 continue
-            found = self._try(rung)
+            found = self._try(strategy)
             if found is None and (self.unguardable_read or self._scripted()):
                 return None
             if found is None:
                 continue
-            if (found.specialised_size or self.size_of_two) and not rung.reads_values and not self.opaque:
+            if (found.specialised_size or self.size_of_two) and not strategy.reads_values and not self.opaque:
                 return self._without_fixing(found)
             return found
         return None
@@ -140,7 +140,7 @@ class _Search:
     def _without_fixing(self, found: Capture) -> Capture:
         """Another capture of a model that makes a Python number of a size, if it leaves more sizes free."""
         keeping, strict = WITHOUT_FIXING
-        self._note(f"{found.rung}: a size is fixed by {found.specialised_size or self.size_of_two}")
+        self._note(f"{found.strategy}: a size is fixed by {found.specialised_size or self.size_of_two}")
         other = self._try(keeping)
         if other is not None and other.fixed_axes < found.fixed_axes:
             found = other
@@ -149,7 +149,7 @@ class _Search:
         return found
 
     def look_away(self) -> bool:
-        """Make the module that the climb failed in opaque, or the one around it; whether there is one."""
+        """Make the module that a strategy failed in opaque, or the one around it; whether there is one."""
         paths = self._not_understood()
         while paths and not self.expected.reason:
             opaque = self.opaque
@@ -170,7 +170,7 @@ class _Search:
         logger.info("%s: %s, since %s", type(self.model).__name__, opaque, next(reversed(opaque.reasons.values())))
 
     def _not_understood(self) -> dict[str, str]:
-        """The modules that the last climb failed in, and why; empty if it was the model itself."""
+        """The modules that the last strategy failed in, and why; empty if it was the model itself."""
         if _OTHERWISE in self.attempts[-1]:
             return self._scripted()
         path = culprit(self.model, self.error)
@@ -202,12 +202,12 @@ class _Search:
         self._failed_first = self._failed_first or attempt
         self.attempts.append(attempt)
 
-    def _try(self, rung: Rung) -> Capture | None:
+    def _try(self, strategy: CaptureStrategy) -> Capture | None:
         """What one way of export gives; None if it fails, with the reason added to ``attempts``."""
         doubled = with_batch_of_two(self.tensors)
         for example in ([doubled] if doubled is not None else []) + [tuple(self.tensors)]:
-            label = f"{rung.name}, guarded values" if rung.reads_values else rung.name
-            found = self._export(rung, label, example)
+            label = f"{strategy.name}, guarded values" if strategy.reads_values else strategy.name
+            found = self._export(strategy, label, example)
             if found is None:
                 if self.unguardable_read:
                     return None
@@ -221,7 +221,7 @@ class _Search:
                 if found.copies:
                     logger.info("%s: %s; its repeated modules are captured one by one", label, trouble)
                     self.copying = False
-                    return self._try(rung)
+                    return self._try(strategy)
                 self._note(f"{label}: {trouble}")
         return None
 
@@ -244,10 +244,10 @@ class _Search:
             )  # fmt: skip
         return verdict.mismatch
 
-    def _export(self, rung: Rung, label: str, example: Sequence[Tensor]) -> Capture | None:
+    def _export(self, strategy: CaptureStrategy, label: str, example: Sequence[Tensor]) -> Capture | None:
         flat = FlatModel(self.model, self.layout)
         try:
-            exported, program, called, copies = self._program(rung, flat, example)
+            exported, program, called, copies = self._program(strategy, flat, example)
             program.name_users(self.layout.names)
         except LazyCompileError:
             raise
@@ -258,7 +258,7 @@ class _Search:
         output_spec = exported.call_spec.out_spec
         assert output_spec is not None
         values, state = flat.values_read
-        name = label if values or state.guards else rung.name
+        name = label if values or state.guards else strategy.name
         return Capture(
             program, f"{name}, {self.opaque}" if self.opaque else name, tuple(self.attempts), output_spec,
             values=values, state=state, specialised_size=flat.specialised_size, opaque=tuple(dict.fromkeys(called)),
@@ -266,13 +266,13 @@ class _Search:
             guards=tuple(exported._guards_code or ()),
         )  # fmt: skip
 
-    def _program(self, rung: Rung, flat: FlatModel, example: Sequence[Tensor]) -> _Found:
+    def _program(self, strategy: CaptureStrategy, flat: FlatModel, example: Sequence[Tensor]) -> _Found:
         """What an export gives, as a graph, the opaque modules in it, and how many of the others are copies."""
-        copying = self.copying and rung.copies_repeats and not self.opaque
+        copying = self.copying and strategy.copies_repeats and not self.opaque
         regions = Regions.of(self.model) if copying else Regions(self.model)
         try:
             with same_random_numbers():
-                return self._program_with(regions, rung, flat, example)
+                return self._program_with(regions, strategy, flat, example)
         except LazyCompileError:
             raise
         except Exception as error:
@@ -280,16 +280,18 @@ class _Search:
                 raise
             logger.info("%s is captured module by module: %s", type(self.model).__name__, first_line(error))
             self.copying = False
-            return self._program_with(Regions(self.model), rung, flat, example)
+            return self._program_with(Regions(self.model), strategy, flat, example)
 
-    def _program_with(self, regions: Regions, rung: Rung, flat: FlatModel, example: Sequence[Tensor]) -> _Found:
+    def _program_with(
+        self, regions: Regions, strategy: CaptureStrategy, flat: FlatModel, example: Sequence[Tensor]
+    ) -> _Found:
         with (
             quiet_evaluation(self.model),
             left_as_it_was(self.model),
             self.opaque.installed() as called,
             regions.installed(lambda: flat.aid),
         ):
-            exported = rung.export(flat, example)
+            exported = strategy.export(flat, example)
             require_unwritten(exported, regions)
             exported = functional(exported)
         program = Program.from_exported(exported, parameter_prefix="model.")

@@ -19,7 +19,7 @@ from lazy_compile.capture.value_guards import StateGuards, StateTape, Tape, Valu
 
 
 @dataclass(frozen=True)
-class Rung:
+class CaptureStrategy:
     """One way to export a model.
 
     Attributes:
@@ -54,15 +54,15 @@ class Rung:
             return torch.export.export(flat, tuple(example), dynamic_shapes=(shapes,), strict=self.strict)
 
 
-WITHOUT_FIXING = Rung("sizes", keeps_sizes=True), Rung("batch", strict=True)
+WITHOUT_FIXING = CaptureStrategy("sizes", keeps_sizes=True), CaptureStrategy("batch", strict=True)
 """For a model that makes a Python number of a size, which fixes it; strict export keeps that of the batch."""
 
-LADDER = (
-    Rung("sizes"),
-    Rung("sizes", strict=True),
-    Rung("sizes", reads_values=True),
-    Rung("batch", reads_values=True),
-    Rung("nothing", reads_values=True),
+STRATEGIES = (
+    CaptureStrategy("sizes"),
+    CaptureStrategy("sizes", strict=True),
+    CaptureStrategy("sizes", reads_values=True),
+    CaptureStrategy("batch", reads_values=True),
+    CaptureStrategy("nothing", reads_values=True),
 )
 
 

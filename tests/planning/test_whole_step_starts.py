@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lazy_compile.planning.starts import RULES, fitting, rules
+from lazy_compile.planning.whole_step_starts import RULES, fitting, rules
 
 
 def chosen(steps: int, count: int, warmup_steps: int = 1) -> list[tuple[int, ...]]:
