@@ -56,7 +56,8 @@ class PeerSettings:
             gradient: as many as 20 settings of a peer take.
         samples, seeds: sets of images on which they are judged.
         finalists: settings of a system that are judged for each budget; the best is shown.
-        timed_samples, timings: images of a timed trajectory, and how often it is timed in turn with the dense model.
+        timed_samples, timings: images of a timed trajectory, and how often it is timed in turn with the dense model; 0
+            for rows without a time.
         paired: how often a sample in a batch of 8 is compared with the same one alone.
         most_settings: of one system that are tried, spread over all of them; None for all.
     """
@@ -109,9 +110,9 @@ class JudgedRow:
     rmse: float
     sets: list[float]
     median: float
-    time: float
+    time: float | None
     times: list[float]
-    batch: float
+    batch: float | None
 
 
 def measure(
@@ -246,12 +247,14 @@ class PeerRun:
         return JudgedRow(
             system.name, system.package, budget, text, float(np.mean(spent)), float(np.sqrt(every.mean())),
             [float(np.sqrt(each.mean())) for each in errors], float(np.sqrt(np.median(every))),
-            statistics.median(ratios), [min(ratios), max(ratios)],
+            statistics.median(ratios) if ratios else None, [min(ratios), max(ratios)] if ratios else [],
             self._batch_difference(lambda: system.denoiser(self.task, setting)),
         )  # fmt: skip
 
     def _times(self, make: Callable[[], Denoiser]) -> list[float]:
         settings = self.settings
+        if not settings.timings:
+            return []
         made = iter([make() for _ in range(settings.timings + 1)])
         acts = {
             "dense": lambda step: self.task.sample(self.task.subject.model, settings.timed_samples, step),
@@ -260,11 +263,12 @@ class PeerRun:
         taken = all_in_turn(acts, repeats=settings.timings, warm_steps=1, clock=time.process_time)
         return [other / dense for dense, other in zip(taken["dense"], taken["other"], strict=True)]
 
-    def _batch_difference(self, make: Callable[[], Denoiser]) -> float:
+    def _batch_difference(self, make: Callable[[], Denoiser]) -> float | None:
         def first(samples: int, seed: int) -> Tensor:
             return self.task.sample(make(), samples, seed)[0]
 
-        return max(float((first(8, seed) - first(1, seed)).abs().max()) for seed in range(self.settings.paired))
+        apart = [float((first(8, seed) - first(1, seed)).abs().max()) for seed in range(self.settings.paired)]
+        return max(apart, default=None)
 
 
 SWEEPING = ("steps", "search_samples", "search_seed")

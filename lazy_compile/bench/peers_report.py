@@ -106,7 +106,8 @@ def cells(row: Row) -> list[str]:
     setting = ", ".join(f"{name} {value}" for name, value in _shown(row["setting"]))
     return [
         row["system"], row["package"], f"{row['compute']:.1%}", f"{row['rmse']:.4f}", f"{spread:.4f}",
-        f"{row['median']:.4f}", f"{row['time']:.2f}", f"{row['batch']:.0e}", setting,
+        f"{row['median']:.4f}", "" if row["time"] is None else f"{row['time']:.2f}",
+        "" if row["batch"] is None else f"{row['batch']:.0e}", setting,
     ]  # fmt: skip
 
 
@@ -229,7 +230,7 @@ def fronts(rows: Sequence[Row]) -> Draw:
 
 
 def _draw_line(axis: Any, theme: Theme, rows: Sequence[Row], key: str, name: str, place: int) -> None:
-    points = sorted((row[key], row["rmse"]) for row in rows)
+    points = sorted((row[key], row["rmse"]) for row in rows if row[key] is not None)
     ours = bool(rows) and rows[0]["package"] == "lazy_compile"
     marker = "osD^v<>pXP*"[place % 11]
     axis.plot(

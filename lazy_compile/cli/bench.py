@@ -85,6 +85,7 @@ class PeersOptions(OutputOptions):
     plan_samples: Annotated[int | None, typer.Option(min=1, help="Images a trajectory, to plan on.")] = None
     calls: Annotated[int | None, typer.Option(min=20, help="Of the model, for each plan without gradient.")] = None
     most_settings: Annotated[int | None, typer.Option(min=1, help="Of each system that are tried.")] = None
+    timed: Annotated[bool, typer.Option(help="Time each, and hold a batch against single samples.")] = True
 
 
 def peers(options: PeersOptions) -> None:
@@ -101,6 +102,7 @@ def peers(options: PeersOptions) -> None:
         "most_settings": options.most_settings,
     }  # fmt: skip
     changes = {name: value for name, value in given_settings.items() if value is not None}
+    changes |= {} if options.timed else {"timings": 0, "paired": 0}
     with progress_bars(not options.json) as on_progress, _a_line_for_each_row(not options.json):
         found = measure_peers(
             options.model, options.steps or [20], changes, options.output, on_progress, options.system

@@ -117,6 +117,7 @@ def test_the_page_says_who_is_ahead_and_what_failed(tmp_path: Path) -> None:
         _row("plan", "lazy_compile", 0.03),
         _row("TaylorSeer", "diffusers", 0.02),
         _row("TaylorSeer", "diffusers", 0.04, setting='{"max_order": 1}'),
+        _row("MagCache", "diffusers", 0.05, time=None, times=[], batch=None),
     ]
     failure = {"model": "digits", "steps": 4, "system": "SeaCache", "package": "diffusers", "error": "never acts"}
     ((ours, peer),) = contests(rows)
