@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from support.small_model import fresh
 from support.toy_models import REFUSED, TOYS, call
 
 torch.set_num_threads(1)
+gc.freeze()  # the collector need not walk through torch, whose objects stay
 
 
 @pytest.fixture(autouse=True)

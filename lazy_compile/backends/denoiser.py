@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile.backends.onnx.metadata import BATCH, OnnxMetadata
 from lazy_compile.backends.onnx.sizes import shape_at
-from lazy_compile.backends.runner import Force, Mask, Runner, Stream, StreamSnapshot
+from lazy_compile.backends.runner import Force, Runner
+from lazy_compile.backends.stream import Mask, Stream, StreamSnapshot
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.config import MAX_ORDER, LazyConfig
 from lazy_compile.errors import ArtifactError, ConfigError, one_line

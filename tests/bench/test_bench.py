@@ -24,6 +24,7 @@ def test_every_step_reuses_the_asked_share_of_whole_blocks_and_every_block_has_i
     assert len(np.unique((~table[3:]).sum(axis=0))) == 1
 
 
+@pytest.mark.slow
 def test_it_writes_a_row_for_every_runtime_arm_and_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = (0.0, 0.5, 1.0)
     monkeypatch.setattr(speed, "REUSE", shares)

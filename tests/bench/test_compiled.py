@@ -35,6 +35,7 @@ def test_rows_are_written_as_they_are_measured_and_a_stopped_run_goes_on(
         compiled.run(tmp_path, reuse=(0.0,), **{**settings, "repeats": 3})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_is_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LazyModule, "compile", lambda *args, **options: None)
     torch._dynamo.reset()

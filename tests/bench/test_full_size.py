@@ -18,6 +18,7 @@ PARAMETERS = {  # billions, as their authors state them
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_model_of_full_width_is_transformed_without_its_weights() -> None:
     name, few = "Large-DiT-7B", {"layers": 2}
     row = full_size.measure(name, **few)

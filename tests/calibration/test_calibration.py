@@ -43,7 +43,7 @@ def options(**changes: Any) -> CalibrationConfig:
     ("reuse", "objective"),
     [
         ("linear", "rollout"),
-        ("last", "paper"),
+        pytest.param("last", "paper", marks=pytest.mark.slow),
         pytest.param("linear", "paper", marks=pytest.mark.slow),
         pytest.param("last", "rollout", marks=pytest.mark.slow),
     ],

@@ -42,6 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_command_from_a_pipeline_to_the_table(
     example: ModuleType, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

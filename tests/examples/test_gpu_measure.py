@@ -75,6 +75,7 @@ def test_the_verdict_knows_both_arms_from_one(modules: Any) -> None:
     assert measure.verdict(rows([18.0, 18.0, 18.0])).skipped == pytest.approx(0.0)
 
 
+@pytest.mark.slow
 def test_lean_steps_are_those_of_the_lazy_model(modules: Any) -> None:
     """What is compiled or captured on a GPU, run here as it is."""
     model, inputs = modules["shapes"].make(

@@ -58,6 +58,7 @@ def together(*arguments: object, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_gates_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "SearchOptions", SearchOptions)  # searched as long as in processes of their own
     options = ["--target-lazy-ratio", 0.4, "--iterations", 2, "--trajectories", 2]

@@ -75,6 +75,7 @@ def test_a_wrong_configuration_is_still_refused_by_diffusers(case: Case) -> None
     assert CacheMixin.enable_cache.__wrapped__.__doc__ == CacheMixin.enable_cache.__doc__
 
 
+@pytest.mark.slow
 def test_a_modular_pipeline() -> None:
     blocks = diffusers.StableDiffusion3AutoBlocks()
     for part in ("text_encoder", "decode"):

@@ -75,6 +75,7 @@ def test_a_pipeline_runs_with_an_exported_model(name: str, exported: Exported) -
     assert torch.equal(case.sample(), case.sample()), "a second sample starts afresh"
 
 
+@pytest.mark.slow
 def test_a_pipeline_computes_what_follows_from_its_prompts_once(exported: Exported, tmp_path: Path) -> None:
     case, lazy, path = exported("wan")
     with observed_call(lazy) as example:

@@ -24,7 +24,7 @@ LAYERS = [  # lowest first
     ["runtime"],
     ["planning", "calibration"],
     [
-        *["backends", "backends.onnx", "backends.runner", "backends.denoiser"],
+        *["backends", "backends.onnx", "backends.session", "backends.stream", "backends.runner", "backends.denoiser"],
         *["backends.onnxruntime", "backends.openvino", "backends.tensorrt", "backends.triton", "backends.open"],
     ],
     ["integrations", "compiler", "plans", "verification", "execution", "side_by_side", "reporting"],

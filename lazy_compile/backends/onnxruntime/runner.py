@@ -14,7 +14,8 @@ from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.metadata import OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, find_prologue
 from lazy_compile.backends.onnx.seal import check_file
-from lazy_compile.backends.runner import Runner, TensorSpec
+from lazy_compile.backends.runner import Runner
+from lazy_compile.backends.session import TensorSpec
 from lazy_compile.digests import RangeDigests, verification
 from lazy_compile.errors import ArtifactError, BackendError, import_optional
 from lazy_compile.policies.policy import Scheduled
@@ -71,7 +72,7 @@ def _load(
 
 
 class OnnxFile:
-    """One loaded file; see :class:`~lazy_compile.backends.runner.LoadedFile`."""
+    """One loaded file; see :class:`~lazy_compile.backends.session.LoadedFile`."""
 
     def __init__(
         self, path: Path, providers: Sequence[str], threads: int | None, places: RangeDigests | None = None
@@ -100,7 +101,7 @@ class OnnxFile:
 
 
 class OnnxSession(OnnxFile):
-    """The model of a step; see :class:`~lazy_compile.backends.runner.Session`."""
+    """The model of a step; see :class:`~lazy_compile.backends.session.Session`."""
 
     def __init__(
         self, path: Path, providers: Sequence[str], threads: int | None, places: RangeDigests | None = None

@@ -12,7 +12,8 @@ from torch import Tensor
 from lazy_compile.backends.onnx.metadata import OnnxMetadata, first_line
 from lazy_compile.backends.onnx.prologue import PROLOGUE_KEY, check_prologue, find_prologue
 from lazy_compile.backends.onnx.seal import check_file
-from lazy_compile.backends.runner import Runner, TensorSpec
+from lazy_compile.backends.runner import Runner
+from lazy_compile.backends.session import TensorSpec
 from lazy_compile.digests import verification
 from lazy_compile.errors import ArtifactError, BackendError, import_optional
 
@@ -52,7 +53,7 @@ class OpenVinoRunner(Runner):
 
 
 class OpenVinoFile:
-    """One compiled file; see :class:`~lazy_compile.backends.runner.LoadedFile`."""
+    """One compiled file; see :class:`~lazy_compile.backends.session.LoadedFile`."""
 
     device = torch.device("cpu")
 
@@ -77,7 +78,7 @@ class OpenVinoFile:
 
 
 class OpenVinoSession(OpenVinoFile):
-    """The model of a step; see :class:`~lazy_compile.backends.runner.Session`."""
+    """The model of a step; see :class:`~lazy_compile.backends.session.Session`."""
 
     def __init__(self, path: Path, options: Mapping[str, Any]) -> None:
         super().__init__(path, options)

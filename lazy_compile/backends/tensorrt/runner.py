@@ -14,7 +14,8 @@ from torch import Tensor
 from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.metadata import OnnxMetadata
 from lazy_compile.backends.onnx.prologue import check_prologue, find_prologue
-from lazy_compile.backends.runner import Runner, TensorSpec
+from lazy_compile.backends.runner import Runner
+from lazy_compile.backends.session import TensorSpec
 from lazy_compile.backends.tensorrt.api import first_error, flavor_of, load, logger_of
 from lazy_compile.backends.tensorrt.device import ALIGNMENT, CudaDevice
 from lazy_compile.backends.tensorrt.network import dtype_name
@@ -88,7 +89,7 @@ def open_device() -> CudaDevice:
 
 
 class EngineFile:
-    """One loaded engine; see :class:`~lazy_compile.backends.runner.LoadedFile`.
+    """One loaded engine; see :class:`~lazy_compile.backends.session.LoadedFile`.
 
     Attributes:
         kept: names of tensors that lie in the same memory at every call of a stream.
@@ -150,7 +151,7 @@ class EngineFile:
 
 
 class EngineSession(EngineFile):
-    """The engine of a step; see :class:`~lazy_compile.backends.runner.Session`."""
+    """The engine of a step; see :class:`~lazy_compile.backends.session.Session`."""
 
     def __init__(self, path: Path, sidecar: EngineSidecar, plan: bytes, device: Any, cuda_graphs: bool) -> None:
         self.metadata = model = _lazy_model(path, sidecar)
@@ -181,7 +182,7 @@ class EngineContext:
         self._steps: dict[tuple[int, ...], Callable[[], None]] = {}
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Queue one step; see :class:`~lazy_compile.backends.runner.ExecutionContext`."""
+        """Queue one step; see :class:`~lazy_compile.backends.session.ExecutionContext`."""
         with self.queue.ordered():
             staged = self._decisions.stage(inputs)
             given = {name: self.session.place.aligned(tensor) for name, tensor in staged.items()}
