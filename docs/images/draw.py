@@ -1,4 +1,4 @@
-"""The plots of README, results and gates, from docs/results: ``python docs/images/draw.py``."""
+"""The pictures of README, home page, results and gates, from docs/results: ``python docs/images/draw.py``, a minute on one core."""
 
 from __future__ import annotations
 
@@ -8,14 +8,63 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
+from torch import Tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+import lazy_compile
+from lazy_compile import Budget, Scheduled, plan
+from lazy_compile.bench.tasks import digits
+from lazy_compile.bench.tasks.training import default_checkpoints
+from lazy_compile.demo.comparison import FIRST_EVALUATION_SEED, DemoSettings
 from lazy_compile.reporting.figures import LIGHT
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
+SHOWN = 20
+TARGET = 0.5
+GAIN = 10
+"""How much brighter than they are errors are drawn, so that they can be seen."""
+
+
+def draw_samples(path: Path) -> None:
+    """The demonstration's images: dense, under the planned schedule, and with fewer dense steps of no less compute."""
+    settings = DemoSettings()
+    model = digits.load_or_train_digits_dit(default_checkpoints("digits") / "digits_dit.safetensors")
+    lazy = lazy_compile.transform(model, digits.example_inputs())
+    budget = Budget(lazy_ratio=TARGET)
+    lazy.policy = Scheduled(plan(lazy, settings.sampler(settings.plan_batch), budget, options=settings.search))
+    seed, sampler = FIRST_EVALUATION_SEED, settings.sampler(settings.samples)
+    dense, planned = sampler(model, seed), sampler(lazy, seed)
+    rows = json.loads((RESULTS / "digits.json").read_text())["rows"]
+    measured = {(row["method"], row["target"]): row for row in rows}
+    ours, fewer = measured["planned", TARGET], measured["ddim", TARGET]
+    steps = fewer["sampler_steps"]
+    few = settings.sampler(settings.samples, steps)(model, seed)
+    _strips(
+        path,
+        {
+            f"dense, {settings.steps} steps\n100% of the MACs": dense,
+            f"planned, {settings.steps} steps\n{ours['compute_ratio']:.0%} of the MACs": planned,
+            f"its error, {GAIN} times as bright\nRMSE {ours['rmse_dense']:.4f}": (planned - dense).abs() * GAIN - 1,
+            f"dense, {steps} steps\n{fewer['compute_ratio']:.0%} of the MACs": few,
+            f"its error, {GAIN} times as bright\nRMSE {fewer['rmse_dense']:.4f}": (few - dense).abs() * GAIN - 1,
+        },
+    )
+
+
+def _strips(path: Path, rows: dict[str, Tensor]) -> None:
+    figure, axes = plt.subplots(len(rows), 1, figsize=(11, 2.75), facecolor="white")
+    for axis, (label, images) in zip(axes, rows.items(), strict=True):
+        strip = torch.nn.functional.pad(images[:SHOWN, 0], (0, 1), value=-1)
+        axis.imshow(torch.cat(list(strip), dim=1).numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        axis.set_axis_off()
+        accent = LIGHT.accent if label.startswith("planned") else LIGHT.text
+        axis.text(-0.01, 0.5, label, transform=axis.transAxes, ha="right", va="center", fontsize=8.5, color=accent)
+    figure.subplots_adjust(left=0.19, right=0.995, top=0.985, bottom=0.015, hspace=0.05)
+    figure.savefig(path, dpi=130)
 
 
 def draw_quality(path: Path) -> None:
@@ -93,3 +142,4 @@ def draw_gates(path: Path) -> None:
 if __name__ == "__main__":
     draw_quality(HERE / "quality.png")
     draw_gates(HERE / "gates.png")
+    draw_samples(HERE / "samples.png")
