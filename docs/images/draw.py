@@ -1,4 +1,4 @@
-"""The plots and pictures of README and results, from docs/results: ``python docs/images/draw.py``, a minute on one core."""
+"""The plots and pictures of README and results: ``python docs/images/draw.py``, a minute on one core."""
 
 from __future__ import annotations
 
