@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help docs install demo test test-slow test-torchao test-openvino test-pruna test-zoo fuzz zoo-golden coverage-page hosts-page bench peers results lint clean
+.PHONY: help docs install demo test test-slow test-torchao test-openvino test-pruna test-olive test-zoo fuzz zoo-golden coverage-page hosts-page bench peers results lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -40,17 +40,22 @@ test-slow: $(INSTALLED) ## the longer cases of what make test runs a few of, and
 TORCHAO := build/torchao
 test-torchao: $(INSTALLED) ## integer weights of torchao, installed beside .venv (28 MB)
 	@test -d $(TORCHAO) || $(BIN)/python -m pip install -q --no-deps --target $(TORCHAO) -c constraints.txt torchao
-	PYTHONPATH=$(TORCHAO) $(BIN)/pytest -m torchao tests/integrations/test_torchao.py tests/examples/test_gallery.py
+	PYTHONPATH=$(TORCHAO) $(BIN)/pytest -m torchao tests/integrations/test_torchao.py tests/integrations/test_four_questions.py tests/examples/test_gallery.py
 
 OPENVINO := build/openvino
 test-openvino: $(INSTALLED) ## exported models in OpenVINO, installed beside .venv (180 MB)
 	@test -d $(OPENVINO) || $(BIN)/python -m pip install -q --no-deps --target $(OPENVINO) -c constraints.txt openvino
-	PYTHONPATH=$(OPENVINO) $(BIN)/pytest -m openvino tests/backends/test_openvino.py
+	PYTHONPATH=$(OPENVINO) $(BIN)/pytest -m openvino tests/backends/test_openvino.py tests/integrations/test_four_questions.py
 
 PRUNA := build/pruna
 test-pruna: $(INSTALLED) ## the cacher of examples/pruna, with Pruna installed beside .venv (300 MB)
 	@test -d $(PRUNA) || $(BIN)/python -m pip install -q --no-deps --target $(PRUNA) -r examples/pruna/requirements.txt
 	PYTHONPATH=$(PRUNA) $(BIN)/pytest -m pruna tests/integrations/test_pruna.py
+
+OLIVE := build/olive
+test-olive: $(INSTALLED) ## the passes of examples/olive, with Microsoft Olive installed beside .venv (150 MB)
+	@test -d $(OLIVE) || $(BIN)/python -m pip install -q --no-deps --target $(OLIVE) -r examples/olive/requirements.txt
+	PYTHONPATH=$(OLIVE) $(BIN)/pytest -m olive tests/integrations/test_olive.py
 
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: $(INSTALLED) ## read 2,000 damaged files and aimed ones; end every writer at every point, and 100 by kill -9
@@ -68,7 +73,7 @@ coverage-page: $(INSTALLED) ## ask the zoo every question; answers in docs/cover
 
 hosts-page: export OMP_NUM_THREADS := 1
 hosts-page: $(INSTALLED) ## run the tests of every host; the table in docs/integrations.md (HOSTS="A B" renews some)
-	PYTHONPATH=tests:$(OPENVINO):$(TORCHAO) $(BIN)/python -m project.hosts $(HOSTS)
+	PYTHONPATH=tests:$(OPENVINO):$(TORCHAO):$(OLIVE) $(BIN)/python -m project.hosts $(HOSTS)
 
 bench: $(INSTALLED) ## measure speed; results in build/bench
 	$(BIN)/lazy-compile bench speed --output build/bench

@@ -26,6 +26,7 @@ def transform(
     config: LazyConfig | None = None,
     *,
     policy: PolicyLike | None = None,
+    capture_cache: str | Path | None = None,
     **options: Any,
 ) -> LazyModule: ...
 @overload
@@ -36,6 +37,7 @@ def transform(
     *,
     policy: PolicyLike | None = None,
     components: Sequence[str] | None = None,
+    capture_cache: str | Path | None = None,
     **options: Any,
 ) -> Any: ...
 def transform(
@@ -45,6 +47,7 @@ def transform(
     *,
     policy: PolicyLike | None = None,
     components: Sequence[str] | None = None,
+    capture_cache: str | Path | None = None,
     **options: Any,
 ) -> Any:
     """Make a diffusion transformer lazy, or the denoisers of a diffusers pipeline.
@@ -59,6 +62,9 @@ def transform(
             of a preset, which acts at once for any model: ``"quality"``, ``"balanced"`` or ``"fast"``, see
             :data:`lazy_compile.policies.presets.PRESETS`. None computes everything until ``policy`` is set.
         components: which models of a pipeline, by name. None takes its transformers and U-Nets.
+        capture_cache: a folder in which captures are kept, so that another process starts without one. It may be
+            deleted at any time. None takes the one that the environment variable ``LAZY_COMPILE_CACHE_DIR`` names, if
+            any.
 
     Raises:
         ConfigError: the model or an option is not of the expected kind, or the policy was made for another model.
@@ -69,15 +75,24 @@ def transform(
     if not diffusers_pipeline.is_pipeline(model):
         if components is not None:
             raise ConfigError(f"components names models of a pipeline; seen {type(model).__name__}, which is none")
-        return _transform_model(model, example_inputs, chosen_config(config, options), chosen)
+        return _transform_model(model, example_inputs, chosen_config(config, options), chosen, capture_cache)
     if example_inputs is not None:
         raise ConfigError(
             "a pipeline takes no example_inputs: leave it out and call the pipeline once, which captures its denoisers"
         )
-    return diffusers_pipeline.transform_pipeline(model, chosen_config(config, options), components, chosen)
+    return diffusers_pipeline.transform_pipeline(
+        model, chosen_config(config, options), components, chosen, capture_cache
+    )
 
 
-def load(directory: str | Path, model: Any, example_inputs: Example = None, *, verify: bool = True) -> Any:
+def load(
+    directory: str | Path,
+    model: Any,
+    example_inputs: Example = None,
+    *,
+    verify: bool = True,
+    capture_cache: str | Path | None = None,
+) -> Any:
     """Make a model lazy again, with the options, policy and gates that ``save`` wrote; or the denoisers of a pipeline,
     with those that ``save_pretrained`` of a lazy pipeline wrote beside the weights.
 
@@ -86,14 +101,15 @@ def load(directory: str | Path, model: Any, example_inputs: Example = None, *, v
         model: the model that it was made for.
         example_inputs: captures now, see :func:`transform`.
         verify: False reads the files without holding them against their digests.
+        capture_cache: a folder in which captures are kept, see :func:`transform`.
 
     Raises:
         ArtifactError: the folder is damaged, or was made for another model.
     """
     if diffusers_pipeline.is_pipeline(model):
-        return diffusers_pipeline.load_pipeline(directory, model, verify=verify)
+        return diffusers_pipeline.load_pipeline(directory, model, verify=verify, capture_cache=capture_cache)
     artifact = read(directory, verify=verify)
-    lazy = _transform_model(model, None, artifact.config)
+    lazy = _transform_model(model, None, artifact.config, capture_cache=capture_cache)
     artifact.check_model(model)
     _capture_example(lazy, example_inputs)
     if example_inputs is not None:
@@ -112,7 +128,11 @@ def restore(lazy: Any) -> Any:
 
 
 def _transform_model(
-    model: nn.Module, example_inputs: Example, config: LazyConfig, policy: Policy | None = None
+    model: nn.Module,
+    example_inputs: Example,
+    config: LazyConfig,
+    policy: Policy | None = None,
+    capture_cache: str | Path | None = None,
 ) -> LazyModule:
     if isinstance(model, LazyModule):
         raise ConfigError("this model is lazy already; use restore() to get the original back")
@@ -120,6 +140,8 @@ def _transform_model(
         raise ConfigError(f"transform() takes a torch.nn.Module or a diffusers pipeline; seen {type(model).__name__}")
     _refuse_quantisers(model)
     lazy = LazyModule(model, config)
+    if capture_cache is not None:
+        lazy.capture_cache = capture_cache
     if policy is not None:
         lazy.policy = policy
     _capture_example(lazy, example_inputs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -92,12 +93,52 @@ def averaged(tensor: Tensor, groups: Sequence[str]) -> Tensor:
 
     Where each holds as many tokens of one sample, the mean of their means is that of all tokens.
     """
-    for name in groups:
-        group = distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    for group in map(_group, groups):
         tensor = tensor.detach().to(_reached_by_group(tensor), copy=True)
         distributed.all_reduce(tensor, group=group)
         tensor = tensor / distributed.get_world_size(group)
     return tensor
+
+
+def agreed(value: int, groups: Sequence[str]) -> bool:
+    """Whether all processes of some groups have the same whole number of up to 53 bits; a collective."""
+    if not groups:
+        return True
+    ends = torch.tensor([value, -value], dtype=torch.float64)
+    ends = ends.to(_reached_by_group(ends))
+    for group in map(_group, groups):  # all of them, since those of one do not know what those of another found
+        distributed.all_reduce(ends, distributed.ReduceOp.MAX, group=group)
+    largest, least = ends.tolist()
+    return bool(largest == -least)
+
+
+def _group(name: str) -> Any:
+    return distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+
+
+def is_shard(tensor: Tensor | None) -> bool:
+    """Whether processes hold a tensor together, as under tensor parallelism and FSDP2 (``DTensor``)."""
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def groups_that_hold(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """The names of the groups whose processes hold some of these tensors together."""
+    meshes = [tensor.device_mesh for tensor in tensors if is_shard(tensor)]  # type: ignore[attr-defined]
+    return tuple(dict.fromkeys(group.group_name for mesh in meshes for group in mesh.get_all_groups()))
+
+
+def groups_exchanging(operator: Any, arguments: Iterable[Any]) -> Iterator[str]:
+    """The name of the group in which an operator exchanges tensors; none for what is no collective."""
+    if "c10d" not in operator.namespace:
+        return
+    for argument in reversed(list(arguments)):
+        if isinstance(argument, str):  # a functional collective, whose group comes behind the kind of reduction
+            yield argument
+            return
+        if isinstance(argument, torch.ScriptObject) and str(argument._type()).endswith("ProcessGroup"):
+            yield distributed.ProcessGroup.unbox(argument).group_name
+            return
 
 
 def _reached_by_group(tensor: Tensor) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,22 +23,29 @@ OnProgress = Callable[..., None]
 """``(stage, done, total, note="")``: called whenever ``done`` of ``total`` units of ``stage`` are finished."""
 
 
+SECONDS = 15.0
+"""How often long work is told of where no bar can be drawn: in a log, or behind a pipe."""
+
+
 def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
     """Report to nobody."""
 
 
 @contextmanager
 def progress_bars(enabled: bool = True) -> Iterator[OnProgress]:
-    """One bar per stage on standard error; silent where that is not a terminal."""
+    """One bar per stage on standard error; where that is not a terminal, a line every :data:`SECONDS` seconds."""
     if not enabled:
         yield no_progress
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines()
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int, note: str = "") -> None:
@@ -46,6 +54,18 @@ def progress_bars(enabled: bool = True) -> Iterator[OnProgress]:
             bars.update(tasks[stage], completed=done, total=total, note=note)
 
         yield report
+
+
+def _lines() -> OnProgress:
+    last = time.monotonic()
+
+    def report(stage: str, done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS:
+            last = time.monotonic()
+            print(f"{stage}: {done} of {total}" + (f", {note}" if note else ""), file=sys.stderr, flush=True)
+
+    return report
 
 
 @contextmanager

@@ -115,6 +115,17 @@ def is_number(leaf: object) -> bool:
     return type(leaf) in (int, float)
 
 
+def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Dtypes and devices of tensors, and the autocast that is in force for them."""
+    devices = sorted({tensor.device.type for tensor in tensors})
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device))
+        for device in devices
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    )
+    return tuple((tensor.dtype, tensor.device) for tensor in tensors) + autocast
+
+
 def _is_same(mine: object, its: object) -> bool:
     """Equal and of one type: ``True`` is not ``1``. What cannot be compared is distinguished by identity."""
     if mine is its:

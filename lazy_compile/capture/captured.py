@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.value_guards import StateGuards, ValueGuards
 from lazy_compile.ir.opaque import OpaqueCall
-from lazy_compile.ir.operators import size_text, value_of
+from lazy_compile.ir.operators import is_random, size_text, value_of
 from lazy_compile.ir.program import Program, Role
 
 
@@ -35,6 +35,8 @@ class Capture:
         fixing_lines: for axes of the user's tensors that the model fixes, by position and axis, the line that does.
         opaque: the modules that it does not look into.
         copies: how many repeated modules are copies of the graph of another.
+        guards: what must hold for the sizes of a call, in Python.
+        is_exact: whether it was seen to return what the model returns, bit for bit.
     """
 
     program: Program
@@ -47,8 +49,16 @@ class Capture:
     fixing_lines: Mapping[tuple[int, int], str] = field(default_factory=dict)
     opaque: tuple[OpaqueCall, ...] = ()
     copies: int = 0
-    _guards: CodeType | None = None
+    guards: tuple[str, ...] = ()
+    is_exact: bool = False
     _verdicts: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
+
+    def forget_operators(self) -> None:
+        """Drop what torch remembers of operators on these symbolic sizes, about half a megabyte. It would stay when the
+        capture goes: the environment of its sizes does."""
+        sizes: list[Any] = [size for fake in self.fake_tensors for size in fake.shape]
+        for environment in {size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)}:
+            environment.fake_tensor_cache.clear()
 
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the program may be run on these tensors."""
@@ -66,6 +76,11 @@ class Capture:
         """Whether a size depends on what is in a tensor, as that of ``x[mask]`` does."""
         values = [value_of(node) for node in self.program.graph.nodes]
         return any(free_unbacked_symbols(value) for value in values if isinstance(value, Tensor))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers."""
+        return any(map(is_random, self.program.graph.nodes))
 
     @property
     def fake_tensors(self) -> list[Tensor]:
@@ -99,15 +114,12 @@ class Capture:
         return True
 
     def _guards_hold(self, tensors: Sequence[Tensor]) -> bool:
-        if self._guards is None:
+        if self._guards_code is None:
             return True
         arguments = {"tensors": tensors, "flat_args": tensors}  # as export and strict export name them
-        return bool(eval(self._guards, {"L": arguments, "math": math, "torch": torch}))
+        return bool(eval(self._guards_code, {"L": arguments, "math": math, "torch": torch}))
 
-
-def compiled_guards(exported: ExportedProgram) -> CodeType | None:
-    """What must hold for the sizes of a call, as code; None if nothing must."""
-    guards = exported._guards_code
-    if not guards:
-        return None
-    return compile(" and ".join(f"({guard})" for guard in guards), "<shape guards>", "eval")
+    @cached_property
+    def _guards_code(self) -> CodeType | None:
+        text = " and ".join(f"({guard})" for guard in self.guards)
+        return compile(text, "<shape guards>", "eval") if text else None

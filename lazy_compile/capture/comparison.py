@@ -7,15 +7,18 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.captured import Capture
 from lazy_compile.capture.evaluation import comparable_evaluation, first_line
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.restored_tensors import values_left_alone
 from lazy_compile.errors import CaptureError
+from lazy_compile.ir.operators import note_example_sizes, value_of
+from lazy_compile.ir.program import module_state
 
 TOLERANCE = {
     torch.float64: 1e-9,
@@ -93,6 +96,49 @@ class ExampleResult:
         """In absolute terms, over all floating results."""
         pairs = zip(pytree.tree_leaves(list(seen)), self.leaves, strict=True)
         return max((_difference(a, b) for a, b in pairs if isinstance(b, Tensor) and b.is_floating_point()), default=0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a captured graph compares with the model.
+
+    Attributes:
+        mismatch: what it does otherwise; empty if it does the same, or could not be compared.
+        difference: the largest one of a floating result, in absolute terms.
+        is_exact: whether it was compared and returns the same bits.
+    """
+
+    mismatch: str = ""
+    difference: float = 0.0
+    is_exact: bool = False
+
+
+def compare(found: Capture, model: nn.Module, tensors: Sequence[Tensor], expected: ExampleResult) -> Verdict:
+    """Run a captured graph on the example, and hold what it returns against what the model returned."""
+    if expected.reason:
+        return Verdict()
+    run = _NoteSizes(found.program.graph_module).run if found.has_open_sizes else found.program.graph_module
+    with comparable_evaluation(model):
+        try:
+            seen = run(*found.program.bind(module_state(model), tensors))
+        except Exception as error:
+            return Verdict(first_line(error))
+    if mismatch := expected.mismatch(seen):
+        return Verdict(mismatch)
+    difference = expected.largest_difference(seen)
+    return Verdict(difference=difference, is_exact=difference == 0)
+
+
+class _NoteSizes(fx.Interpreter):
+    """Runs a program once to learn the sizes that depend on values: work is counted by the example call."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result, value = super().run_node(n), value_of(n)
+        if isinstance(result, Tensor):
+            note_example_sizes(value.shape, result.shape)
+        elif isinstance(value, torch.SymInt):
+            note_example_sizes([value], [result])
+        return result
 
 
 def register_dataclasses(result: Any) -> None:

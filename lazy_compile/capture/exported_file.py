@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from lazy_compile.capture.written_guards import check_guard, check_size
 from lazy_compile.errors import ArtifactError, shown
 from lazy_compile.storage import parse_json, regular_file
 from lazy_compile.tree_specs import check_tree_spec
@@ -110,7 +111,7 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path,
 
 
 def _check_graph(program: Any, path: Path, name: str) -> None:
-    """Operators of torch alone, and signatures that name nothing to import."""
+    """Operators of torch alone, signatures that name nothing to import, and sizes and guards that torch evaluates."""
     waiting = [program]
     while waiting:
         value = waiting.pop()
@@ -121,6 +122,10 @@ def _check_graph(program: Any, path: Path, name: str) -> None:
             for key in ("in_spec", "out_spec"):
                 if isinstance(text := value.get(key), str):
                     check_tree_spec(text, str(path))
+            if "expr_str" in value:
+                check_size(value["expr_str"], str(path))
+            for guard in value.get("guards_code") or ():
+                check_guard(guard, str(path))
             waiting.extend(value.values())
         elif isinstance(value, list):
             waiting.extend(value)

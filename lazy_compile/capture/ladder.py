@@ -5,17 +5,16 @@ from __future__ import annotations
 import keyword
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lazy_compile.capture.call_layout import CallLayout
-from lazy_compile.capture.captured import Capture, compiled_guards
-from lazy_compile.capture.comparison import ExampleResult
-from lazy_compile.capture.evaluation import comparable_evaluation, first_line, quiet_evaluation
+from lazy_compile.capture.capture_folder import CaptureFolder
+from lazy_compile.capture.captured import Capture
+from lazy_compile.capture.comparison import ExampleResult, Verdict, compare
+from lazy_compile.capture.evaluation import first_line, quiet_evaluation
 from lazy_compile.capture.functional import functional
 from lazy_compile.capture.opaque_modules import NotOneOperator, OpaqueModules, culprit, parent_of
 from lazy_compile.capture.opaque_modules import scripted_modules as scripted
@@ -34,15 +33,22 @@ from lazy_compile.capture.rungs import (
 )
 from lazy_compile.errors import CaptureError, LazyCompileError
 from lazy_compile.ir.opaque import OpaqueCall
-from lazy_compile.ir.operators import is_random, note_example_sizes, size_text, value_of
-from lazy_compile.ir.program import Program, module_state
+from lazy_compile.ir.operators import note_example_sizes, size_text
+from lazy_compile.ir.program import Program
 
 logger = logging.getLogger("lazy_compile")
 
 _Found = tuple[ExportedProgram, Program, list[OpaqueCall], int]
 
 
-def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, reads_values: bool = False) -> Capture:
+def capture(
+    model: nn.Module,
+    layout: CallLayout,
+    tensors: Sequence[Tensor],
+    *,
+    reads_values: bool = False,
+    folder: CaptureFolder | None = None,
+) -> Capture:
     """Capture ``model`` as it runs in evaluation mode on a call like this one.
 
     1. The rungs of the ladder are tried in turn. Dynamic sizes come before fixed ones; a model that decides by the
@@ -58,7 +64,9 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
        On the meta device, where there is nothing to compare, ``attempts`` says so.
     7. Modules that are alike are captured once and copied, see :mod:`lazy_compile.capture.regions`, if that can be done
        without changing the graph.
-    8. Whatever comes of it, the model is left as it was.
+    8. With a ``folder``, one that is kept there is taken, if its graph returns on the example what the model returns;
+       else the capture is kept there.
+    9. Whatever comes of it, the model is left as it was.
 
     Raises:
         CaptureError: every rung failed; the message names the decisive reason. Or something moves, packs or replaces
@@ -67,13 +75,19 @@ def capture(model: nn.Module, layout: CallLayout, tensors: Sequence[Tensor], *, 
     require_capturable(model)
     rungs = [rung for rung in LADDER if rung.reads_values or not reads_values]
     with left_as_it_was(model):
+        kept = None if folder is None else folder.entries(model, layout, tensors, reads_values)
         expected = ExampleResult.of(model, layout, tensors, fetched=eager_modules(model))
         if expected.reason and (reason := unreadable(model)):
             raise CaptureError(reason)
         search = _Search(model, layout, tensors, expected)
+        if kept is not None and (known := kept.find(search.verdict_on)) is not None:
+            return known
         while (found := search.climb(rungs)) is None:
             if not search.look_away():
                 raise search.refusal()
+        found.forget_operators()
+        if kept is not None:
+            kept.keep(found)
     return found
 
 
@@ -201,16 +215,34 @@ class _Search:
                 self._note(f"{label}: the graph of a batch of 2 serves no other")
                 self.size_of_two = found.specialised_size
             else:
-                for fake, tensor in zip(found.fake_tensors, self.tensors, strict=True):
-                    note_example_sizes(fake.shape, tensor.shape)
-                if not (trouble := _why_not_equal(found, self.model, self.tensors, self.expected)):
-                    return found
+                verdict = self.verdict_on(found)
+                if not (trouble := self._trouble(found, verdict)):
+                    return replace(found, is_exact=verdict.is_exact)
                 if found.copies:
                     logger.info("%s: %s; its repeated modules are captured one by one", label, trouble)
                     self.copying = False
                     return self._try(rung)
                 self._note(f"{label}: {trouble}")
         return None
+
+    def verdict_on(self, found: Capture) -> Verdict:
+        """How a capture compares with the model on the example, whose sizes it learns."""
+        for fake, tensor in zip(found.fake_tensors, self.tensors, strict=True):
+            note_example_sizes(fake.shape, tensor.shape)
+        return compare(found, self.model, self.tensors, self.expected)
+
+    def _trouble(self, found: Capture, verdict: Verdict) -> str:
+        """What a capture does otherwise than the model; empty if it does the same, or draws random numbers."""
+        name = type(self.model).__name__
+        if verdict.mismatch and found.is_random:
+            logger.info("%s draws random numbers and is not compared: %s", name, verdict.mismatch)
+            return ""
+        if not verdict.mismatch and verdict.difference and all(tensor.device.type == "cpu" for tensor in self.tensors):
+            logger.warning(
+                "the captured %s differs from the original by up to %.1e: some of its operators were traced as others "
+                "that round otherwise", name, verdict.difference,
+            )  # fmt: skip
+        return verdict.mismatch
 
     def _export(self, rung: Rung, label: str, example: Sequence[Tensor]) -> Capture | None:
         flat = FlatModel(self.model, self.layout)
@@ -231,7 +263,7 @@ class _Search:
             program, f"{name}, {self.opaque}" if self.opaque else name, tuple(self.attempts), output_spec,
             values=values, state=state, specialised_size=flat.specialised_size, opaque=tuple(dict.fromkeys(called)),
             fixing_lines=flat.fixing_lines, copies=copies,
-            _guards=compiled_guards(exported),
+            guards=tuple(exported._guards_code or ()),
         )  # fmt: skip
 
     def _program(self, rung: Rung, flat: FlatModel, example: Sequence[Tensor]) -> _Found:
@@ -269,34 +301,6 @@ class _Search:
         return any(size_text(found.fake_tensors[index].shape[0]).isdigit() for index in rows)
 
 
-def _why_not_equal(found: Capture, model: nn.Module, tensors: Sequence[Tensor], expected: ExampleResult) -> str:
-    """What a program does otherwise than the model on the example; empty if it does the same."""
-    if expected.reason:
-        return ""
-    run = _NoteSizes(found.program.graph_module).run if found.has_open_sizes else found.program.graph_module
-    with comparable_evaluation(model):
-        try:
-            seen = run(*found.program.bind(module_state(model), tensors))
-        except Exception as error:
-            return first_line(error)
-    mismatch = expected.mismatch(seen)
-    if mismatch and any(map(is_random, found.program.graph.nodes)):
-        logger.info("%s draws random numbers and is not compared: %s", type(model).__name__, mismatch)
-        return ""
-    if not mismatch and all(tensor.device.type == "cpu" for tensor in tensors):
-        _warn_of_rounding(model, expected.largest_difference(seen))
-    return mismatch
-
-
-def _warn_of_rounding(model: nn.Module, difference: float) -> None:
-    if difference > 0:
-        logger.warning(
-            "the captured %s differs from the original by up to %.1e: some of its operators were traced as others that "
-            "round otherwise",
-            type(model).__name__, difference,
-        )  # fmt: skip
-
-
 def _advice(model: nn.Module, usual: str) -> str:
     names = [name for name, _ in model.named_modules() if keyword.iskeyword(name.rpartition(".")[2])]
     if names:
@@ -315,15 +319,3 @@ _TRACED = (
 _CHECK = (
     "Check that the example inputs run through the model, and that forward() does not branch on the values of tensors"
 )
-
-
-class _NoteSizes(fx.Interpreter):
-    """Runs a program once to learn the sizes that depend on values: work is counted by the example call."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        result, value = super().run_node(n), value_of(n)
-        if isinstance(result, Tensor):
-            note_example_sizes(value.shape, result.shape)
-        elif isinstance(value, torch.SymInt):
-            note_example_sizes([value], [result])
-        return result

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from lazy_compile.capture.sharded_layers import has_shards
+
 
 @dataclass(frozen=True, eq=False)
 class _Same:
@@ -125,11 +127,11 @@ class ModelWatch:
 
 
 def hooked_modules(model: nn.Module) -> list[str]:
-    """Paths of the modules with forward hooks, the model itself as ``"the model itself"``."""
+    """Paths of the modules whose forward hooks run while they are captured only, ``"the model itself"`` for that."""
     return [
         name or "the model itself"
         for name, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks
+        if (module._forward_hooks or module._forward_pre_hooks) and not has_shards(module)
     ]
 
 
@@ -151,11 +153,11 @@ def _attributes(module: nn.Module, seen: set[int]) -> list[tuple[str, Any]]:
     return [
         (name, value if type(value) in _PLAIN else _Same(value) if name in _HOOKS else _snapshot(value, seen))
         for name, value in vars(module).items()
-        if name not in _LOOKED_UP and (type(value) is not OrderedDict or value)
+        if name not in LOOKED_UP and (type(value) is not OrderedDict or value)
     ]
 
 
-_LOOKED_UP = frozenset({"training", "_parameters", "_buffers", "_modules", "_is_torch_compile", "_compiled_call_impl"})
+LOOKED_UP = frozenset({"training", "_parameters", "_buffers", "_modules", "_is_torch_compile", "_compiled_call_impl"})
 """What a graph does not depend on, or looks up itself; the last two are left on a module by ``torch.compile``."""
 _HOOKS = frozenset({"_hf_hook", "_diffusers_hook"})
 """Where accelerate and diffusers keep their hooks: what these note of themselves at every call says nothing of the

@@ -17,6 +17,7 @@ from lazy_compile.capture.evaluation import comparable_evaluation, other_forward
 from lazy_compile.capture.opaque_probe import RecordedCall, Unsuitable, probe
 from lazy_compile.capture.restored_state import left_as_it_was
 from lazy_compile.capture.restored_tensors import values_left_alone
+from lazy_compile.capture.sharded_layers import call_with_hooks, has_shards, without_hooks
 from lazy_compile.ir.opaque import OpaqueCall
 
 
@@ -111,7 +112,11 @@ class OpaqueModules:
         with ExitStack() as stack:
             for path in self.reasons:
                 module = self.model.get_submodule(path)
-                stack.enter_context(other_forward(module, make(path, module.forward)))
+                forward = module.forward
+                if has_shards(module):
+                    forward = call_with_hooks(module, path)
+                    stack.enter_context(without_hooks(module))
+                stack.enter_context(other_forward(module, make(path, forward)))
             yield
 
     @contextmanager

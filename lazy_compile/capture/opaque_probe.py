@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.comparison import TOLERANCE, register_dataclasses
 from lazy_compile.ir.opaque import OpaqueCall, OpaqueOutput, Size
+from lazy_compile.processes import groups_exchanging, groups_that_hold
 
 Shape = tuple[int, ...]
 Rows = Literal["any", "blocks", "none"]
@@ -88,7 +89,7 @@ def probe(recorded: RecordedCall, module: nn.Module, path: str, reason: str, wei
         raise Unsuitable(f"{path or 'the model itself'} does not take and return tensors")
     if any(not isinstance(leaf, Tensor | _CONSTANTS) for leaf in recorded.result):
         raise Unsuitable(f"{path} returns more than tensors")
-    macs, attends = _repeat(recorded, module, path)
+    macs, attends, groups = _repeat(recorded, module, path)
     sizes = _sizes(recorded)
     shapes = tuple(tuple(tensor.shape) for tensor in recorded.tensors)
     fixed = None if sizes else shapes
@@ -99,7 +100,7 @@ def probe(recorded: RecordedCall, module: nn.Module, path: str, reason: str, wei
     )
     rows: Rows = "none" if fixed else _rows(recorded)
     return OpaqueCall(
-        path, reason, module, recorded.without_values().tensors_of, weights, outputs, macs, attends, rows, fixed
+        path, reason, module, recorded.without_values().tensors_of, weights, outputs, macs, attends, rows, groups, fixed
     )
 
 
@@ -115,13 +116,15 @@ class _Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
+        self.groups: dict[str, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(func._schema.name.rpartition("::")[2])
+        self.groups.update(dict.fromkeys(groups_exchanging(func, args)))
         return func(*args, **(kwargs or {}))
 
 
-def _repeat(recorded: RecordedCall, module: nn.Module, path: str) -> tuple[int, bool]:
+def _repeat(recorded: RecordedCall, module: nn.Module, path: str) -> tuple[int, bool, tuple[str, ...]]:
     tensors = [tensor.clone() for tensor in recorded.tensors]
     counter, seen = FlopCounterMode(display=False), _Operators()
     with seen, counter:
@@ -135,7 +138,9 @@ def _repeat(recorded: RecordedCall, module: nn.Module, path: str) -> tuple[int, 
         tokens = max(math.prod(tensor.shape[:-1]) for tensor in tensors if tensor.is_floating_point())
         work = tokens * sum(map(_matrix_elements, module.modules()))
     fused = any("attention" in name for name in seen.names)
-    return int(work), fused or ("_softmax" in seen.names and bool({"bmm", "baddbmm"} & seen.names))
+    attends = fused or ("_softmax" in seen.names and bool({"bmm", "baddbmm"} & seen.names))
+    groups = dict.fromkeys((*seen.groups, *groups_that_hold(module.parameters())))
+    return int(work), attends, tuple(groups)
 
 
 def _matrix_elements(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lazy_compile.errors import CaptureError
+from lazy_compile.processes import is_shard
 
 
 def require_capturable(model: nn.Module) -> None:
@@ -24,19 +25,23 @@ def require_capturable(model: nn.Module) -> None:
 
 
 def _shards(model: nn.Module) -> str:
-    """A graph calls no module, so that the hooks that gather a shard would never run."""
+    """Hooks of a module that contains others gather the weights of all of them; a graph calls no such module."""
+    fully_sharded = sys.modules.get("torch.distributed.fsdp")  # without it there are none
+    for path, module in model.named_modules():
+        if fully_sharded is not None and isinstance(module, fully_sharded.FSDPModule):
+            return _needs_whole(model, f"by FSDP, which gathers {path or 'the model'} when it is called")
     for name, parameter in model.named_parameters():
-        if _is_shard(parameter):
-            return (
-                f"the weights of {type(model).__name__} are sharded ({name} is a {type(parameter).__name__}), and a "
-                "lazy model needs them whole; give each process a copy of its own instead of fully_shard"
-            )
+        if hasattr(parameter, "_is_flat_param") or (is_shard(parameter) and "." not in name):
+            return _needs_whole(model, f"({name} is a {type(parameter).__name__})")
     return ""
 
 
-def _is_shard(parameter: nn.Parameter) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
-    return (module is not None and isinstance(parameter, module.DTensor)) or hasattr(parameter, "_is_flat_param")
+def _needs_whole(model: nn.Module, seen: str) -> str:
+    return (
+        f"the weights of {type(model).__name__} are sharded {seen}, and a graph calls its layers alone; give each "
+        "process all weights, or split layers by tensor parallelism (parallelize_module on the original, before or "
+        "after transform)"
+    )
 
 
 def eager_modules(model: nn.Module) -> dict[str, str]:
@@ -64,6 +69,8 @@ def _packing(module: nn.Module) -> str:
     """A tensor class that a graph cannot take apart."""
     for name, parameter in module._parameters.items():
         kind = type(parameter)
+        if is_shard(parameter):
+            return f"its {name} is spread over processes (tensor parallelism)"
         if parameter is not None and kind not in _PLAIN and not kind.__module__.startswith(_TAKEN_APART):
             return f"its {name} is packed by {kind.__module__.partition('.')[0]} ({kind.__name__})"
     return ""

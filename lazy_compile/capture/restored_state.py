@@ -90,12 +90,13 @@ def _containers(model: nn.Module) -> Iterator[Any]:
         if not isinstance(owner, tuple):
             yield owner
         for item in owner.values() if isinstance(owner, dict) else owner:
-            if id(item) not in seen and _may_change(item):
+            if id(item) not in seen and may_change(item):
                 seen.add(id(item))
                 frontier.append(item)
 
 
-def _may_change(item: Any) -> bool:
+def may_change(item: Any) -> bool:
+    """A list, a dictionary, or an object of the model's own: it may hold something, and something else later."""
     if type(item) in _TABLES:
         return True
     if not hasattr(item, "__dict__") or isinstance(item, _OPAQUE):

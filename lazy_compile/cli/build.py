@@ -109,6 +109,7 @@ def build(options: BuildOptions) -> None:
         tuple(options.settings or ()),
         options.device,
         config.profiles,
+        options.capture_cache,
     )
     request.check(options.output)
     if options.print_trtexec or options.print_polygraphy:
@@ -154,6 +155,7 @@ class _Request:
     options: tuple[str, ...]
     device: str
     profiles: tuple[ShapeRange, ...]
+    capture_cache: Path | None
 
     @property
     def is_onnx(self) -> bool:
@@ -195,7 +197,7 @@ class _Request:
         if self.is_onnx:
             return None if self.gates is None else artifact.read(self.gates).policy
         named = in_precision(load_model(self.source, self.shapes, self.device), self.precision)
-        lazy = load_lazy(named, self.gates, self.options)
+        lazy = load_lazy(named, self.gates, self.options, self.capture_cache)
         inputs, group = require_inputs(named), parse_group(self.group)
         export_onnx(
             lazy,

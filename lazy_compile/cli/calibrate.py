@@ -63,7 +63,7 @@ def calibrate(options: CalibrateOptions) -> None:
     config = calibration.CalibrationConfig(**{name: value for name, value in chosen.items() if value is not None})
     pairs = None if options.data is None else find_function(options.data)()
     named = load_model(options.model, options.shape or (), local_device(options.device))
-    lazy = load_lazy(named, None, options.settings or ())
+    lazy = load_lazy(named, None, options.settings or (), options.capture_cache)
     numbers: list[int | None] = [*dict.fromkeys(options.steps)] if options.steps else [None]
     samples = [load_sampler(options.sampler, named, lazy, number, options.scheduler) for number in numbers]
     if options.dry_run:

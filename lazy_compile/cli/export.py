@@ -64,7 +64,7 @@ def export(options: ExportOptions) -> None:
     ranges = parse_ranges(options.min_shapes or (), options.opt_shapes or (), options.max_shapes or ())
     grouped = parse_group(options.group)
     named = in_precision(load_model(options.model, options.shape or (), options.device), options.precision)
-    lazy = load_lazy(named, options.gates, options.settings or ())
+    lazy = load_lazy(named, options.gates, options.settings or (), options.capture_cache)
     with progress_bars(not options.json) as on_progress, tempfile.TemporaryDirectory() as folder:
         report = export_onnx(
             lazy,

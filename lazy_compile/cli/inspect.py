@@ -58,7 +58,8 @@ def inspect(options: InspectOptions) -> None:
         show,
     )
 
-    lazy = load_lazy(load_model(options.model, options.shape or (), options.device), None, options.settings or ())
+    named = load_model(options.model, options.shape or (), options.device)
+    lazy = load_lazy(named, None, options.settings or (), options.capture_cache)
     if options.after is not None:
         graph = _graph_after(lazy, options.after)
         show({"model": options.model, "after": options.after, "graph": graph}, options.json, graph)

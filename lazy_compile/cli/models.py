@@ -150,7 +150,9 @@ def parse_group(text: str | None) -> Group | None:
     return int(text)
 
 
-def load_lazy(named: NamedModel, gates: Path | None, options: Sequence[str]) -> LazyModule:
+def load_lazy(
+    named: NamedModel, gates: Path | None, options: Sequence[str], capture_cache: Path | None = None
+) -> LazyModule:
     """The model made lazy and captured, with the options of the command line or those of an artefact."""
     from lazy_compile.compiler import load, transform
     from lazy_compile.progress import working
@@ -160,9 +162,9 @@ def load_lazy(named: NamedModel, gates: Path | None, options: Sequence[str]) -> 
         raise ConfigError(f"--set {options[0]} and --gates exclude each other: the artefact carries its options")
     with working(f"capturing {named.spec}"):
         if gates is not None:
-            result: LazyModule = load(gates, named.model, inputs)
+            result: LazyModule = load(gates, named.model, inputs, capture_cache=capture_cache)
             return result
-        return transform(named.model, inputs, parse_options(options))
+        return transform(named.model, inputs, parse_options(options), capture_cache=capture_cache)
 
 
 def load_sampler(

@@ -28,6 +28,15 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="An option of LazyConfig, such as reuse=last. Repeatable."),
 ]
+CaptureCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--capture-cache",
+        metavar="FOLDER",
+        envvar="LAZY_COMPILE_CACHE_DIR",
+        help="Keep captures in this folder, and take those that are there.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where the model runs.")]
 Gates = Annotated[Path | None, typer.Option(help="A folder that calibrate or plan wrote.")]
 Sampler = Annotated[
@@ -104,6 +113,7 @@ class CaptureOptions(OutputOptions):
     shape: Shapes = None
     settings: Settings = None
     device: Device = "cpu"
+    capture_cache: CaptureCache = None
 
 
 @dataclass(frozen=True, kw_only=True)

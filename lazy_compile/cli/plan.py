@@ -98,7 +98,7 @@ def plan(options: PlanOptions) -> None:
     if options.call:
         raise ConfigError(f"--call {options.call[0]} is an argument of a pipeline's call; give --prompts too")
     named = load_model(options.model, options.shape or (), options.device)
-    lazy = load_lazy(named, options.freeze, options.settings or ())
+    lazy = load_lazy(named, options.freeze, options.settings or (), options.capture_cache)
     sample = load_sampler(options.sampler, named, lazy, options.steps, options.scheduler)
     if options.schedule_file is not None:
         schedule = schedule_io.import_schedule(
@@ -150,7 +150,11 @@ def _plan_pipeline(options: PlanOptions, budget: Budget) -> None:
     prompts, call = read_prompts(options.prompts), call_arguments(options.call or ())
     if options.steps is not None:
         call["num_inference_steps"] = options.steps
-    pipe = transform(load_pipeline(options.model, options.device), config=parse_options(options.settings or ()))
+    pipe = transform(
+        load_pipeline(options.model, options.device),
+        config=parse_options(options.settings or ()),
+        capture_cache=options.capture_cache,
+    )
     limits = _limits(options)
     if options.dry_run:
         _show_estimates(options, estimate_plan(pipe, prompts=prompts, **limits, **call))

@@ -42,7 +42,7 @@ def run(options: RunOptions) -> None:
 
     runner = _runner(options.onnx, options.engine)
     named = load_model(options.model, options.shape or (), local_device(options.device))
-    lazy = load_lazy(named, options.gates, options.settings or ())
+    lazy = load_lazy(named, options.gates, options.settings or (), options.capture_cache)
     sample = load_sampler(options.sampler, named, lazy, options.steps, options.scheduler)
     with launched_processes() as processes:
         done = execution.run(

@@ -23,7 +23,7 @@ def verify(options: VerifyOptions) -> None:
     from lazy_compile.verification import compare
 
     named = load_model(options.model, options.shape or (), options.device)
-    lazy = load_lazy(named, options.gates, options.settings or ())
+    lazy = load_lazy(named, options.gates, options.settings or (), options.capture_cache)
     comparison = compare(
         lazy,
         load_sampler(options.sampler, named, lazy, options.steps, options.scheduler),

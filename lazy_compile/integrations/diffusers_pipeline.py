@@ -109,7 +109,11 @@ _DENOISERS = ("transformer", "unet")
 
 
 def transform_pipeline(
-    pipe: Any, config: LazyConfig, components: Sequence[str] | None = None, policy: Policy | None = None
+    pipe: Any,
+    config: LazyConfig,
+    components: Sequence[str] | None = None,
+    policy: Policy | None = None,
+    capture_cache: str | Path | None = None,
 ) -> Any:
     """Replace the denoisers of a pipeline by lazy ones; each captures at its first call. Returns the pipeline.
 
@@ -118,6 +122,7 @@ def transform_pipeline(
         config: options of all its denoisers.
         components: which ones, by name. None takes those that diffusers names ``transformer...`` and ``unet...``.
         policy: the rule that each of them follows; None computes everything.
+        capture_cache: the folder in which captures are kept, see :attr:`LazyModule.capture_cache`.
 
     Raises:
         ConfigError: there is no such component, it is lazy already, or its weights are offloaded by layers.
@@ -136,6 +141,8 @@ def transform_pipeline(
     with models_exchanged(pipe):
         for name in chosen:
             lazy = LazyDenoiser(modules[name], config)
+            if capture_cache is not None:
+                lazy.capture_cache = capture_cache
             if policy is not None:
                 lazy.policy = policy
             setattr(pipe, name, lazy)
@@ -195,7 +202,9 @@ def restore_pipeline(pipe: Any) -> Any:
     return pipe
 
 
-def load_pipeline(directory: str | Path, pipe: Any, *, verify: bool = True) -> Any:
+def load_pipeline(
+    directory: str | Path, pipe: Any, *, verify: bool = True, capture_cache: str | Path | None = None
+) -> Any:
     """Make those denoisers lazy whose gates ``pipe.save_pretrained(directory)`` wrote. Returns the pipeline.
 
     Raises:
@@ -211,7 +220,7 @@ def load_pipeline(directory: str | Path, pipe: Any, *, verify: bool = True) -> A
     for name, artifact in artifacts.items():
         artifact.check_model(pipe.components[name])
     for name, artifact in artifacts.items():
-        transform_pipeline(pipe, artifact.config, [name], artifact.policy)
+        transform_pipeline(pipe, artifact.config, [name], artifact.policy, capture_cache)
     return pipe
 
 

@@ -81,6 +81,7 @@ class OpaqueCall:
         outputs: what it returns.
         macs: multiply-accumulates at the sizes of the caller's example.
         attends: whether it was seen to attend.
+        groups: the process groups in which it exchanges tensors.
         rows: which lines along the first axis it was seen to compute apart from others: any, blocks of them, or none.
         fixed: the shapes of its inputs, where what it returns was not understood for others.
     """
@@ -94,6 +95,7 @@ class OpaqueCall:
     macs: int
     attends: bool
     rows: Literal["any", "blocks", "none"]
+    groups: tuple[str, ...] = ()
     fixed: tuple[tuple[int, ...], ...] | None = None
     handle: int = field(default_factory=itertools.count(1).__next__, init=False)
 

@@ -15,6 +15,7 @@ from torch.utils._sympy.functions import FloatTrueDiv, FloorToInt, IntTrueDiv, T
 from torch.utils.flop_counter import flop_registry
 
 from lazy_compile.ir.opaque import opaque_call
+from lazy_compile.processes import groups_exchanging
 
 aten = torch.ops.aten
 
@@ -71,11 +72,12 @@ def operator_name(node: fx.Node) -> str:
     return str(getattr(target, "__name__", ""))
 
 
-def collective_group(node: fx.Node) -> str:
-    """The process group that a functional collective exchanges tensors in; empty for any other node."""
-    if not isinstance(node.target, torch._ops.OpOverload) or "c10d_functional" not in node.target.namespace:
-        return ""
-    return next((item for item in reversed(node.args) if isinstance(item, str)), "")
+def collective_groups(node: fx.Node) -> tuple[str, ...]:
+    """The process groups in which a node exchanges tensors: a collective, or an opaque module that makes some."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return ()
+    opaque = opaque_call(node)
+    return tuple(groups_exchanging(node.target, node.args)) if opaque is None else opaque.groups
 
 
 def origins(node: fx.Node) -> Iterator[fx.Node]:

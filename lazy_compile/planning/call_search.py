@@ -296,7 +296,9 @@ class CallSearch:
         self._steps, self._dense = steps, CacheSchedule.always_compute(steps, len(self.cost))
         samples = OutputSamples()
         dense = [self._dense_trajectory(place, seed, samples) for place in range(len(self.samplers))]
-        self._costs = StepCosts.of(dense, self.target.order > 0, fitted=True)
+        self._costs = StepCosts(
+            self.journal.array("step-costs", lambda: StepCosts.of(dense, self.target.order > 0, fitted=True).miss)
+        )
         inner = self.journal.array("inner-products", lambda: samples.inner_products(len(self.cost), steps))
         self._fits = SlopeFits(inner, self.target.order)
         return sum(len(each.steps) for each in dense) // self._steps

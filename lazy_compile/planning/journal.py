@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from lazy_compile.errors import ArtifactError
 from lazy_compile.planning.response import Response
 from lazy_compile.policies.schedule import CacheSchedule
-from lazy_compile.processes import Processes
+from lazy_compile.processes import Processes, averaged
 from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.module import LazyModule
 from lazy_compile.storage import load_json, load_tensors, save_json, save_tensors
@@ -35,8 +35,9 @@ class Journal:
         ArtifactError: the folder belongs to another search, or cannot be read or written.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any], groups: Sequence[str] = ()) -> None:
+        """``groups`` of processes that run one model together decide by one figure, the mean of what each measures."""
+        self.folder, self.groups = folder, groups
         self.known: frozenset[str] = frozenset()
         if folder is None:
             return
@@ -82,7 +83,7 @@ class Journal:
         known = self.recall(name, "values")
         if known is not None:
             return known["values"]
-        values = measure()
+        values = averaged(torch.from_numpy(measure()), self.groups).numpy()
         self.write(name, {"values": values})
         return values
 

@@ -62,9 +62,9 @@ def plan(
     the final samples answer to every branch at every step, exchange decisions while that predicts less error, fit the
     slopes, keep what is truly best on noise that it was not made from, and measure again around it.
 
-    With ``calls``, or where the samples carry no gradient: a search that only runs the model, and judges by true error
-    (:class:`~lazy_compile.planning.call_search.CallSearch`). It takes any sampler, compiled and quantised models, and
-    engines.
+    With ``calls``, where the samples carry no gradient, or where processes run one model together: a search that only
+    runs the model, and judges by true error (:class:`~lazy_compile.planning.call_search.CallSearch`). It takes any
+    sampler, compiled and quantised models, and engines.
 
     Args:
         lazy: a transformed model; its policy stays. With ``calls`` also an
@@ -102,7 +102,7 @@ def plan(
             return _cheapest(
                 lazy, samplers, budget.error, options, calls, max_memory, seed, max_patterns, folder, report
             )
-        if calls is None and isinstance(lazy, LazyModule):
+        if calls is None and isinstance(lazy, LazyModule) and not lazy.graph.collective_groups:
             try:
                 return search_schedule(
                     lazy, samplers, budget, timings=timings, start=start, options=options, max_memory=max_memory,
@@ -202,7 +202,8 @@ def search_by_calls(
     """:func:`plan` without gradient."""
     samplers, target = parts_of(sample), replayable(denoiser)
     identity = identity_of(denoiser, budget=budget, calls=calls, seed=seed, timings=timings, batches=len(samplers))
-    journal = Journal(Path(checkpoint) if checkpoint else None, identity)
+    groups = denoiser.graph.collective_groups if isinstance(denoiser, LazyModule) else ()
+    journal = Journal(Path(checkpoint) if checkpoint else None, identity, groups)
     if budget.latency_ratio is not None and timings is None and not isinstance(denoiser, LazyModule):
         raise ConfigError(
             "a latency_ratio of an engine needs timings of its branches; give timings, or a compute_ratio"

@@ -23,7 +23,7 @@ from lazy_compile.planning.starts import RULES, Rule, fitting, rules
 from lazy_compile.planning.step_paths import POWERS, StepCosts
 from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
-from lazy_compile.processes import Processes
+from lazy_compile.processes import Processes, averaged
 from lazy_compile.progress import OnProgress
 from lazy_compile.runtime.module import LazyGraph, LazyModule
 from lazy_compile.runtime.sampling import Sampler, Samplers, parts_of
@@ -272,7 +272,7 @@ def final_error(lazy: LazyModule, sample: Samplers, schedule: CacheSchedule, see
     """Root mean square change of the final samples under a schedule."""
     samplers = parts_of(sample)
     errors = _errors(lazy, samplers, schedule, seed, [dense_samples(lazy, each, seed) for each in samplers])
-    return float(errors.mean() ** 0.5)
+    return float(averaged(torch.tensor(errors.mean()), lazy.graph.collective_groups) ** 0.5)
 
 
 def _errors(

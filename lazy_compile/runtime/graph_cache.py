@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile import pass_pipelines
 from lazy_compile.analysis.timestep_input import find_timestep_input, names_the_time
-from lazy_compile.capture.call_layout import CallLayout
+from lazy_compile.capture.call_layout import CallLayout, types_of
+from lazy_compile.capture.capture_folder import CaptureFolder
 from lazy_compile.capture.captured import Capture
 from lazy_compile.capture.evaluation import comparable_evaluation
 from lazy_compile.capture.ladder import capture
@@ -27,7 +28,7 @@ from lazy_compile.config import LazyConfig
 from lazy_compile.errors import CaptureError, ConfigError, NoBranchError
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.operators import has_formula, is_foreign_kernel, macs, operator_name
-from lazy_compile.runtime.lazy_graph import LazyGraph, sources_of, types_of
+from lazy_compile.runtime.lazy_graph import LazyGraph, sources_of
 
 logger = logging.getLogger("lazy_compile")
 
@@ -61,10 +62,14 @@ class GraphCache:
     Args:
         model: the original.
         admit: called with each new graph before it is kept; it may raise.
+
+    Attributes:
+        folder: where captures are kept from one process to the next; None for nowhere.
     """
 
     def __init__(self, model: nn.Module, admit: Callable[[LazyGraph], None]) -> None:
         self.model = model
+        self.folder = CaptureFolder.chosen()
         self.graphs: list[LazyGraph] = []
         self._admit = admit
         self._watch: ModelWatch | None = None
@@ -213,7 +218,7 @@ class GraphCache:
     def _compile(
         self, call: _Call, config: LazyConfig, numbers: Collection[str] = (), *, reads_values: bool = False
     ) -> LazyGraph:
-        captured = capture(self.model, call.layout, call.tensors, reads_values=reads_values)
+        captured = capture(self.model, call.layout, call.tensors, reads_values=reads_values, folder=self.folder)
         self._check_numbers(captured, call, numbers)
         watch = ModelWatch(self.model)
         if self._watch is None or watch.observed != self._watch.observed:

@@ -18,7 +18,7 @@ from lazy_compile.capture.captured import Capture
 from lazy_compile.config import Group, LazyConfig
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyStep, lazy_calls
-from lazy_compile.ir.operators import collective_group, example_size, size_hint, value_of
+from lazy_compile.ir.operators import collective_groups, example_size, size_hint, value_of
 from lazy_compile.ir.program import Program, Role, parts_of
 from lazy_compile.policies.gate_layout import leaders_of
 from lazy_compile.runtime.compiled_pieces import CompiledPieces
@@ -75,8 +75,8 @@ class LazyGraph:
     @cached_property
     def collective_groups(self) -> tuple[str, ...]:
         """Process groups in which the model exchanges tensors: all processes of them take the same decisions."""
-        found = map(collective_group, self.captured.program.graph.nodes)
-        return tuple(dict.fromkeys(name for name in found if name))
+        found = map(collective_groups, self.captured.program.graph.nodes)
+        return tuple(dict.fromkeys(name for names in found for name in names))
 
     @cached_property
     def row_axes(self) -> dict[str, tuple[int, int]]:
@@ -258,14 +258,3 @@ def _shape(value: object) -> tuple[int, ...] | None:
         return None
     sizes = [size for axis in value.shape if (size := example_size(axis)) is not None]
     return tuple(sizes) if len(sizes) == value.dim() else None
-
-
-def types_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Dtypes and devices of tensors, and the autocast that is in force for them."""
-    devices = sorted({tensor.device.type for tensor in tensors})
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device))
-        for device in devices
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    )
-    return tuple((tensor.dtype, tensor.device) for tensor in tensors) + autocast

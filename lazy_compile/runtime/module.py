@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lazy_compile.capture.capture_folder import CaptureFolder
 from lazy_compile.capture.lock import CAPTURE_LOCK
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ConfigError
@@ -19,6 +20,7 @@ from lazy_compile.ir.branch import Refusal, ResidualBranch
 from lazy_compile.ir.lazy_branch import LazyStep
 from lazy_compile.policies.policy import AlwaysCompute, Policy
 from lazy_compile.policies.presets import PolicyLike, as_policy
+from lazy_compile.processes import agreed
 from lazy_compile.runtime.artifact import Artifact, describe, fingerprint, write
 from lazy_compile.runtime.cache import CacheState
 from lazy_compile.runtime.compiled_pieces import CompiledPieces, backend_of, traced_backend
@@ -111,6 +113,12 @@ class LazyModule(nn.Module):
             (current_stream(), self._store.generation, graph.layout, graph.types),
         )
         placed = self._trajectories.place(contents, graph.branches)
+        if not agreed(placed.digest, graph.collective_groups):
+            placed.state = CacheState()  # a branch that one process computes and another reuses would wait for ever
+            self._store.warn_once(
+                f"processes that run one {type(self.original).__name__} together found different calls before this "
+                "one, so that every branch computes; give all of them the same rows, or lazy.trajectory(key, step=i)"
+            )
         self._warn_of_unrelated_calls(placed)
         return placed
 
@@ -222,6 +230,18 @@ class LazyModule(nn.Module):
         if not self._store.graphs:
             raise ConfigError("this model was not captured yet; call it once, or pass example_inputs to transform()")
         return self._store.of_structure(self.lazy_config)[-1]
+
+    @property
+    def capture_cache(self) -> Path | None:
+        """The folder in which captures are kept, so that another process starts without one; None for nowhere.
+
+        It is that of the environment variable ``LAZY_COMPILE_CACHE_DIR`` unless another one is set, before the model is
+        captured. What lies there may be deleted at any time."""
+        return None if self._store.folder is None else self._store.folder.path
+
+    @capture_cache.setter
+    def capture_cache(self, folder: str | Path | None) -> None:
+        self._store.folder = None if folder is None else CaptureFolder.chosen(folder)
 
     @property
     def policy(self) -> Policy:
@@ -370,7 +390,7 @@ class LazyModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, captures for itself; it has the options and the policy, and no caches."""
-        return _rebuild, (type(self), self.original, self.lazy_config, self._policy)
+        return _rebuild, (type(self), self.original, self.lazy_config, self._policy, self.capture_cache)
 
     # How ----------------------------------------------------------------------------------------------------------
 
@@ -427,7 +447,10 @@ class LazyModule(nn.Module):
         return self._stats[names]
 
 
-def _rebuild(kind: type[LazyModule], original: nn.Module, config: LazyConfig, policy: Policy) -> LazyModule:
+def _rebuild(
+    kind: type[LazyModule], original: nn.Module, config: LazyConfig, policy: Policy, capture_cache: Path | None
+) -> LazyModule:
     lazy = kind(original, config)
     lazy._policy = policy
+    lazy.capture_cache = capture_cache
     return lazy

@@ -16,6 +16,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +71,13 @@ class Placed:
     @property
     def step(self) -> int:
         return int(self.steps.max())
+
+    @property
+    def digest(self) -> int:
+        """Of the steps of the rows, and of when what is cached was computed."""
+        slots = sorted(self.state.slots.items())
+        times = [(index, slot.computed_at.tolist(), slot.computed_before.tolist()) for index, slot in slots]
+        return crc32(repr((self.steps.tolist(), times)).encode())
 
 
 class Trajectories:

@@ -82,6 +82,13 @@ def test_inspect_says_how_the_model_was_captured_and_on_what_the_graph_depends()
     assert "tried before: strict export, dynamic sizes: " in result.stdout
 
 
+def test_captures_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = "inspect", "support.factories:tiny_dit", "--capture-cache", str(tmp_path)
+    first = answer(*arguments)
+    monkeypatch.setattr("torch.export.export", lambda *args, **kwargs: pytest.fail("a capture was made"))
+    assert answer(*arguments) == first
+
+
 def test_inspect_takes_shapes_for_a_model_without_example_inputs() -> None:
     shapes = ["--shape", "hidden_states:3x1x4x4", "--shape", "timestep:3:int64"]
     assert answer("inspect", "support.factories:bare_dit", *shapes)["branches"][0]["entries"] == [[3, 16, 16]]

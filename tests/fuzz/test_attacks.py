@@ -93,6 +93,27 @@ def test_a_weight_that_says_it_is_pickled_is_not_run(made: dict[str, Path], tmp_
     assert not trap.exists()
 
 
+@pytest.mark.parametrize("place", ["expr_str", "guards_code"])
+def test_a_size_that_is_code_is_not_evaluated(made: dict[str, Path], tmp_path: Path, place: str) -> None:
+    """torch has sympy evaluate sizes, and Python the guards."""
+    trap, path = tmp_path / "trap", tmp_path / "evil.pt2"
+    code = f"__import__('os').mkdir('{trap}')"
+
+    def evil(text: bytes) -> bytes:
+        values = json.loads(text)
+        if place == "guards_code":
+            values[place] = [code]
+        else:
+            values["range_constraints"] = {}
+            values["graph_module"]["graph"]["sym_int_values"] = {"s0": {"as_expr": {"expr_str": code, "hint": None}}}
+        return json.dumps(values).encode()
+
+    with_member(made["pt2"] / "m.pt2", path, "models/model.json", evil)
+    with pytest.raises(ArtifactError, match=r"is no (symbolic size|condition on sizes)"):
+        load_exported(path)
+    assert not trap.exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "context"),
     [

@@ -52,12 +52,17 @@ def _example(name: str) -> str:
     return f"examples/test_gallery.py::test_an_example_is_exact_and_then_lazy[{name}.py]"
 
 
+def _four(*names: str) -> tuple[str, ...]:
+    test = "test_it_is_exact_and_lazy_keeps_requests_apart_and_is_given_back"
+    return tuple(f"integrations/test_four_questions.py::{test}[{name}]" for name in names)
+
+
 HOSTS = (
     Host(
         "[diffusers](integrations/diffusers.md), pipeline",
         '`lazy_compile.transform(pipe, policy="balanced")`',
         "LoRA and offload in either order; [what does not go](#weights-stored-otherwise)",
-        _in("integrations", "diffusers_pipeline", "diffusers_hosts"),
+        (*_in("integrations", "diffusers_pipeline", "diffusers_hosts"), *_four("of_a_pipeline")),
         ("diffusers", "peft", "accelerate"),
         "a GPU",
     ),
@@ -65,7 +70,7 @@ HOSTS = (
         "[diffusers](integrations/diffusers.md#enable_cache), model",
         "`pipe.transformer.enable_cache(LazyCacheConfig())`",
         "one cache at a time; modular pipelines too",
-        _in("integrations", "diffusers_cache", "diffusers_enable_cache"),
+        (*_in("integrations", "diffusers_cache", "diffusers_enable_cache"), *_four("by_enable_cache")),
         ("diffusers",),
         "a GPU",
     ),
@@ -101,7 +106,7 @@ HOSTS = (
         "an engine in a pipeline",
         "`EngineModule`, see [TensorRT](tensorrt.md#running)",
         "an engine: the sizes it was built for",
-        (*_in("integrations", "engine_module"), _example("engine")),
+        (*_in("integrations", "engine_module"), *_four("in_onnx_runtime"), _example("engine")),
         ("diffusers", "onnxruntime"),
         "TensorRT engines, which take a GPU",
     ),
@@ -109,15 +114,15 @@ HOSTS = (
         "[OpenVINO](integrations/openvino.md)",
         '`OpenVinoRunner("m.onnx")`',
         "fp32 and fp16, single files",
-        _in("backends", "openvino"),
+        (*_in("backends", "openvino"), *_four("in_openvino")),
         ("openvino",),
-        "GPUs and NPUs; NNCF, Optimum-Intel",
+        "GPUs and NPUs; Optimum-Intel; [NNCF leaves arms out](integrations/openvino.md)",
     ),
     Host(
         "NVIDIA ModelOpt",
         '`mto.apply_mode(model, "lazy_compile")`',
         "quantise before or after; no block-wise or dynamic quantisers",
-        _in("integrations", "modelopt"),
+        (*_in("integrations", "modelopt"), *_four("quantised_by_modelopt")),
         ("nvidia-modelopt",),
         "a GPU",
     ),
@@ -125,21 +130,25 @@ HOSTS = (
         "[`torch.compile`](integrations/torch_compile.md)",
         '`torch.compile(model, backend="lazy_compile")`, `lazy.compile()`, `torch.compile(lazy)`',
         "",
-        (*_in("integrations", "dynamo"), *_in("runtime", "interop_compile")),
+        (
+            *_in("integrations", "dynamo"),
+            *_in("runtime", "interop_compile"),
+            *_four("by_torch_compile", "compiled_in_parts"),
+        ),
         not_run="a GPU",
     ),
     Host(
         "peft",
         "LoRA before or after `transform(model)`",
         "each change is a new capture",
-        (*_in("runtime", "interop_adapters"), _example("lora")),
+        (*_in("runtime", "interop_adapters"), *_four("with_lora"), _example("lora")),
         ("peft",),
     ),
     Host(
         "accelerate, torchrun",
         "`accelerate launch ... -m lazy_compile calibrate`",
-        "no sharded weights (FSDP)",
-        _in("integrations", "accelerate"),
+        "each process holds the whole model",
+        (*_in("integrations", "accelerate"), *_four("offloaded_by_accelerate")),
         ("accelerate",),
         "several GPUs: two gloo processes",
     ),
@@ -174,10 +183,26 @@ HOSTS = (
         "a GPU",
     ),
     Host(
+        "[Olive](#olive)",
+        "`LazyCompile`, Olive's quantisation, `LazyCompileSeal`",
+        'dynamic, with `extra_options={"EnableSubgraph": True}`',
+        _in("integrations", "olive"),
+        ("olive-ai",),
+        "static quantisation",
+    ),
+    Host(
+        "[several processes](integrations/parallelism.md)",
+        "`parallelize_module`, `enable_parallelism`",
+        "before or after `transform`; no FSDP",
+        _in("integrations", "parallelism"),
+        ("torch", "diffusers"),
+        "GPUs: two gloo processes; ring attention",
+    ),
+    Host(
         "torchao",
         "`quantize_(model, ...)`, before or after `transform(model)`",
         "not `quantize_(lazy, ...)`",
-        _in("integrations", "torchao"),
+        (*_in("integrations", "torchao"), *_four("quantised_by_torchao")),
         ("torchao",),
         "a GPU",
     ),

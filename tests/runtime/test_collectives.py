@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed._functional_collectives import all_gather_tensor
 
 import lazy_compile
-from lazy_compile import CacheSchedule, GateTable, Learned, Policy, Scheduled
+from lazy_compile import Budget, CacheSchedule, GateTable, LazyModule, Learned, Policy, Scheduled
 from lazy_compile.policies.policy import GateQuery
 from lazy_compile.processes import Processes
-from support.layers import WIDTH, Attention
+from support.layers import TOKENS, WIDTH, Attention
 from support.small_model import SMALL, Small, run
 from support.toy_models import trajectory
+from support.two_processes import PROCESSES, together
 
-PROCESSES, STEPS = 2, 5
+STEPS = 5
+
+pytestmark = pytest.mark.slow
 
 
 class Gathers(Attention):
@@ -63,6 +65,13 @@ def policies() -> dict[str, Policy]:
     return {"scheduled": Scheduled(CacheSchedule.every(2, STEPS, 2)), "learned": Learned(table), "parted": Parted()}
 
 
+def sample(model: nn.Module, seed: int) -> Tensor:
+    x = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+    for step in range(STEPS):
+        x = x - model(x=x, t=torch.full((2,), 1000.0 - 100 * step)) / STEPS
+    return x
+
+
 def outcome(model: nn.Module) -> dict[str, Any]:
     calls = trajectory(SMALL, 2, steps=STEPS)
     lazy = lazy_compile.transform(model, calls[0])
@@ -70,24 +79,30 @@ def outcome(model: nn.Module) -> dict[str, Any]:
     for name, policy in policies().items():
         lazy.policy = policy
         found[name] = torch.stack(run(lazy, calls)), torch.from_numpy(lazy.stats.reuse_table)
+    found["plan"] = lazy_compile.plan(lazy, sample, Budget(compute_ratio=0.7), calls=40).to_json()
+    if distributed.is_initialized():
+        found["apart"] = reused_apart(lazy, calls)
     return found
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    distributed.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=120)
-    )
-    torch.save(outcome(Shards(SMALL.model())), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+def reused_apart(lazy: LazyModule, calls: list[dict[str, Any]]) -> Any:
+    """What is reused where one of the processes goes on with another request at a step that reuses."""
+    lazy.policy = Scheduled(CacheSchedule.every(2, STEPS, 2))
+    for step, arguments in enumerate(calls):
+        another = distributed.get_rank() == 1 and step == 3
+        with torch.no_grad(), lazy.trajectory("another" if another else "first", step=step):
+            lazy(**arguments)
+    return lazy.stats.reuse_table
 
 
-@pytest.mark.slow
-def test_all_processes_decide_as_one_process_does(tmp_path: Path) -> None:
-    multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES))
-    alone = outcome(SMALL.model())
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of both processes, and of one alone."""
+    return [*together(lambda: outcome(Shards(SMALL.model())), tmp_path_factory.mktemp("two")), outcome(SMALL.model())]
+
+
+def test_all_processes_decide_as_one_process_does(outcomes: list[dict[str, Any]]) -> None:
+    first, second, alone = outcomes
     assert first["processes"] == second["processes"] == 1
     for name in ("scheduled", "learned", "parted"):
         assert torch.equal(first[name][1], second[name][1])
@@ -97,3 +112,16 @@ def test_all_processes_decide_as_one_process_does(tmp_path: Path) -> None:
             torch.testing.assert_close(first[name][0], alone[name][0], atol=1e-5, rtol=1e-5)
     assert 0 < float(alone["learned"][1].mean()) < 1
     assert not first["parted"][1].any()  # one of them computes at every step, so that all do
+
+
+def test_all_processes_make_the_plan_of_one(outcomes: list[dict[str, Any]]) -> None:
+    first, second, alone = (each["plan"] for each in outcomes)
+    assert first == second
+    assert first["should_compute"] == alone["should_compute"]
+    np.testing.assert_allclose(first["slopes"], alone["slopes"], atol=1e-3)
+
+
+def test_processes_that_see_different_requests_compute_and_do_not_wait(outcomes: list[dict[str, Any]]) -> None:
+    for found in outcomes[:PROCESSES]:
+        assert found["apart"][1].all()
+        assert not found["apart"][3].any()
