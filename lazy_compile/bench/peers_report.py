@@ -214,6 +214,8 @@ def fronts(rows: Sequence[Row]) -> Draw:
                 for place, name in enumerate(names):
                     mine = [row for row in shown if (row["model"], row["steps"], row["system"]) == (model, steps, name)]
                     _draw_line(axis, theme, mine, key, name, place)
+                if not any(len(line.get_xdata()) for line in axis.lines):
+                    axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=theme.text)
                 axis.set_yscale("log")
                 axis.set_title(f"{model}, {steps} steps", fontsize=11, color=theme.text, loc="left")
                 axis.set_xlabel(

@@ -198,7 +198,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], images: int) -> str:
         lines.append(
             [
                 f"**{name}**" if row["method"] == "planned" else name, str(row["steps"]), f"{row['compute_ratio']:.1%}",
-                *(f"{row[score]:.4f}" for score in ("rmse_dense", "median_dense")), f"{row['psnr']:.1f} dB" if row["rmse_dense"] else "",
+                *(f"{row[score]:.4f}" for score in ("rmse_dense", "median_dense")),
+                f"{row['psnr']:.1f} dB" if row["rmse_dense"] else "",
                 *(f"{row[score]:.4f}" for score in ("ssim", "perceptual")),
                 *(f"{row[score]:.0%}" for score in ("accuracy", "among_five")),
             ]
