@@ -78,19 +78,34 @@ hosts-page: $(INSTALLED) ## run the tests of every host; the table in docs/integ
 bench: $(INSTALLED) ## measure speed; results in build/bench
 	$(BIN)/lazy-compile bench speed --output build/bench
 
+# Rows are kept in build/results as they are measured: what was stopped goes on where it was, and nothing is measured twice.
+RESULTS := build/results
 PEERS := build/cache-dit
-peers: export OMP_NUM_THREADS := 1
-peers: export MKL_NUM_THREADS := 1
+peers results: export OMP_NUM_THREADS := 1
+peers results: export MKL_NUM_THREADS := 1
 peers: $(INSTALLED) ## peers' own caches against plans, T=20 (hours; resumes); cache-dit beside .venv (4 MB)
 	@test -d $(PEERS) || $(BIN)/python -m pip install -q --no-deps --target $(PEERS) -c constraints.txt cache-dit
-	PYTHONPATH=$(PEERS) $(BIN)/lazy-compile bench peers --output build/peers
-	cp build/peers/peers.json build/peers/peers.md build/peers/peers.png docs/results
+	PYTHONPATH=$(PEERS) $(BIN)/lazy-compile bench peers --output $(RESULTS)
+	cp $(addprefix $(RESULTS)/,peers.json peers.md peers.png) docs/results
 
-results: export OMP_NUM_THREADS := 1
-results: export MKL_NUM_THREADS := 1
-results: $(INSTALLED) ## measure quality, answer questions; results in docs/results
-	$(BIN)/lazy-compile bench quality --output docs/results
-	$(BIN)/lazy-compile bench questions --output docs/results
+results: peers ## every table and plot of README and docs: many hours of one core; goes on where it was stopped
+	$(BIN)/lazy-compile bench quality --output $(RESULTS)
+	$(BIN)/lazy-compile bench questions --output $(RESULTS)
+	$(BIN)/lazy-compile bench pictures --output $(RESULTS)
+	$(BIN)/lazy-compile bench full-size --output $(RESULTS)
+	$(BIN)/lazy-compile bench identity --output $(RESULTS)
+	$(BIN)/lazy-compile bench overhead --output $(RESULTS)
+	$(BIN)/lazy-compile bench speed --output $(RESULTS)
+	$(BIN)/lazy-compile bench compile --output $(RESULTS)
+	$(BIN)/lazy-compile demo --output $(RESULTS)/demo
+	cp $(addprefix $(RESULTS)/,$(MEASURED)) docs/results
+	cp $(RESULTS)/questions/*.png docs/results/questions
+	cp $(RESULTS)/bench.json docs/results/speed.json
+	cp $(RESULTS)/compile.json docs/results/compiled.json
+	cp $(RESULTS)/demo/summary.json docs/results/digits.json
+	$(BIN)/python docs/images/draw.py
+MEASURED := $(addprefix quality,.json .md) $(addprefix questions,.json .md) $(addprefix full_size,.json .md) \
+  $(addprefix identity,.json .md) $(addprefix emoji,.json .md .png) emoji_50.png overhead.json
 
 docs: $(INSTALLED) ## the site, in build/site; its tools (110 MB) are installed when first needed
 	@$(BIN)/python -c 'import material, mkdocstrings' 2> /dev/null || \

@@ -1,4 +1,4 @@
-"""The pictures of README and home page, from docs/results: ``python docs/images/draw.py``, a minute on one core."""
+"""The plots and pictures of README and results: ``python docs/images/draw.py``, a minute on one core."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from matplotlib import pyplot as plt
 import lazy_compile
 from lazy_compile import Budget, Scheduled, plan
 from lazy_compile.bench.tasks import digits
+from lazy_compile.bench.tasks.training import default_checkpoints
 from lazy_compile.demo.comparison import FIRST_EVALUATION_SEED, DemoSettings
 from lazy_compile.reporting.figures import LIGHT
 
@@ -31,7 +32,7 @@ GAIN = 10
 def draw_samples(path: Path) -> None:
     """The demonstration's images: dense, under the planned schedule, and with fewer dense steps of no less compute."""
     settings = DemoSettings()
-    model = digits.load_or_train_digits_dit(digits.default_checkpoints() / "digits_dit.safetensors")
+    model = digits.load_or_train_digits_dit(default_checkpoints("digits") / "digits_dit.safetensors")
     lazy = lazy_compile.transform(model, digits.example_inputs())
     budget = Budget(lazy_ratio=TARGET)
     lazy.policy = Scheduled(plan(lazy, settings.sampler(settings.plan_batch), budget, options=settings.search))
@@ -109,6 +110,36 @@ def _points(axis: Any, rows: list[dict[str, Any]]) -> None:
         axis.plot(x, y, label=label, **style)
 
 
+def draw_gates(path: Path) -> None:
+    """What plans, gates and an oracle reach at each budget."""
+    rows = json.loads((RESULTS / "quality.json").read_text())["rows"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), facecolor="white")
+    styles = {
+        "plan": ("plan", LIGHT.accent, "D"),
+        "gates": ("trained gates", LIGHT.others["planned"], "x"),
+        "plan, where the oracle was asked": ("plan, on the oracle's images", LIGHT.others["ddim"], "s"),
+        "oracle for each sample": ("oracle, a schedule for each sample", LIGHT.others["random"], "*"),
+    }
+    for axis, model in zip(axes, ("digits DiT", "scenes MMDiT"), strict=True):
+        for method, (label, colour, marker) in styles.items():
+            own = [row for row in rows if (row["model"], row["method"]) == (model, method)]
+            own.sort(key=lambda row: row["compute_ratio"])
+            x, y, spread = zip(*((row["compute_ratio"], row["rmse_dense"], row["spread"]) for row in own), strict=True)
+            axis.errorbar(x, y, yerr=spread, label=label, color=colour, marker=marker, capsize=2, linewidth=1)
+        axis.set_title(model, color=LIGHT.text, fontsize=11)
+        axis.set_xlabel("MACs spent, share of the dense model's", color=LIGHT.text)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+        axis.set_yscale("log")
+        axis.grid(True, which="both", color=LIGHT.line, linewidth=0.4)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0].set_ylabel("RMSE to the dense samples", color=LIGHT.text)
+    axes[1].legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
     draw_quality(HERE / "quality.png")
+    draw_gates(HERE / "gates.png")
     draw_samples(HERE / "samples.png")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lazy_compile.bench.quality import rmse
+from lazy_compile.bench.rows import RowFile
 from lazy_compile.bench.tasks.registry import Subject
 from lazy_compile.calibration.calibrator import CalibrationConfig, CalibrationReport, calibrate
 from lazy_compile.calibration.initial_gates import gate_start, initial_gates
@@ -50,6 +54,7 @@ class QuestionSettings:
         lazy_ratios: shares of reuse for that.
         transfers: T at which gates calibrated for ``steps`` are used.
         regression_seeds: sets of noise from which the worth of a decision is predicted.
+        gate_seeds: times that a plan is made and gates are trained from it, each on other noise.
         search: of schedules.
     """
 
@@ -61,17 +66,34 @@ class QuestionSettings:
     lazy_ratios: tuple[float, ...] = (0.1, 0.3, 0.5)
     transfers: tuple[int, ...] = (12, 20, 30)
     regression_seeds: int = 6
+    gate_seeds: int = 3
     search: SearchOptions = field(default_factory=lambda: SearchOptions(rounds=2))
     quick_search: SearchOptions = field(default_factory=lambda: SearchOptions(rounds=0))
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A question, and what came out: a list of records."""
+
+    question: str
+    records: list[Any]
+
+
 @dataclass
 class Questions:
-    """One subject; every answer is a list of records."""
+    """One subject.
+
+    Attributes:
+        subject: what is asked.
+        settings: how much is measured.
+        on_progress: see :mod:`lazy_compile.progress`.
+        kept: a file that holds each answer as soon as it is there, and that a stopped run goes on from.
+    """
 
     subject: Subject
     settings: QuestionSettings
     on_progress: OnProgress = no_progress
+    kept: Path | None = None
 
     def __post_init__(self) -> None:
         self.lazy = transform(self.subject.model, self.subject.example)
@@ -80,25 +102,38 @@ class Questions:
 
     def answers(self) -> dict[str, Any]:
         """Every question and its records; ``schedule`` is what the plan at half the compute decides."""
-        started = time.process_time()
-        schedule = self._plan(self.settings.steps, Budget(compute_ratio=0.5), self.settings.search)
-        planned = time.process_time()
-        report = self._gates(schedule)
-        cost = {"planning": planned - started, "training gates": time.process_time() - planned}
-        asked: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-            "thresholds": lambda: self.thresholds(report),
+        asked: dict[str, Callable[[], Iterator[Any]]] = {
+            "schedule": lambda: iter(self._planned[0].should_compute.astype(int).tolist()),
+            "seconds": lambda: iter([{"planning": self._planned[1], "training gates": self._trained[1]}]),
+            "thresholds": lambda: self.thresholds(self._trained[0]),
             "kinds": self.kinds,
-            "frozen": lambda: self.frozen(report),
-            "worth": lambda: self.worth(schedule),
+            "frozen": lambda: self.frozen(self._trained[0]),
+            "worth": lambda: self.worth(self._planned[0]),
+            "gates": self.gates,
             "steps": self.fewer_steps,
-            "transfers": lambda: self.transfers(schedule),
+            "transfers": lambda: self.transfers(self._planned[0]),
         }
+        identity = json.loads(json.dumps({**asdict(self.settings), "torch": torch.__version__}))
+        file = RowFile(self.kept, Answer, ("question",), identity)
         answers: dict[str, Any] = {}
         for done, (name, ask) in enumerate(asked.items()):
             self.on_progress("asking", done, len(asked), name)
-            answers[name] = list(ask())
-        schedule_rows = schedule.should_compute.astype(int).tolist()
-        return answers | {"schedule": schedule_rows, "branches": self._names(), "seconds": cost}
+            answers[name] = file.get(lambda: Answer(name, list(ask())), question=name).records  # noqa: B023
+        return answers | {"branches": self._names(), "seconds": answers["seconds"][0]}
+
+    @cached_property
+    def _planned(self) -> tuple[CacheSchedule, float]:
+        """The plan at half the compute, and the processor time that it took."""
+        started = time.process_time()
+        schedule = self._plan(self.settings.steps, Budget(compute_ratio=0.5), self.settings.search)
+        return schedule, time.process_time() - started
+
+    @cached_property
+    def _trained(self) -> tuple[CalibrationReport, float]:
+        """Gates that start from that plan, and the processor time that they took."""
+        schedule, _ = self._planned
+        started = time.process_time()
+        return self._gates(schedule), time.process_time() - started
 
     # Questions ----------------------------------------------------------------------------------------------------
 
@@ -145,6 +180,18 @@ class Questions:
             spread = np.mean([change.std() / abs(change.mean()) for change in worth.values()])
             yield {
                 "components": components, "r2": 1 - missed / plain, "samples": len(trusted), "variation": float(spread),
+            }  # fmt: skip
+
+    def gates(self) -> Iterator[dict[str, Any]]:
+        """Calibrations at half the compute, and the plans that they start from, on noise that neither has seen."""
+        for seed in range(self.settings.gate_seeds):
+            schedule = self._plan(self.settings.steps, Budget(compute_ratio=0.5), self.settings.search, 1000 * seed)
+            report = self._gates(schedule, 1000 * seed)
+            trained, planned = self._score(Learned(report.trained)), self._score(Scheduled(schedule))
+            yield {
+                "seed": 1000 * seed, "kept": report.kept,
+                "ratio_planned": planned["compute_ratio"], "rmse_planned": planned["rmse"],
+                "ratio_trained": trained["compute_ratio"], "rmse_trained": trained["rmse"],
             }  # fmt: skip
 
     def fewer_steps(self) -> Iterator[dict[str, Any]]:
@@ -214,13 +261,13 @@ class Questions:
     def _sampler(self, steps: int, samples: int) -> Sampler:
         return self.subject.sampler(steps, samples)
 
-    def _plan(self, steps: int, budget: Budget, search: SearchOptions) -> CacheSchedule:
+    def _plan(self, steps: int, budget: Budget, search: SearchOptions, seed: int = 0) -> CacheSchedule:
         sampler = self._sampler(steps, self.settings.batch)
-        return plan(self.lazy, sampler, budget, options=search, on_progress=self.on_progress)
+        return plan(self.lazy, sampler, budget, options=search, seed=seed, on_progress=self.on_progress)
 
-    def _gates(self, schedule: CacheSchedule) -> CalibrationReport:
+    def _gates(self, schedule: CacheSchedule, seed: int = 0) -> CalibrationReport:
         sampler = self._sampler(self.settings.steps, self.settings.batch)
-        config = CalibrationConfig(target_compute_ratio=0.5)
+        config = CalibrationConfig(target_compute_ratio=0.5, seed=seed)
         return calibrate(self.lazy, config, sample=sampler, plan=schedule, on_progress=self.on_progress)
 
     def _names(self) -> list[str]:

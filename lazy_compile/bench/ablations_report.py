@@ -20,9 +20,12 @@ PICTURES = "questions"
 def ask_all(
     output: Path, settings: QuestionSettings | None = None, on_progress: OnProgress = no_progress
 ) -> dict[str, Any]:
-    """Ask everything of the digits model, and write the page to the folder ``output``."""
+    """Ask everything of the digits model, and write the page to the folder ``output``.
+
+    Answers are kept in ``questions/answers.json`` as soon as they are there: a run that was stopped goes on.
+    """
     settings = settings or QuestionSettings()
-    answers = Questions(digits_subject(), settings, on_progress).answers()
+    answers = Questions(digits_subject(), settings, on_progress, output / PICTURES / "answers.json").answers()
     save_json(output / "questions.json", answers)
     (output / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, draw in pictures(answers).items():
@@ -64,6 +67,18 @@ def page(answers: Mapping[str, Any], quality: Sequence[Mapping[str, Any]], setti
         _table(answers["worth"], {"components": "d", "samples": "d", "variation": ".1f", "r2": ".3f"}),
         "Decisions of trained gates, and the table that most samples would agree on:",
         _table(answers["frozen"], {"decisions": "", "varying": ".1%", "compute_ratio": ".1%", "rmse": ".4f"}),
+        "## Do trained gates beat the plan that they start from?\n\n" + WHY["gates"],
+        _table(
+            answers["gates"],
+            {
+                "seed": "d",
+                "ratio_planned": ".1%",
+                "rmse_planned": ".4f",
+                "ratio_trained": ".1%",
+                "rmse_trained": ".4f",
+                "kept": "",
+            },
+        ),
         "## What could be won?\n\n" + WHY["oracle"],
         _table(
             oracle,
@@ -123,9 +138,12 @@ other thresholds: a quality dial at run time, `Learned(table, shift=log(threshol
     "worth": """For every decision of that plan, what turning it over would change in the error of a sample, to
 first order: how far it varies between samples (standard deviation over mean, averaged over decisions), and how much
 of that variation (R2, on samples that were left out) a linear function of the leading components of the gate's
-input foretells. At or below zero, the mean over samples is the better guess, and a gate has nothing to learn.""",
+input predicts. At or below zero, the mean over samples is the better guess, and a gate has nothing to learn.""",
+    "gates": """Plans at half the compute and gates that `calibrate` trains from each, at its usual settings, on noise
+that neither has seen; *kept* is what `calibrate` decided for, on noise of its own. [All that is known of
+gates](gates.md).""",
     "oracle": """An oracle that knows the first-order answer of every single sample searches a schedule for each,
-within the same budget. The same few images in both lines of a pair.""",
+within the same budget. Both rows of a pair are of the same few images.""",
     "steps": """A plan of T steps against the dense sampler with the number of steps that costs no less; both
 against the dense samples of T steps, from the same noise. Where that number is T there is nothing to compare.""",
     "transfers": """A plan made for each T; one table of gates that joins them
@@ -214,5 +232,9 @@ TITLES = {
     "rmse_moved": "RMSE, from one T",
     "rmse_dense": "RMSE",
     "median_dense": "median image",
+    "ratio_planned": "MACs, plan",
+    "rmse_planned": "RMSE, plan",
+    "ratio_trained": "MACs, gates",
+    "rmse_trained": "RMSE, gates",
     "varying": "differ between samples",
 }

@@ -34,7 +34,9 @@ class PeerTask:
         steps: denoising steps T.
         budgets: shares of the dense model's MACs at which systems are compared.
         slack: what may be spent beyond a budget, so that whole steps fit.
-        search_samples, search_seed: the noise on which settings and plans are chosen.
+        search_samples, search_seed: the noise on which settings are chosen.
+        plan_samples, plan_calls: images a trajectory of a search for schedules, on noise from the same seed, and calls
+            of the model of one without gradient.
         folder: where plans are kept; None makes them anew.
     """
 
@@ -45,6 +47,8 @@ class PeerTask:
     slack: float
     search_samples: int
     search_seed: int
+    plan_samples: int
+    plan_calls: int
     folder: Path | None = None
 
     @classmethod

@@ -14,7 +14,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -51,12 +51,15 @@ class PeerSettings:
         steps: denoising steps T.
         budgets: shares of the dense model's MACs at which systems are compared.
         slack: what may be spent beyond a budget, so that whole steps fit: one of 20 is 5 points.
-        search_samples, search_seed: the noise on which settings and plans are chosen.
+        search_samples, search_seed: the noise on which settings are chosen.
+        plan_samples, plan_calls: images a trajectory of a search for schedules, and calls of the model of one without
+            gradient: as many as 20 settings of a peer take.
         samples, seeds: sets of images on which they are judged.
         finalists: settings of a system that are judged for each budget; the best is shown.
-        timed_samples, timings: images of a timed trajectory, and how often it is timed in turn with the dense model.
+        timed_samples, timings: images of a timed trajectory, and how often it is timed in turn with the dense model; 0
+            for rows without a time.
         paired: how often a sample in a batch of 8 is compared with the same one alone.
-        most_settings: of one system that are tried; None for all.
+        most_settings: of one system that are tried, spread over all of them; None for all.
     """
 
     steps: int = 20
@@ -64,6 +67,8 @@ class PeerSettings:
     slack: float = 0.015
     search_samples: int = 32
     search_seed: int = 0
+    plan_samples: int = 24
+    plan_calls: int = 400
     samples: int = 64
     seeds: tuple[int, ...] = (9_100_001, 9_100_002, 9_100_003)
     finalists: int = 1
@@ -105,9 +110,9 @@ class JudgedRow:
     rmse: float
     sets: list[float]
     median: float
-    time: float
+    time: float | None
     times: list[float]
-    batch: float
+    batch: float | None
 
 
 def measure(
@@ -117,8 +122,8 @@ def measure(
     *,
     systems: Sequence[System] = SYSTEMS,
     on_progress: OnProgress = no_progress,
-) -> tuple[list[JudgedRow], list[dict[str, Any]]]:
-    """Rows of one model, and one line for each system that has none.
+) -> Iterator[tuple[System, list[JudgedRow], str | None]]:
+    """Each system in turn, with its rows on one model, or with why it has none.
 
     Args:
         name: of the model.
@@ -131,7 +136,7 @@ def measure(
         ConfigError: there is no such model.
     """
     with one_thread(), peers_diffusers.quietly():
-        return PeerRun(name, settings, folder, on_progress).run(systems)
+        yield from PeerRun(name, settings, folder, on_progress).run(systems)
 
 
 class PeerRun:
@@ -142,6 +147,7 @@ class PeerRun:
         self.task = PeerTask.of(
             name, steps=settings.steps, budgets=settings.budgets, slack=settings.slack,
             search_samples=settings.search_samples, search_seed=settings.search_seed,
+            plan_samples=settings.plan_samples, plan_calls=settings.plan_calls,
             folder=folder and folder / "plans",
         )  # fmt: skip
         path = folder and folder / f"{name}-{settings.steps}"
@@ -155,17 +161,12 @@ class PeerRun:
         identity: dict[str, Any] = json.loads(json.dumps({**given, **versions("torch", "diffusers")}))
         return identity
 
-    def run(self, systems: Sequence[System]) -> tuple[list[JudgedRow], list[dict[str, Any]]]:
-        failures = []
+    def run(self, systems: Sequence[System]) -> Iterator[tuple[System, list[JudgedRow], str | None]]:
         for place, system in enumerate(systems):
             self.on_progress(f"comparing peers, {self.task.name}", place, len(systems), system.name)
             swept = self._sweep(system)
-            if (error := self._failure(swept)) is not None:
-                failures.append({"system": system.name, "package": system.package, "error": error})
-                continue
-            self._judge_best(system, swept)
-        names = [system.name for system in systems]
-        return [row for row in self.judged.rows if row.system in names], failures
+            error = self._failure(swept)
+            yield system, [] if error else self._judge_best(system, swept), error
 
     def _failure(self, swept: Sequence[SweptRow]) -> str | None:
         """Why a system has no row."""
@@ -179,7 +180,7 @@ class PeerRun:
 
     def _sweep(self, system: System) -> list[SweptRow]:
         try:
-            settings = system.settings(self.task)[: self.settings.most_settings]
+            settings = evenly(system.settings(self.task), self.settings.most_settings)
         except Exception as error:  # a package that is missing, or whatever it raises
             return [SweptRow(system.name, "{}", None, None, _said(error))]
         rows: list[SweptRow] = []
@@ -220,11 +221,13 @@ class PeerRun:
 
     # Judging ------------------------------------------------------------------------------------------------------
 
-    def _judge_best(self, system: System, swept: Sequence[SweptRow]) -> None:
+    def _judge_best(self, system: System, swept: Sequence[SweptRow]) -> list[JudgedRow]:
+        found = []
         for budget in self.settings.budgets:
             for row in self._best(system, swept, budget):
                 key = {"system": system.name, "setting": row.setting, "budget": budget}
-                self.judged.get(lambda: self._judged(system, row.setting, budget), **key)  # noqa: B023
+                found.append(self.judged.get(lambda: self._judged(system, row.setting, budget), **key))  # noqa: B023
+        return found
 
     def _best(self, system: System, swept: Sequence[SweptRow], budget: float) -> list[SweptRow]:
         most = budget + self.settings.slack
@@ -244,12 +247,14 @@ class PeerRun:
         return JudgedRow(
             system.name, system.package, budget, text, float(np.mean(spent)), float(np.sqrt(every.mean())),
             [float(np.sqrt(each.mean())) for each in errors], float(np.sqrt(np.median(every))),
-            statistics.median(ratios), [min(ratios), max(ratios)],
+            statistics.median(ratios) if ratios else None, [min(ratios), max(ratios)] if ratios else [],
             self._batch_difference(lambda: system.denoiser(self.task, setting)),
         )  # fmt: skip
 
     def _times(self, make: Callable[[], Denoiser]) -> list[float]:
         settings = self.settings
+        if not settings.timings:
+            return []
         made = iter([make() for _ in range(settings.timings + 1)])
         acts = {
             "dense": lambda step: self.task.sample(self.task.subject.model, settings.timed_samples, step),
@@ -258,11 +263,12 @@ class PeerRun:
         taken = all_in_turn(acts, repeats=settings.timings, warm_steps=1, clock=time.process_time)
         return [other / dense for dense, other in zip(taken["dense"], taken["other"], strict=True)]
 
-    def _batch_difference(self, make: Callable[[], Denoiser]) -> float:
+    def _batch_difference(self, make: Callable[[], Denoiser]) -> float | None:
         def first(samples: int, seed: int) -> Tensor:
             return self.task.sample(make(), samples, seed)[0]
 
-        return max(float((first(8, seed) - first(1, seed)).abs().max()) for seed in range(self.settings.paired))
+        apart = [float((first(8, seed) - first(1, seed)).abs().max()) for seed in range(self.settings.paired)]
+        return max(apart, default=None)
 
 
 SWEEPING = ("steps", "search_samples", "search_seed")
@@ -270,6 +276,13 @@ JUDGING = ("steps", "samples", "seeds", "timed_samples", "timings", "paired")
 
 GIVE_UP = 10
 """Settings that fail, none before them having worked, after which a system is not tried further."""
+
+
+def evenly(settings: Sequence[Setting], most: int | None) -> Sequence[Setting]:
+    """At most so many of them, spread over the list."""
+    if most is None or len(settings) <= most:
+        return settings
+    return [settings[place * len(settings) // most] for place in range(most)]
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -58,10 +58,12 @@ def _cached(task: PeerTask, values: dict[str, Any], calibrator: str) -> Denoiser
     """The default number of blocks that always compute, 8, is more than these models have."""
     package = _package()
     model = copy.deepcopy(task.subject.model)
-    pattern, extra = package.ForwardPattern.Pattern_1, {}
+    two_streams = task.name == "scenes"
+    pattern = package.ForwardPattern.Pattern_1 if two_streams else package.ForwardPattern.Pattern_3
+    extra = {}
     if task.name == "digits":
         functors = importlib.import_module("cache_dit.caching.patch_functors")
-        pattern, extra = package.ForwardPattern.Pattern_3, {"patch_functor": functors.DiTPatchFunctor()}
+        extra = {"patch_functor": functors.DiTPatchFunctor()}
     name, *order = calibrator.split()
     with _quietly():
         adapter = package.BlockAdapter(

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from lazy_compile.bench.peer_task import Denoiser, PeerTask, Setting, System, grid
 from lazy_compile.errors import import_optional
 
-BLOCKS, MODULES = r"transformer_blocks\.\d+", r"transformer_blocks\.\d+\.(attn|attn1|ff|ff_context)"
-"""What TaylorSeer forecasts: the defaults of diffusers name modules that neither model has."""
+BLOCKS, MODULES = r"transformer_blocks\.\d+", r"transformer_blocks\.\d+\.(attn|attn1|attn2|ff|ff_context)"
+"""What TaylorSeer forecasts: the defaults of diffusers name modules that none of the models has."""
 
-SPLIT_INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "class_labels")
+SPLIT_INPUTS = (
+    "hidden_states", "encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "timestep",
+    "class_labels",
+)  # fmt: skip
 """Inputs whose first half is unguided."""
 
 
@@ -49,7 +52,7 @@ class HookedModel:
             "batch", step_index=self._step, num_inference_steps=self._task.steps, timestep=self.timestep,
             sigma=self._task.subject.sigma(self.timestep),
         )  # fmt: skip
-        inner._set_cache_context(self._model, where)  # cache_context() of CacheMixin, which neither model inherits
+        inner._set_cache_context(self._model, where)  # cache_context() of CacheMixin, which not every model inherits
         self._step += 1
         inputs["hidden_states"] = hidden_states
         if not self._unguided_first:

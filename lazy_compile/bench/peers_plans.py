@@ -22,9 +22,6 @@ from lazy_compile.storage import save_json
 ROUNDS = 3
 """Of the search with gradient."""
 
-CALLS = 20
-"""Of the model for each denoising step, in a search without gradient: as many as 20 settings of a peer take."""
-
 
 @cache
 def _lazy(task: PeerTask, granularity: str, order: int) -> LazyModule:
@@ -36,9 +33,9 @@ def _lazy(task: PeerTask, granularity: str, order: int) -> LazyModule:
 
 def _budgets(granularity: str, with_gradient: bool) -> Any:
     def settings(task: PeerTask) -> Sequence[Setting]:
-        shared = {"granularity": granularity, "order": 2, "images": task.search_samples}
+        shared = {"granularity": granularity, "order": 2, "images": task.plan_samples}
         if not with_gradient:
-            shared["calls"] = CALLS * task.steps
+            shared["calls"] = task.plan_calls
         return [{"budget": each, "compute_ratio": round(task.allowance(each), 4), **shared} for each in task.budgets]
 
     return settings
@@ -51,7 +48,7 @@ def _planned(task: PeerTask, setting: Setting) -> Denoiser:
 
 
 def _schedule(task: PeerTask, setting: Setting) -> CacheSchedule:
-    """Made once on the noise on which peers are swept, and kept."""
+    """Made once, from the seed of the noise on which peers are swept, and kept."""
     name = "-".join(map(str, [task.name, task.steps, *setting.values()]))
     folder = task.folder and task.folder / name
     if folder and (folder / "schedule.json").exists():

@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
-from lazy_compile.bench.peers import PeerSettings, measure, versions
-from lazy_compile.bench.tasks.registry import ALL, SUBJECTS
+from lazy_compile.bench.peer_task import System
+from lazy_compile.bench.peers import SYSTEMS, PeerSettings, measure, versions
+from lazy_compile.bench.tasks.registry import SUBJECTS
 from lazy_compile.errors import ConfigError
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.reporting.figures import LIGHT, Draw, Theme, _figure, _style
@@ -24,18 +25,26 @@ COLUMNS = ("system", "package", "MACs", "RMSE to dense", "±", "median image", "
 TASKS: dict[str, dict[str, Any]] = {
     "digits": {},
     "scenes": {"search_samples": 16, "timed_samples": 8},
-    "emoji": {"search_samples": 4, "samples": 12, "timed_samples": 2},
-}
+    "emoji": {
+        "search_samples": 2, "samples": 16, "timed_samples": 1, "paired": 1, "plan_samples": 4, "plan_calls": 200,
+        "most_settings": 20,
+    },
+}  # fmt: skip
 """A larger model gets fewer images to choose settings and plans on, and to be timed with."""
 
 
 def measure_peers(
-    wanted: str, steps: Sequence[int], changes: Mapping[str, Any], output: Path, on_progress: OnProgress = no_progress
+    wanted: str,
+    steps: Sequence[int],
+    changes: Mapping[str, Any],
+    output: Path,
+    on_progress: OnProgress = no_progress,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Measure one model or all of them, and write ``peers.json``, ``peers.md`` and ``peers.png``.
 
-    What these say of other models and numbers of steps stays. Rows, plans and settings are kept in a folder ``peers``
-    beside them as soon as they are there: a run that was stopped goes on where it was.
+    What these say of other models, systems and numbers of steps stays. Rows, plans and settings are kept in a folder
+    ``peers`` beside them as soon as they are there: a run that was stopped goes on where it was.
 
     Args:
         wanted: a model, or ``"all"``.
@@ -43,27 +52,41 @@ def measure_peers(
         changes: fields of :class:`~lazy_compile.bench.peers.PeerSettings` that differ from the usual ones.
         output: the folder to write to.
         on_progress: see :mod:`lazy_compile.progress`.
+        names: of the systems to measure; by default all.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or no such system.
     """
+    systems = _systems(names)
     if wanted != "all" and wanted not in SUBJECTS:
         raise ConfigError(f"there is no model {wanted!r} to measure; expected all or one of {', '.join(SUBJECTS)}")
     path = output / "peers.json"
     found: dict[str, Any] = load_json(path) if path.exists() else {"rows": [], "failures": []}
     for count in steps:
-        for name in ALL if wanted == "all" else [wanted]:
+        for name in SUBJECTS if wanted == "all" else [wanted]:
             settings = PeerSettings(**{"steps": count, **TASKS[name], **changes})
-            rows, failures = measure(name, settings, output / "peers", on_progress=on_progress)
-            key = {"model": name, "steps": count}
-            for part, fresh in (("rows", list(map(asdict, rows))), ("failures", failures)):
-                others = [row for row in found[part] if {each: row[each] for each in key} != key]
-                found[part] = sorted(
-                    others + [{**key, **row} for row in fresh], key=lambda row: (row["model"], row["steps"])
-                )
-            found["versions"] = versions("torch", "diffusers", "cache-dit")
-            write(found, output)
+            for system, rows, error in measure(
+                name, settings, output / "peers", systems=systems, on_progress=on_progress
+            ):
+                own = {"model": name, "steps": count, "system": system.name, "package": system.package}
+                fresh = {
+                    "rows": [{**own, **asdict(row), "images": settings.samples} for row in rows],
+                    "failures": [{**own, "error": error}] if error else [],
+                }
+                for part, added in fresh.items():
+                    others = [row for row in found[part] if not own.items() <= row.items()]
+                    found[part] = sorted(others + added, key=lambda row: (row["model"], row["steps"]))
+                found["versions"] = versions("torch", "diffusers", "cache-dit")
+                write(found, output)
     return found
+
+
+def _systems(names: Sequence[str] | None) -> list[System]:
+    known = {system.name: system for system in SYSTEMS}
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"there is no system {name!r} to measure; expected one of {', '.join(known)}")
+    return [known[name] for name in names or known]
 
 
 def write(found: Mapping[str, Any], output: Path) -> None:
@@ -83,7 +106,8 @@ def cells(row: Row) -> list[str]:
     setting = ", ".join(f"{name} {value}" for name, value in _shown(row["setting"]))
     return [
         row["system"], row["package"], f"{row['compute']:.1%}", f"{row['rmse']:.4f}", f"{spread:.4f}",
-        f"{row['median']:.4f}", f"{row['time']:.2f}", f"{row['batch']:.0e}", setting,
+        f"{row['median']:.4f}", "" if row["time"] is None else f"{row['time']:.2f}",
+        "" if row["batch"] is None else f"{row['batch']:.0e}", setting,
     ]  # fmt: skip
 
 
@@ -124,8 +148,10 @@ def markdown(found: Mapping[str, Any]) -> str:
             )
         )  # fmt: skip
     for model, steps in dict.fromkeys((row["model"], row["steps"]) for row in found["rows"]):
-        parts += ["", f"## {model}, {steps} steps", "", _line(COLUMNS), _line("---" for _ in COLUMNS)]
         mine = [row for row in rows if (row["model"], row["steps"]) == (model, steps)]
+        judged = sorted({f"{len(row['sets'])} sets of {row['images']} images" for row in mine})
+        parts += ["", f"## {model}, {steps} steps", "", f"Judged on {' or '.join(judged)}.", ""]
+        parts += [_line(COLUMNS), _line("---" for _ in COLUMNS)]
         for row in sorted(mine, key=lambda row: (-row["budget"], row["rmse"])):
             name, *others = cells(row)
             parts.append(_line([f"**{name}**" if row["package"] == "lazy_compile" else name, *others]))
@@ -157,11 +183,11 @@ Written by `make peers`; the rows stand in [peers.json](peers.json).
 ![Error over MACs and over time, one line a system](peers.png)
 
 Every system runs on the same models, from the same noise, and is held against the dense samples of the same number of
-steps. Settings are swept, and plans made, on noise of their own; what is shown was judged on three other sets of 64
-images. MACs are the matrix products, attention and convolutions that really ran, counted as they were dispatched.
-Peers may spend 1.5 points more than the budget, plans no more than as many whole steps as that pays for. *Time* is that
-of a trajectory over the dense one's, on one thread, in turn; *batch* the largest difference of a sample in a batch of 8
-from the same one alone.
+steps. Settings are swept, and plans made, on noise of their own; what is shown was judged on other sets of images, as
+many as each table says. MACs are the matrix products, attention and convolutions that really ran, counted as they were
+dispatched. Peers may spend 1.5 points more than the budget, plans no more than as many whole steps as that pays for.
+*Time* is that of a trajectory over the dense one's, on one thread, in turn; *batch* the largest difference of a sample
+in a batch of 8 from the same one alone.
 
 ## Who is ahead
 """
@@ -188,6 +214,8 @@ def fronts(rows: Sequence[Row]) -> Draw:
                 for place, name in enumerate(names):
                     mine = [row for row in shown if (row["model"], row["steps"], row["system"]) == (model, steps, name)]
                     _draw_line(axis, theme, mine, key, name, place)
+                if not any(len(line.get_xdata()) for line in axis.lines):
+                    axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=theme.text)
                 axis.set_yscale("log")
                 axis.set_title(f"{model}, {steps} steps", fontsize=11, color=theme.text, loc="left")
                 axis.set_xlabel(
@@ -204,7 +232,7 @@ def fronts(rows: Sequence[Row]) -> Draw:
 
 
 def _draw_line(axis: Any, theme: Theme, rows: Sequence[Row], key: str, name: str, place: int) -> None:
-    points = sorted((row[key], row["rmse"]) for row in rows)
+    points = sorted((row[key], row["rmse"]) for row in rows if row[key] is not None)
     ours = bool(rows) and rows[0]["package"] == "lazy_compile"
     marker = "osD^v<>pXP*"[place % 11]
     axis.plot(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lazy_compile.bench.rows import RowFile
 from lazy_compile.bench.tasks.digits import frechet_distance
 from lazy_compile.bench.tasks.registry import Subject
 from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
@@ -34,9 +38,6 @@ Family = Literal["dense", "baseline", "planned", "learned", "oracle"]
 Run = Callable[[int], tuple[Tensor, float]]
 """``seed -> (samples, compute_ratio)``."""
 
-METHODS = 65
-"""Rows of a subject at three ratios, about."""
-
 ORACLE_DIRECTIONS = 8
 """What the oracle knows of each sample."""
 
@@ -55,6 +56,9 @@ class QualitySettings:
         calibration_seeds: times that what is calibrated is calibrated, each on other noise.
         samples: images per set of noise.
         calibration_batch: images per trajectory while a schedule is searched for.
+        plan_calls: of the model, for a search without gradient; None searches with one.
+        threshold_batch: images on which the threshold of a rule is chosen.
+        learned: whether gates are trained and the oracle is asked; both need gradients through a trajectory.
         gate_batch: images per trajectory while gates are trained.
         oracle_samples: images for which the oracle is asked.
         reference_steps: of the dense trajectory that stands for the exact solution.
@@ -67,6 +71,9 @@ class QualitySettings:
     calibration_seeds: int = 2
     samples: int = 64
     calibration_batch: int = 128
+    plan_calls: int | None = None
+    threshold_batch: int = 8
+    learned: bool = True
     gate_batch: int = 6
     oracle_samples: int = 12
     reference_steps: int = 100
@@ -75,23 +82,53 @@ class QualitySettings:
 
 @dataclass(frozen=True)
 class Method:
-    """One way of spending less: as often as it was calibrated, how it samples."""
+    """One way of spending less.
+
+    Attributes:
+        name, family, reuse_arm, steps, budget: as in the table.
+        runs: how it samples, as often as it is calibrated; that begins when this is called.
+    """
 
     name: str
     family: Family
     reuse_arm: str
-    runs: Sequence[Run]
+    runs: Callable[[], Sequence[Run]]
     steps: int
     budget: float | None = None
 
 
-def measure(subject: Subject, settings: QualitySettings, on_progress: OnProgress = no_progress) -> list[dict[str, Any]]:
-    """One row for each method and budget."""
-    quality, rows = Quality(subject, settings, on_progress), []
-    for method in quality.methods():
-        rows.append(quality.row(method))
-        on_progress(f"scoring methods, {subject.name}", len(rows), METHODS, f"{method.name}")
-    return rows
+@dataclass(frozen=True)
+class QualityRow:
+    """A row of the table, and its place among the methods of its subject."""
+
+    place: int
+    method: str
+    row: dict[str, Any]
+
+
+def measure(
+    subject: Subject,
+    settings: QualitySettings,
+    folder: Path | None = None,
+    on_progress: OnProgress = no_progress,
+) -> list[dict[str, Any]]:
+    """One row for each method and budget.
+
+    Args:
+        subject: what is measured.
+        settings: how much.
+        folder: rows and searches are kept there as soon as they are there, and not made again.
+        on_progress: see :mod:`lazy_compile.progress`.
+    """
+    quality = Quality(subject, settings, folder, on_progress)
+    identity = json.loads(json.dumps({**asdict(settings), "torch": torch.__version__}))
+    kept = RowFile(folder and folder / "rows.json", QualityRow, ("place", "method"), identity)
+    methods = list(quality.methods())
+    for place, method in enumerate(methods):
+        on_progress(f"scoring methods, {subject.name}", place, len(methods), method.name)
+        kept.get(lambda: QualityRow(place, method.name, quality.row(method)), place=place, method=method.name)  # noqa: B023
+    on_progress(f"scoring methods, {subject.name}", len(methods), len(methods), "")
+    return [each.row for each in sorted(kept.rows, key=lambda each: each.place)]
 
 
 @dataclass(frozen=True)
@@ -128,72 +165,103 @@ class PerSample(Policy):
 class Quality:
     """One subject, and what every method is held against."""
 
-    def __init__(self, subject: Subject, settings: QualitySettings, on_progress: OnProgress) -> None:
-        self.subject, self.settings, self.on_progress = subject, settings, on_progress
-        seeds = [FIRST_SAMPLING_SEED + position for position in range(settings.sampling_seeds)]
+    def __init__(
+        self, subject: Subject, settings: QualitySettings, folder: Path | None, on_progress: OnProgress
+    ) -> None:
+        self.subject, self.settings, self.folder, self.on_progress = subject, settings, folder, on_progress
+        self.seeds = [FIRST_SAMPLING_SEED + position for position in range(settings.sampling_seeds)]
         self.lazy = transform(subject.model, subject.example)
         self.branches = len(self.lazy.branches)
         self.macs = [branch.macs for branch in self.lazy.branches]
-        self.noise = Noise.of(subject, settings, seeds, settings.samples)
-        self.little_noise = Noise.of(subject, settings, seeds[:1], settings.oracle_samples)
+
+    @cached_property
+    def noise(self) -> Noise:
+        return Noise.of(self.subject, self.settings, self.seeds, self.settings.samples)
+
+    @cached_property
+    def little_noise(self) -> Noise:
+        return Noise.of(self.subject, self.settings, self.seeds[:1], self.settings.oracle_samples)
+
+    @cached_property
+    def _changes(self) -> baselines.Floats:
+        return baselines.measure_changes(self.lazy, self.calibration_sampler, seed=0)
 
     def methods(self) -> Iterator[Method]:
         steps = self.settings.steps
-        yield Method("dense", "dense", "", [self._original(steps)], steps)
+        yield Method("dense", "dense", "", lambda: [self._original(steps)], steps)
         for fewer in sorted({math.ceil(ratio * steps) for ratio in self.settings.ratios}, reverse=True):
-            yield Method("fewer steps", "baseline", "", [self._original(fewer)], fewer)
-            second_order = self.subject.second_order(fewer, self.settings.samples)
-            yield Method("DPM-Solver++ 2M", "baseline", "", [self._original(fewer, second_order)], fewer)
+            yield self._by_steps("fewer steps", fewer)
+            yield self._by_steps("DPM-Solver++ 2M", fewer, self.subject.second_order(fewer, self.settings.samples))
         for n in (2, 3, 4):
             yield from self._fixed(f"FORA n={n}", CacheSchedule.every(n, steps, self.branches))
-        changes = baselines.measure_changes(self.lazy, self.calibration_sampler, seed=0)
         for ratio in self.settings.ratios:
-            yield from self._at(ratio, changes)
+            yield from self._at(ratio)
 
-    def _at(self, ratio: float, changes: baselines.Floats) -> Iterator[Method]:
+    def _by_steps(self, name: str, steps: int, sampler: Sampler | None = None) -> Method:
+        return Method(name, "baseline", "", lambda: [self._original(steps, sampler)], steps)
+
+    def _at(self, ratio: float) -> Iterator[Method]:
         """Methods tuned to a compute ratio. A rule in whole steps takes the next larger one, never less."""
         settings = self.settings
         share = sum(self.macs) / self.lazy.graph.total_macs
         count = math.ceil((ratio - 1 + share) / share * settings.steps - 1e-9)
         yield from self._fixed("evenly spread", CacheSchedule.evenly(count, settings.steps, self.branches))
         drawn = [CacheSchedule.random((1 - ratio) / share, settings.steps, self.branches, seed) for seed in (0, 1)]
-        yield self._lazily("random", "baseline", "linear", [Scheduled(schedule) for schedule in drawn])
-        smooth = self._tuned(ratio, lambda bound: Scheduled(baselines.smoothcache_schedule(changes, bound)))
-        yield from self._both_arms("SmoothCache", smooth)
-        yield from self._both_arms("TeaCache", self._tuned(ratio, baselines.AccumulatedChange))
-        yield from self._both_arms("First-Block-Cache", self._tuned(ratio, baselines.FirstBlockChange))
-        plans = [
-            plan(
-                self.lazy, self.calibration_sampler, Budget(compute_ratio=ratio), options=settings.search,
-                seed=1000 * seed, on_progress=self.on_progress,
-            )
-            for seed in range(settings.calibration_seeds)
-        ]  # fmt: skip
-        scheduled = [Scheduled(schedule) for schedule in plans]
-        yield replace(self._lazily("plan", "planned", "fitted", scheduled), budget=ratio)
-        unsloped = [Scheduled(CacheSchedule(schedule.should_compute)) for schedule in plans]
-        yield self._lazily("plan without slopes", "planned", "linear", unsloped)
-        trained, frozen = self._gates(ratio, plans[:1])
-        yield replace(self._lazily("gates", "learned", "fitted", trained), budget=ratio)
-        yield self._lazily("gates, frozen majority", "learned", "fitted", frozen)
-        yield from self._oracle(ratio, plans[0])
+        yield self._lazily("random", "baseline", "linear", lambda: [Scheduled(schedule) for schedule in drawn])
+        for name, rule in (
+            ("SmoothCache", lambda bound: Scheduled(baselines.smoothcache_schedule(self._changes, bound))),
+            ("TeaCache", baselines.AccumulatedChange),
+            ("First-Block-Cache", baselines.FirstBlockChange),
+        ):
+            yield from self._both_arms(name, cache(lambda rule=rule: self._tuned(ratio, rule)))
 
-    def _gates(self, ratio: float, plans: Sequence[CacheSchedule]) -> tuple[list[Policy], list[Policy]]:
-        """Trained gates, whether or not they are better than their plans, and what they decide for most samples."""
-        sampler = self.subject.sampler(self.settings.steps, self.settings.gate_batch)
-        trained: list[Policy] = []
-        frozen: list[Policy] = []
-        for seed, schedule in enumerate(plans):
-            config = CalibrationConfig(target_compute_ratio=ratio, seed=1000 * seed)
-            report = calibrate(self.lazy, config, sample=sampler, plan=schedule, on_progress=self.on_progress)
-            trained.append(Learned(report.trained))
-            self.lazy.policy = trained[-1]
-            self.calibration_sampler(self.lazy, FIRST_SAMPLING_SEED - 1)
-            frozen.append(Scheduled(CacheSchedule(freeze(self.lazy.stats).should_compute, schedule.slopes)))
-        return trained, frozen
+        def plans(slopes: bool) -> list[Policy]:
+            made = [self._plan(ratio, seed) for seed in range(settings.calibration_seeds)]
+            return [Scheduled(each if slopes else CacheSchedule(each.should_compute)) for each in made]
 
-    def _oracle(self, ratio: float, schedule: CacheSchedule) -> Iterator[Method]:
+        yield replace(self._lazily("plan", "planned", "fitted", lambda: plans(True)), budget=ratio)
+        yield self._lazily("plan without slopes", "planned", "linear", lambda: plans(False))
+        if settings.learned:
+            yield replace(self._lazily("gates", "learned", "fitted", lambda: [self._gates(ratio)]), budget=ratio)
+            yield self._lazily("gates, frozen majority", "learned", "fitted", lambda: [self._frozen(ratio)])
+            yield self._oracle_row("oracle for each sample", ratio, lambda: self._oracle(ratio))
+            yield self._oracle_row("plan, where the oracle was asked", ratio, lambda: Scheduled(self._plan(ratio, 0)))
+
+    @cache  # noqa: B019
+    def _plan(self, ratio: float, seed: int) -> CacheSchedule:
+        return plan(
+            self.lazy, self.calibration_sampler, Budget(compute_ratio=ratio), options=self.settings.search,
+            calls=self.settings.plan_calls, seed=1000 * seed, on_progress=self.on_progress,
+            checkpoint=self.folder and self.folder / f"plan-{ratio}-{seed}",
+        )  # fmt: skip
+
+    @cache  # noqa: B019
+    def _gates(self, ratio: float) -> Policy:
+        """Trained gates, whether or not they are better than their plan."""
+        report = calibrate(
+            self.lazy, CalibrationConfig(target_compute_ratio=ratio), plan=self._plan(ratio, 0),
+            sample=self.subject.sampler(self.settings.steps, self.settings.gate_batch), on_progress=self.on_progress,
+            checkpoint=self.folder and self.folder / f"gates-{ratio}",
+        )  # fmt: skip
+        return Learned(report.trained)
+
+    def _frozen(self, ratio: float) -> Policy:
+        """What these gates decide for most samples."""
+        self.lazy.policy = self._gates(ratio)
+        self.calibration_sampler(self.lazy, FIRST_SAMPLING_SEED - 1)
+        return Scheduled(CacheSchedule(freeze(self.lazy.stats).should_compute, self._plan(ratio, 0).slopes))
+
+    def _oracle_row(self, name: str, ratio: float, policy: Callable[[], Policy]) -> Method:
+        sampler = self.subject.sampler(self.settings.steps, self.settings.oracle_samples)
+
+        def runs() -> list[Run]:
+            return [self._lazy_run(policy(), "linear", sampler)]
+
+        return Method(name, "oracle", "fitted", runs, self.settings.steps, ratio)
+
+    def _oracle(self, ratio: float) -> Policy:
         """The first-order answer of every sample is known, and a schedule searched for each of them alone."""
+        schedule = self._plan(ratio, 0)
         samples, steps = self.settings.oracle_samples, self.settings.steps
         sampler = self.subject.sampler(steps, samples)
         (seed,) = self.little_noise.seeds
@@ -201,27 +269,26 @@ class Quality:
         budget = Budget(compute_ratio=ratio)
         cost = budget.cost_of(np.array(self.macs, dtype=np.float64), float(self.lazy.graph.total_macs))
         spend = budget.spend(steps, cost) + 1e-9
-        each = [swap(response.of_sample(row, samples), schedule, cost, spend, 60) for row in range(samples)]
-        for name, policy in (("oracle for each sample", PerSample(each)), ("plan, where the oracle was asked", None)):
-            run = self._lazy_run(policy or Scheduled(schedule), "linear", sampler)
-            yield Method(name, "oracle", "fitted", [run], steps, ratio)
+        return PerSample([swap(response.of_sample(row, samples), schedule, cost, spend, 60) for row in range(samples)])
 
     def _fixed(self, name: str, schedule: CacheSchedule) -> Iterator[Method]:
-        yield from self._both_arms(name, Scheduled(schedule))
+        yield from self._both_arms(name, lambda: Scheduled(schedule))
         ratio = schedule.compute_ratio(self.macs, self.lazy.graph.total_macs)
 
         def second_order(seed: int) -> tuple[Tensor, float]:
             return baselines.taylor_samples(self.lazy, self.sampler, schedule, 2, seed), ratio
 
-        yield Method(f"{name}, TaylorSeer", "baseline", "quadratic", [second_order], self.settings.steps)
+        yield Method(f"{name}, TaylorSeer", "baseline", "quadratic", lambda: [second_order], self.settings.steps)
 
-    def _both_arms(self, name: str, policy: Policy) -> Iterator[Method]:
+    def _both_arms(self, name: str, policy: Callable[[], Policy]) -> Iterator[Method]:
         for arm in ("last", "linear"):
-            yield self._lazily(name, "baseline", arm, [policy])
+            yield self._lazily(name, "baseline", arm, lambda: [policy()])
 
-    def _lazily(self, name: str, family: Family, arm: str, policies: Sequence[Policy]) -> Method:
+    def _lazily(self, name: str, family: Family, arm: str, policies: Callable[[], Sequence[Policy]]) -> Method:
         reuse: ReuseArm = "last" if arm == "last" else "linear"
-        return Method(name, family, arm, [self._lazy_run(policy, reuse) for policy in policies], self.settings.steps)
+        return Method(
+            name, family, arm, lambda: [self._lazy_run(policy, reuse) for policy in policies()], self.settings.steps
+        )
 
     # Running ------------------------------------------------------------------------------------------------------
 
@@ -232,6 +299,10 @@ class Quality:
     @property
     def calibration_sampler(self) -> Callable[[LazyModule, int], Tensor]:
         return self.subject.sampler(self.settings.steps, self.settings.calibration_batch)
+
+    @property
+    def _threshold_sampler(self) -> Callable[[LazyModule, int], Tensor]:
+        return self.subject.sampler(self.settings.steps, self.settings.threshold_batch)
 
     def _original(self, steps: int, sampler: Sampler | None = None) -> Run:
         sampler = sampler or self.subject.sampler(steps, self.settings.samples)
@@ -255,7 +326,7 @@ class Quality:
         low, high = 1e-4, 10.0
         for _ in range(12):
             middle = math.sqrt(low * high)
-            spent = self._under(policy_of(middle), "linear", self.subject.sampler(self.settings.steps, 8), 0)[1]
+            spent = self._under(policy_of(middle), "linear", self._threshold_sampler, 0)[1]
             low, high = (middle, high) if spent >= ratio else (low, middle)
         return policy_of(low)
 
@@ -265,7 +336,7 @@ class Quality:
     def row(self, method: Method) -> dict[str, Any]:
         noise = self.little_noise if method.family == "oracle" else self.noise
         scores = [
-            self._scores(noise, place, *run(seed)) for run in method.runs for place, seed in enumerate(noise.seeds)
+            self._scores(noise, place, *run(seed)) for run in method.runs() for place, seed in enumerate(noise.seeds)
         ]
         means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
         return {
@@ -282,19 +353,25 @@ class Quality:
         }
 
     def _scores(self, noise: Noise, place: int, images: Tensor, compute_ratio: float) -> dict[str, float]:
-        dense, reference = noise.dense[place], noise.reference[place]
-        to_dense = rmse(images, dense)
-        return {
-            "compute_ratio": compute_ratio,
-            "rmse_dense": to_dense,
-            "median_dense": float((images - dense).square().flatten(1).mean(1).sqrt().median()),
-            "psnr": 20 * math.log10(2 / max(to_dense, 1e-9)),
-            "ssim": ssim(images, dense),
-            "rmse_reference": rmse(images, reference),
-            "frechet": frechet_distance(self.subject.features(images), self.subject.features(reference)),
-            "accuracy": self.subject.accuracy(images),
-            **self.subject.scores(images, dense),
-        }
+        against = scores(self.subject, images, noise.dense[place], noise.reference[place])
+        return {"compute_ratio": compute_ratio, **against}
+
+
+@torch.no_grad()
+def scores(subject: Subject, images: Tensor, dense: Tensor, reference: Tensor) -> dict[str, float]:
+    """What is measured of one sampling batch: against the dense images from the same noise, in a range of 2; against a
+    reference; and what the judge of the subject says."""
+    to_dense = rmse(images, dense)
+    return {
+        "rmse_dense": to_dense,
+        "median_dense": float((images - dense).square().flatten(1).mean(1).sqrt().median()),
+        "psnr": 20 * math.log10(2 / max(to_dense, 1e-9)),
+        "ssim": ssim(images, dense),
+        "rmse_reference": rmse(images, reference),
+        "frechet": frechet_distance(subject.features(images), subject.features(reference)),
+        "accuracy": subject.accuracy(images),
+        **subject.scores(images, dense),
+    }
 
 
 def rmse(left: Tensor, right: Tensor) -> float:

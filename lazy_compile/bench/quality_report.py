@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from lazy_compile.bench.quality import QualitySettings, measure
-from lazy_compile.bench.tasks.registry import ALL, SUBJECTS
+from lazy_compile.bench.tasks.registry import SUBJECTS
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.search import SearchOptions
 from lazy_compile.progress import OnProgress, no_progress
@@ -32,10 +32,17 @@ SETTINGS = {
         samples=32, calibration_batch=48, gate_batch=3, oracle_samples=6, search=SearchOptions(rounds=4)
     ),
     "emoji": QualitySettings(
-        sampling_seeds=2, calibration_seeds=1, samples=12, calibration_batch=4, gate_batch=1, oracle_samples=2
+        sampling_seeds=2,
+        calibration_seeds=1,
+        samples=8,
+        calibration_batch=4,
+        plan_calls=200,
+        threshold_batch=2,
+        learned=False,
+        reference_steps=50,
     ),
 }
-"""What is measured of each subject unless told otherwise: a larger model gets fewer images."""
+"""What is measured of each subject unless told otherwise: a larger model gets fewer images, and no gates."""
 
 
 def measure_all(
@@ -43,7 +50,8 @@ def measure_all(
 ) -> list[dict[str, Any]]:
     """Measure one subject or all of them, and write ``quality.json``, ``quality.md`` and ``quality.html``.
 
-    What these say of other subjects stays; they are written after each subject.
+    What these say of other subjects stays; they are written after each subject. Rows and searches are kept in a folder
+    ``quality`` beside them as soon as they are there: a run that was stopped goes on where it was.
 
     Args:
         wanted: a subject, or ``"all"``.
@@ -58,9 +66,9 @@ def measure_all(
         raise ConfigError(f"there is no model {wanted!r} to measure; expected all or one of {', '.join(SUBJECTS)}")
     path = output / "quality.json"
     rows: list[dict[str, Any]] = load_json(path).get("rows", []) if path.exists() else []
-    for name in ALL if wanted == "all" else [wanted]:
+    for name in SUBJECTS if wanted == "all" else [wanted]:
         subject = SUBJECTS[name]()
-        fresh = measure(subject, replace(SETTINGS[name], **changes), on_progress)
+        fresh = measure(subject, replace(SETTINGS[name], **changes), output / "quality" / name, on_progress)
         rows = sorted([row for row in rows if row["model"] != subject.name] + fresh, key=lambda row: row["model"])
         save_json(path, {"rows": rows})
         for file, text in (("quality.md", markdown(rows)), ("quality.html", page(rows))):

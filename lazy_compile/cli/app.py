@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lazy_compile.cli.bench import compile as compile_bench
-from lazy_compile.cli.bench import full_size, identity, overhead, peers, quality, questions, speed
+from lazy_compile.cli.bench import full_size, identity, overhead, peers, pictures, quality, questions, speed
 from lazy_compile.cli.build import build
 from lazy_compile.cli.calibrate import calibrate
 from lazy_compile.cli.demo import demo
@@ -64,6 +64,7 @@ for group, panel, verb, example in (
     (bench, JUDGE, speed, "bench speed --output build/bench"),
     (bench, JUDGE, quality, "bench quality digits --output build/quality"),
     (bench, JUDGE, peers, "bench peers digits --output build/peers"),
+    (bench, JUDGE, pictures, "bench pictures --output build/pictures"),
     (bench, JUDGE, questions, "bench questions --output build/quality"),
     (bench, JUDGE, full_size, "bench full-size --model DiT-XL/2 --output build/bench"),
     (bench, JUDGE, compile_bench, "bench compile --model DiT --layers 4 --output build/bench"),

@@ -52,7 +52,7 @@ def speed(options: SpeedOptions) -> None:
 class QualityOptions(OutputOptions):
     """What ``lazy-compile quality`` takes."""
 
-    model: Annotated[str, typer.Argument(help="digits, scenes or emoji; all for the first two.")] = "all"
+    model: Annotated[str, typer.Argument(help="digits, scenes, emoji or all.")] = "all"
     output: given.Folder = Path("build/quality")
     samples: Annotated[int | None, typer.Option(min=2, help="Images for each set of noise.")] = None
     ratio: Annotated[list[float] | None, typer.Option(help="Compute ratios; may be given several times.")] = None
@@ -77,10 +77,15 @@ def quality(options: QualityOptions) -> None:
 class PeersOptions(OutputOptions):
     """What ``lazy-compile bench peers`` takes."""
 
-    model: Annotated[str, typer.Argument(help="digits, scenes or emoji; all for the first two.")] = "all"
+    model: Annotated[str, typer.Argument(help="digits, scenes, emoji or all.")] = "all"
     output: given.Folder = Path("build/peers")
     steps: Annotated[list[int] | None, typer.Option(min=4, help="Denoising steps; may be given several times.")] = None
     samples: Annotated[int | None, typer.Option(min=2, help="Images for each set of noise.")] = None
+    system: Annotated[list[str] | None, typer.Option(help="TaylorSeer, say; may be given several times.")] = None
+    plan_samples: Annotated[int | None, typer.Option(min=1, help="Images a trajectory, to plan on.")] = None
+    calls: Annotated[int | None, typer.Option(min=20, help="Of the model, for each plan without gradient.")] = None
+    most_settings: Annotated[int | None, typer.Option(min=1, help="Of each system that are tried.")] = None
+    timed: Annotated[bool, typer.Option(help="Time each, and hold a batch against single samples.")] = True
 
 
 def peers(options: PeersOptions) -> None:
@@ -92,10 +97,47 @@ def peers(options: PeersOptions) -> None:
     from lazy_compile.progress import progress_bars
     from lazy_compile.reporting.tables import show
 
-    changes = {} if options.samples is None else {"samples": options.samples}
-    with progress_bars(not options.json) as on_progress:
-        found = measure_peers(options.model, options.steps or [20], changes, options.output, on_progress)
+    given_settings = {
+        "samples": options.samples, "plan_samples": options.plan_samples, "plan_calls": options.calls,
+        "most_settings": options.most_settings,
+    }  # fmt: skip
+    changes = {name: value for name, value in given_settings.items() if value is not None}
+    changes |= {} if options.timed else {"timings": 0, "paired": 0}
+    with progress_bars(not options.json) as on_progress, _a_line_for_each_row(not options.json):
+        found = measure_peers(
+            options.model, options.steps or [20], changes, options.output, on_progress, options.system
+        )
     show({**found, "output": str(options.output)}, options.json, peers_table(found), f"written to {options.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesOptions(OutputOptions):
+    """What ``lazy-compile bench pictures`` takes."""
+
+    output: given.Folder = Path("build/pictures")
+    images: Annotated[int, typer.Option(min=2, help="Captions, evenly spread over all.")] = 12
+    plan_images: Annotated[int, typer.Option(min=1, help="Images a trajectory where a schedule is missing.")] = 4
+    calls: Annotated[int, typer.Option(min=20, help="Of the model, to plan a schedule that is missing.")] = 200
+
+
+def pictures(options: PicturesOptions) -> None:
+    """Draw emoji, dense over lazy at 70, 50 and 35% of the MACs; write emoji.png, emoji_50.png, emoji.json. Minutes.
+
+    Schedules lie beside the weights, in examples/emoji/schedules; one that is missing is planned first.
+    """
+    from lazy_compile.bench.pictures import PlanSettings, measure_pictures
+    from lazy_compile.progress import progress_bars
+    from lazy_compile.reporting.tables import pictures_table, show
+
+    settings = PlanSettings(options.plan_images, options.calls)
+    with progress_bars(not options.json) as on_progress:
+        rows = measure_pictures(options.output, options.images, settings, on_progress)
+    show(
+        {"rows": rows, "output": str(options.output)},
+        options.json,
+        pictures_table(rows),
+        f"written to {options.output}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

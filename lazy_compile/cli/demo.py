@@ -17,7 +17,10 @@ class DemoOptions(OutputOptions):
 
 
 def demo(options: DemoOptions) -> None:
-    """The whole story on scanned digits: inspect, calibrate, compare with fewer steps, export, run. Takes minutes."""
+    """The whole story on scanned digits: inspect, calibrate, compare with fewer steps, export, run; pictures of emoji.
+
+    Takes minutes.
+    """
     from lazy_compile.demo.run import run_demo
     from lazy_compile.reporting.tables import facts, result_table, show
 

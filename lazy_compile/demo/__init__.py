@@ -17,9 +17,10 @@ ROWS = 16
 
 def model() -> tuple[DiTTransformer2DModel, dict[str, Any]]:
     """The trained digits model, and a call of :data:`ROWS` rows."""
-    from lazy_compile.bench.tasks.digits import default_checkpoints, example_inputs, load_or_train_digits_dit
+    from lazy_compile.bench.tasks.digits import example_inputs, load_or_train_digits_dit
+    from lazy_compile.bench.tasks.training import default_checkpoints
 
-    return load_or_train_digits_dit(default_checkpoints() / "digits_dit.safetensors"), example_inputs(ROWS)
+    return load_or_train_digits_dit(default_checkpoints("digits") / "digits_dit.safetensors"), example_inputs(ROWS)
 
 
 def sampler(steps: int = 20) -> DigitsSampler:

@@ -36,6 +36,7 @@ class DemoSettings:
         search: how long that takes.
         calibration_batch: images per trajectory while gates are trained.
         iterations: training iterations of the gates; None takes the library's default.
+        pictures: images of the emoji model, under the schedule that lies beside its weights.
     """
 
     steps: int = 20
@@ -47,6 +48,7 @@ class DemoSettings:
     search: SearchOptions = field(default_factory=lambda: SearchOptions(rounds=3))
     calibration_batch: int = 16
     iterations: int | None = None
+    pictures: int = 8
 
     def sampler(self, batch: int, steps: int | None = None) -> digits.DigitsSampler:
         return digits.DigitsSampler(steps=steps or self.steps, batch=batch)

@@ -1,4 +1,8 @@
-"""The whole story on scanned digits: inspect, calibrate, compare with doing less in other ways, export, run."""
+"""The whole story on scanned digits: inspect, calibrate, compare with doing less in other ways, export, run.
+
+Digits, since planning, training gates and an export take minutes there; to look at, pictures of the emoji model under
+a schedule that was planned before.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from lazy_compile.bench.pictures import Strip, lazy_model, strips
 from lazy_compile.bench.tasks import digits
-from lazy_compile.bench.tasks.digits import default_checkpoints, example_inputs
+from lazy_compile.bench.tasks.digits import example_inputs
+from lazy_compile.bench.tasks.registry import Subject, emoji_subject
+from lazy_compile.bench.tasks.training import default_checkpoints
 from lazy_compile.bench.timing import one_thread
 from lazy_compile.calibration.calibrator import CalibrationConfig, calibrate
 from lazy_compile.compiler import transform
 from lazy_compile.demo.comparison import FIRST_EVALUATION_SEED, Comparison, DemoSettings
+from lazy_compile.errors import ArtifactError
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.planner import plan
 from lazy_compile.policies.policy import Policy, Scheduled
@@ -54,7 +62,7 @@ def run_demo(
 
 def _run(output: Path, settings: DemoSettings, checkpoints: Path | None, progress: bool) -> dict[str, Any]:
     console = Console(stderr=True, quiet=not progress, highlight=False, width=None if sys.stderr.isatty() else 140)
-    folder = checkpoints or default_checkpoints()
+    folder = checkpoints or default_checkpoints("digits")
     model = digits.load_or_train_digits_dit(folder / "digits_dit.safetensors", progress=progress)
     classifier = digits.load_or_train_digits_classifier(folder / "digits_classifier.safetensors")
     lazy = transform(model, example_inputs())
@@ -66,6 +74,7 @@ def _run(output: Path, settings: DemoSettings, checkpoints: Path | None, progres
         comparison = Comparison(settings, model, lazy, classifier, on_progress)
         compare_methods(comparison, gates, plans)
         onnx = follow_in_onnx_runtime(lazy, gates[max(settings.targets)], settings, output / ONNX, on_progress)
+        drawn, pictures = draw_pictures(settings.pictures, console, on_progress)
     summary = {
         "model": f"digits DiT ({type(model).__name__}, {len(lazy.branches)} branches, "
         f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters)",
@@ -73,9 +82,10 @@ def _run(output: Path, settings: DemoSettings, checkpoints: Path | None, progres
         "rows": comparison.summary_rows(),
         "decisions_varying_between_samples": comparison.result("lazy", max(settings.targets)).varying,
         "onnx": onnx,
+        "pictures": pictures,
     }
     save_sealed_json(output / SUMMARY, summary)
-    _save_samples(output / SAMPLES, comparison, [branch.name for branch in lazy.branches])
+    _save_samples(output / SAMPLES, comparison, [branch.name for branch in lazy.branches], drawn)
     write_report(output / SUMMARY, output / "report.html")
     return summary
 
@@ -157,6 +167,23 @@ def follow_in_onnx_runtime(
     }
 
 
+def draw_pictures(
+    images: int, console: Console, on_progress: OnProgress, subject: Subject | None = None
+) -> tuple[list[Strip], dict[str, Any] | None]:
+    """Emoji: dense, under the schedule for half the compute, in fewer steps. Nothing where weights are missing."""
+    if not images:
+        return [], None
+    try:
+        subject = subject or emoji_subject()
+        schedule = CacheSchedule.load(default_checkpoints("emoji") / "schedules" / "50.json")
+    except ArtifactError as error:
+        console.print(f"no pictures of emoji: {error}")
+        return [], None
+    drawn = strips(subject, lazy_model(subject), {0.5: schedule}, images, on_progress)
+    rows = [strip.record() for strip in drawn]
+    return drawn, {"model": subject.name, "captions": list(subject.captions(images)), "rows": rows}
+
+
 @contextmanager
 def options(lazy: LazyModule, **changes: Any) -> Iterator[None]:
     """Within this context the model has other run-time options; its graph does not depend on them."""
@@ -169,12 +196,14 @@ def options(lazy: LazyModule, **changes: Any) -> Iterator[None]:
         lazy.reset()
 
 
-def _save_samples(path: Path, comparison: Comparison, branches: Sequence[str]) -> None:
-    """What the report draws: the first images of the first set, and who reused when, by row of the summary."""
+def _save_samples(path: Path, comparison: Comparison, branches: Sequence[str], drawn: Sequence[Strip]) -> None:
+    """What the report draws: by row of the summary the first images of the first set and who reused when; pictures."""
     arrays: dict[str, Any] = {"branches": np.array(branches), "reference": comparison.reference[0][:SHOWN].numpy()}
     for position, result in enumerate(comparison.results):
         arrays[f"images_{position}"] = result.images[0][:SHOWN].numpy()
         if result.reuse is not None:
             arrays[f"reuse_{position}"] = result.reuse
+    for position, strip in enumerate(drawn):
+        arrays[f"picture_{position}"] = strip.images.numpy()
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)

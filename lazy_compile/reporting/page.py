@@ -18,7 +18,8 @@ from lazy_compile.storage import atomic_path, load_sealed_json
 
 SUMMARY = "summary.json"
 SAMPLES = "samples.npz"
-"""Beside a summary: ``images_<row>``, ``reuse_<row>``, ``reference`` and ``branches``, for the pictures of a report."""
+"""Beside a summary, for the pictures of a report: ``images_<row>``, ``reuse_<row>``, ``reference`` and ``branches``;
+``picture_<row>`` for the rows of its ``pictures``."""
 
 _ROW = ("method", "sampler_steps", "lazy_ratio", "compute_ratio", "rmse_dense", "rmse_reference", "frechet", "seeds")
 _ONNX = ("branches", "if_nodes", "heavy_ops_outside_if", "max_abs_error")
@@ -61,6 +62,7 @@ def _summary_page(summary: Any, source: Path) -> str:
             "model computes a branch, or reuses what it produced at an earlier step.</p>",
             model=summary["model"], steps=summary["steps"],
         ),
+        _pictures(summary.get("pictures"), arrays),
         _tiles(summary),
         _section("Quality against compute", picture(quality_against_compute(rows), "quality against compute"),
                  "Lower is better. Bars: one standard deviation over the sets of noise."),
@@ -132,6 +134,28 @@ def _tiles(summary: Mapping[str, Any]) -> Markup:
     )
 
 
+def _pictures(pictures: Mapping[str, Any] | None, arrays: Mapping[str, Any]) -> Markup:
+    """Images with captions, a strip a method, for whoever looks before reading figures."""
+    if not pictures:
+        return Markup("")
+    drawn = [
+        _strip(
+            LABELS.get(row["method"], row["method"]),
+            f"{row['steps']} steps, {row['compute_ratio']:.0%} of the MACs, RMSE to dense {row['rmse_dense']:.4f}",
+            arrays[f"picture_{position}"], ours=row["method"] == "planned",
+        )
+        for position, row in enumerate(pictures["rows"])
+        if f"picture_{position}" in arrays
+    ]  # fmt: skip
+    below = render(
+        "<figure><figcaption></figcaption><div class=captions>{% for caption in captions %}<span>{{ caption }}</span>"
+        "{% endfor %}</div></figure>",
+        captions=pictures["captions"],
+    )
+    note = "Captions are evenly spread over the sorted list; all strips start from the same noise."
+    return _section(f"{pictures['model']}, text to image", join([*drawn, below]), note)
+
+
 def _samples(rows: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any]) -> Markup:
     """One strip a method, under a heading for each target."""
     groups: dict[str, list[Markup]] = {"Independent of a target": []}
@@ -150,11 +174,11 @@ def _samples(rows: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any]) -> Ma
     )
 
 
-def _strip(name: str, detail: str, images: Any) -> Markup:
+def _strip(name: str, detail: str, images: Any, ours: bool = False) -> Markup:
     return render(
         "<figure{{ mark }}><figcaption><b>{{ name }}</b><span>{{ detail }}</span></figcaption>"
         '<img class=strip src="{{ source }}" alt="samples: {{ name }}"></figure>',
-        mark=Markup(" class=ours") if name == LABELS["lazy"] else "", name=name, detail=detail,
+        mark=Markup(" class=ours") if ours or name == LABELS["lazy"] else "", name=name, detail=detail,
         source=pixels(images[:16]),
     )  # fmt: skip
 
@@ -275,6 +299,8 @@ figure { display: grid; grid-template-columns: 190px 1fr; gap: 16px; align-items
 figcaption b { display: block; font-size: 14px; line-height: 1.3; }
 figcaption span { color: var(--soft); font-size: 12px; }
 .strip { width: 100%; image-rendering: pixelated; }
+.captions { display: flex; }
+.captions span { flex: 1 1 0; padding-right: 6px; color: var(--soft); font-size: 12px; line-height: 1.3; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { text-align: right; color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--line); }

@@ -219,6 +219,18 @@ def identity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def pictures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = new_table(
+        "method", ">steps", ">MACs", ">RMSE to dense", ">PSNR", ">SSIM", ">perceptual", ">own caption first"
+    )
+    for row in rows:
+        add_row(
+            table, row["method"], str(row["steps"]), f"{row['compute_ratio']:.1%}", f"{row['rmse_dense']:.4f}",
+            f"{row['psnr']:.1f}", f"{row['ssim']:.4f}", f"{row['perceptual']:.4f}", f"{row['accuracy']:.1%}",
+        )  # fmt: skip
+    return table
+
+
 def full_size_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = new_table(
         "model", "at", ">parameters", ">MACs", ">in branches", ">cache, linear", ">transform", ">resident"

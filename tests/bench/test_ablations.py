@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lazy_compile.bench.ablations import QuestionSettings, _regress
+from lazy_compile.bench.ablations import Questions, QuestionSettings, _regress
 from lazy_compile.bench.ablations_report import ask_all
 from lazy_compile.planning.search import SearchOptions
 
@@ -25,6 +25,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("questions")
     ask_all(folder, TINY)
     return folder
+
+
+@pytest.mark.slow
+def test_what_was_answered_is_not_asked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (folder / "questions.json").read_text()
+    for name in ("thresholds", "kinds", "frozen", "worth", "gates", "fewer_steps", "transfers"):
+        monkeypatch.setattr(Questions, name, None)
+    ask_all(folder, TINY)
+    assert (folder / "questions.json").read_text() == before
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lazy_compile.bench.tasks import digits
-from lazy_compile.bench.tasks.digits import default_checkpoints
+from lazy_compile.bench.tasks.training import default_checkpoints
 from lazy_compile.demo.comparison import FIRST_EVALUATION_SEED, DemoSettings
 from lazy_compile.demo.run import run_demo
 from lazy_compile.planning.search import SearchOptions
@@ -28,6 +28,7 @@ SMALL = DemoSettings(
     calibration_batch=2,
     iterations=1,
     search=SearchOptions(rounds=0),
+    pictures=0,
 )
 METHODS = ["dense", "fora2", "fora2_last", "lazy", "random", "planned", "ddim"]
 
@@ -51,7 +52,15 @@ def rows(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_summary_has_the_promised_form(summary: dict[str, Any]) -> None:
-    assert list(summary) == ["model", "steps", "rows", "decisions_varying_between_samples", "onnx", "digest"]
+    assert list(summary) == [
+        "model",
+        "steps",
+        "rows",
+        "decisions_varying_between_samples",
+        "onnx",
+        "pictures",
+        "digest",
+    ]
     assert (type(summary["model"]), summary["steps"]) == (str, 5)
     assert [row["method"] for row in summary["rows"]] == METHODS
     for row in summary["rows"]:
@@ -98,7 +107,7 @@ def test_samples_of_all_methods_start_from_the_same_noise(folder: Path) -> None:
     with np.load(folder / "samples.npz") as samples:
         dense, repeated = samples["images_0"], samples["images_2"]
         assert samples["reuse_1"].tolist() == [[float(step % 2)] * 12 for step in range(5)]
-    model = digits.load_or_train_digits_dit(default_checkpoints() / "digits_dit.safetensors")
+    model = digits.load_or_train_digits_dit(default_checkpoints("digits") / "digits_dit.safetensors")
     again = SMALL.sampler(batch=20)(model, seed=FIRST_EVALUATION_SEED)
     assert torch.equal(torch.from_numpy(dense), again)
     assert np.abs(dense - repeated).max() > 0
@@ -107,7 +116,7 @@ def test_samples_of_all_methods_start_from_the_same_noise(folder: Path) -> None:
 def test_checkpoints_lie_in_the_users_cache_outside_a_source_tree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed = tmp_path / "site-packages" / "lazy_compile" / "bench" / "tasks" / "digits.py"
-    monkeypatch.setattr("lazy_compile.bench.tasks.digits.__file__", str(installed))
+    installed = tmp_path / "site-packages" / "lazy_compile" / "bench" / "tasks" / "training.py"
+    monkeypatch.setattr("lazy_compile.bench.tasks.training.__file__", str(installed))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert default_checkpoints() == tmp_path / "cache" / "lazy_compile"
+    assert default_checkpoints("digits") == tmp_path / "cache" / "lazy_compile" / "digits"

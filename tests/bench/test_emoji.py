@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lazy_compile.bench.quality import scores
 from lazy_compile.bench.tasks import emoji, emoji_data, emoji_judge
 from lazy_compile.bench.tasks.emoji_training import EmojiTrainer, Pictures, Stage, epochs_of, orthogonal
-from lazy_compile.bench.tasks.registry import ALL, SUBJECTS, emoji_subject
+from lazy_compile.bench.tasks.registry import SUBJECTS, emoji_subject
 from lazy_compile.compiler import transform
 from lazy_compile.errors import ArtifactError
 from lazy_compile.ir.branch import BranchKind
@@ -201,12 +202,29 @@ def test_it_is_captured_with_three_branches_a_block_and_exact(captions: emoji.Ca
 
 def test_it_is_registered() -> None:
     assert SUBJECTS["emoji"] is emoji_subject
-    assert set(ALL) < set(SUBJECTS)
+    assert list(SUBJECTS) == ["digits", "scenes", "emoji"]
 
 
-def test_without_trained_weights_it_says_how_to_get_them() -> None:
-    with pytest.raises(ArtifactError, match="train it with examples/emoji/train"):
-        SUBJECTS["emoji"]()
+def test_without_trained_weights_it_says_how_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"a checkout has it in examples/emoji.*train it with examples/emoji/train"):
+        emoji.load_emoji_pixart(tmp_path / "emoji_pixart.safetensors")
+
+
+def test_the_committed_weights_are_small_and_belong_to_the_model(captions: emoji.Captions) -> None:
+    path = CHECKPOINTS / "emoji_pixart.safetensors"
+    assert path.stat().st_size <= 40e6
+    model = emoji.load_emoji_pixart(path)
+    with torch.no_grad():
+        velocity = model(**emoji.example_inputs(captions, 1) | {"hidden_states": torch.zeros(2, 3, 16, 16)})[0]
+    assert velocity.abs().max() > 0.1
+
+
+def test_the_judge_knows_what_the_pictures_are_compared_by(captions: emoji.Captions) -> None:
+    subject = emoji_subject(batch=1)
+    pictures = subject.sampler(1, 2)(lambda images, **_: (images,), 0)  # type: ignore[arg-type]
+    scored = scores(subject, pictures, pictures, pictures)
+    assert scored.keys() >= {"rmse_dense", "psnr", "ssim", "frechet", "perceptual", "accuracy", "among_five"}
+    assert scored["frechet"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_committed_judge_is_small() -> None:

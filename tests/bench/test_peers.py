@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from lazy_compile.bench import peers_cache_dit, peers_diffusers
+from lazy_compile.bench import peers_cache_dit, peers_diffusers, peers_report
 from lazy_compile.bench.macs import counted
 from lazy_compile.bench.peer_task import PeerTask, System
-from lazy_compile.bench.peers import PeerRun, PeerSettings
+from lazy_compile.bench.peers import JudgedRow, PeerRun, PeerSettings, evenly
 from lazy_compile.bench.peers_report import contests, markdown, measure_peers, write
 from lazy_compile.errors import ConfigError
 from lazy_compile.policies.schedule import CacheSchedule
@@ -33,8 +33,9 @@ TAYLORSEER = peers_diffusers.SYSTEMS[0]
 def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PeerRun, list[Any], list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("peers")
     run = PeerRun("digits", TINY, folder, no_progress)
-    rows, failures = run.run([TAYLORSEER, _raising("broken"), _dense("sleeper"), *peers_cache_dit.SYSTEMS[:1]])
-    return folder, run, rows, failures
+    found = list(run.run([TAYLORSEER, _raising("broken"), _dense("sleeper"), *peers_cache_dit.SYSTEMS[:1]]))
+    rows = [row for _, rows, _ in found for row in rows]
+    return folder, run, rows, [{"system": system.name, "error": error} for system, _, error in found if error]
 
 
 def _raising(name: str) -> System:
@@ -46,6 +47,12 @@ def _raising(name: str) -> System:
 
 def _dense(name: str) -> System:
     return System(name, "another", lambda task: [{}], lambda task, setting: task.subject.model)
+
+
+def test_fewer_settings_are_spread_over_all() -> None:
+    settings = [{"threshold": place} for place in range(10)]
+    assert [each["threshold"] for each in evenly(settings, 4)] == [0, 2, 5, 7]
+    assert evenly(settings, 10) is evenly(settings, None) is settings
 
 
 def test_products_attention_and_convolutions_count() -> None:
@@ -93,14 +100,14 @@ def test_what_was_measured_is_not_measured_again(tried: Any) -> None:
     again = PeerRun("digits", TINY, folder, no_progress)
     forbidden = replace(TAYLORSEER, denoiser=_raising("").denoiser)
     again.__dict__["task"] = run.task
-    assert again.run([forbidden])[0] == rows
+    assert [each for _, found, _ in again.run([forbidden]) for each in found] == rows
 
 
 def _row(system: str, package: str, rmse: float, **changed: Any) -> dict[str, Any]:
     row = {
         "model": "digits", "steps": 4, "system": system, "package": package, "budget": 0.6,
         "setting": '{"max_order": 2}', "compute": 0.55, "rmse": rmse, "sets": [rmse, rmse], "median": rmse,
-        "time": 0.6, "times": [0.5, 0.7], "batch": 1e-6,
+        "time": 0.6, "times": [0.5, 0.7], "batch": 1e-6, "images": 8,
     }  # fmt: skip
     return {**row, **changed}
 
@@ -110,6 +117,7 @@ def test_the_page_says_who_is_ahead_and_what_failed(tmp_path: Path) -> None:
         _row("plan", "lazy_compile", 0.03),
         _row("TaylorSeer", "diffusers", 0.02),
         _row("TaylorSeer", "diffusers", 0.04, setting='{"max_order": 1}'),
+        _row("MagCache", "diffusers", 0.05, time=None, times=[], batch=None),
     ]
     failure = {"model": "digits", "steps": 4, "system": "SeaCache", "package": "diffusers", "error": "never acts"}
     ((ours, peer),) = contests(rows)
@@ -125,3 +133,20 @@ def test_the_page_says_who_is_ahead_and_what_failed(tmp_path: Path) -> None:
 def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no model 'dogs' to measure; expected all or one of digits, scenes"):
         measure_peers("dogs", [4], {}, tmp_path)
+    with pytest.raises(ConfigError, match=r"no system 'TeaTime' to measure; expected one of TaylorSeer"):
+        measure_peers("digits", [4], {}, tmp_path, names=["TeaTime"])
+
+
+def test_what_was_measured_of_other_systems_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = JudgedRow("TaylorSeer", "diffusers", 0.6, "{}", 0.5, 0.02, [0.02], 0.02, 0.6, [0.6, 0.6], 0.0)
+
+    def measured(*_: Any, systems: Sequence[System], **__: Any) -> Any:
+        (system,) = systems
+        yield system, [replace(row, system=system.name)], None
+        assert json.loads((tmp_path / "peers.json").read_text())["rows"][-1]["system"] == system.name
+
+    monkeypatch.setattr(peers_report, "measure", measured)
+    measure_peers("digits", [4], {}, tmp_path, names=["TaylorSeer"])
+    measure_peers("digits", [4], {}, tmp_path, names=["MagCache"])
+    found = measure_peers("digits", [4], {"samples": 5}, tmp_path, names=["TaylorSeer"])
+    assert [(each["system"], each["images"]) for each in found["rows"]] == [("MagCache", 64), ("TaylorSeer", 5)]

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lazy_compile.bench.quality import rmse, ssim
+from lazy_compile.bench.quality import Quality, QualitySettings, rmse, ssim
 from lazy_compile.bench.quality_report import best_rule, comparisons, measure_all, rules_at
+from lazy_compile.bench.tasks.registry import digits_subject
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.search import SearchOptions
+from lazy_compile.progress import no_progress
 
-TINY = {
+TINY: dict[str, Any] = {
     "steps": 4, "ratios": (0.6,), "sampling_seeds": 1, "calibration_seeds": 1, "samples": 4, "calibration_batch": 2,
     "reference_steps": 5, "gate_batch": 2, "oracle_samples": 2,
     "search": SearchOptions(rounds=0, swaps=2),
 }  # fmt: skip
 
 
-def test_every_method_is_scored_and_written(tmp_path: Path) -> None:
+def test_every_method_is_scored_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = ("compute_ratio", "rmse_dense", "spread", "median_dense", "rmse_reference", "frechet", "accuracy")
     texts = {"model": "another", "sampler": "", "method": "dense", "family": "dense", "reuse_arm": ""}
     another = {**texts, "steps": 4, "seeds": 1, "budget": None, **dict.fromkeys(numbers, 1.0)}
@@ -49,6 +53,15 @@ def test_every_method_is_scored_and_written(tmp_path: Path) -> None:
         ["digits DiT", "60%", "**plan**"],
         ["digits DiT", "60%", "gates"],
     ]
+    monkeypatch.setattr(Quality, "row", None)
+    assert measure_all("digits", TINY, tmp_path) == [another, *rows]
+    with pytest.raises(TypeError):
+        measure_all("digits", {**TINY, "samples": 5}, tmp_path)
+
+
+def test_without_gradient_there_are_plans_and_no_gates() -> None:
+    quality = Quality(digits_subject(), replace(QualitySettings(**TINY), learned=False), None, no_progress)
+    assert {method.family for method in quality.methods()} == {"dense", "baseline", "planned"}
 
 
 def test_the_best_rule_is_one_that_can_be_afforded() -> None:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -52,3 +53,21 @@ def test_wheel_says_that_it_is_typed(wheel: set[str]) -> None:
 @pytest.mark.slow
 def test_wheel_holds_nothing_else_at_the_top(wheel: set[str]) -> None:
     assert {name.split("/")[0] for name in wheel} == {"lazy_compile", "lazy_compile-0.1.0.dist-info"}
+
+
+@pytest.mark.slow
+def test_trained_weights_are_left_out_on_purpose(wheel: set[str], tmp_path: Path) -> None:
+    """Digits and scenes are trained where they are missing; the emoji, 18 MB, come with a checkout."""
+    shutil.copytree(ROOT / "examples" / "emoji", tmp_path / "examples" / "emoji")
+    for name in ["pyproject.toml", "README.md", "LICENSE"]:
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ["lazy_compile", "passes"]:
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools import build_meta; build_meta.build_sdist('out')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (tmp_path / "out").glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {*archive.getnames(), *wheel}
+    assert not [name for name in names if name.endswith(".safetensors")]
+    assert file.stat().st_size < 2e6

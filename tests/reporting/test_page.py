@@ -102,6 +102,20 @@ def test_samples_beside_the_summary_are_shown(tmp_path: Path, summary: dict[str,
     assert "12.5% of the decisions differ between samples" in page
 
 
+def test_pictures_stand_above_their_captions(tmp_path: Path, summary: dict[str, Any]) -> None:
+    row = {"method": "planned", "steps": 20, "compute_ratio": 0.5, "rmse_dense": 0.0123}
+    pictures = {"model": "emoji PixArt", "captions": ["fox", "<fire>"], "rows": [{**row, "method": "dense"}, row]}
+    np.savez(tmp_path / SAMPLES, picture_0=np.zeros((2, 3, 8, 8)), picture_1=np.ones((2, 3, 8, 8)))
+    page = page_of(write(tmp_path, {**summary, "pictures": pictures}))
+    assert page.count("class=strip ") == 2
+    assert "emoji PixArt, text to image" in page
+    assert "&lt;fire&gt;" in page
+    assert "20 steps, 50% of the MACs, RMSE to dense 0.0123" in page
+    for damaged in ([], {**pictures, "rows": [{}]}, {**pictures, "captions": 3}):
+        with pytest.raises(ArtifactError, match="damaged"):
+            page_of(write(tmp_path, {**summary, "pictures": damaged or [1]}))
+
+
 def test_a_folder_with_a_summary_is_its_summary(tmp_path: Path, summary: dict[str, Any]) -> None:
     write(tmp_path, summary)
     assert write_report(tmp_path, tmp_path / "a.html").read_text() == page_of(tmp_path / "summary.json")

@@ -96,9 +96,10 @@ def wan() -> Family:
 
 def digits() -> Family:
     """The trained model of ``examples/digits``."""
-    from lazy_compile.bench.tasks.digits import default_checkpoints, example_inputs, load_or_train_digits_dit
+    from lazy_compile.bench.tasks.digits import example_inputs, load_or_train_digits_dit
+    from lazy_compile.bench.tasks.training import default_checkpoints
 
-    return load_or_train_digits_dit(default_checkpoints() / "digits_dit.safetensors"), example_inputs(4)
+    return load_or_train_digits_dit(default_checkpoints("digits") / "digits_dit.safetensors"), example_inputs(4)
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {

@@ -6,7 +6,6 @@ Transformers"), trained to predict the noise and sampled by DDIM with classifier
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,14 +210,6 @@ def load_or_train_digits_classifier(checkpoint: Path | None, *, seed: int = 0) -
         seed=seed,
         steps=CLASSIFIER_TRAINING_STEPS,
     )
-
-
-def default_checkpoints() -> Path:
-    """``examples/digits`` of a source tree, else a folder of the user's cache."""
-    examples = Path(__file__).resolve().parents[3] / "examples" / "digits"
-    if examples.is_dir():
-        return examples
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lazy_compile"
 
 
 def example_inputs(rows: int = 2) -> dict[str, Any]:

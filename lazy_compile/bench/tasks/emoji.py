@@ -27,6 +27,10 @@ SIZE = 64
 TOKENS = 16
 """Tokens of a caption at most, the two that mark its ends among them."""
 CAPTION_CHANNELS = 384
+WHERE_WEIGHTS_ARE = (
+    "a checkout has it in examples/emoji, packages leave its 18 MB out; put that file there, or train it with "
+    "examples/emoji/train.py, which takes hours"
+)
 STRIDE = 121
 """Captions from one row of a sample to the next; it shares no factor with their number, so all come up in turn."""
 
@@ -110,7 +114,7 @@ def load_emoji_pixart(path: Path) -> PixArtTransformer2DModel:
         ArtifactError: there is none, or it is damaged.
     """
     if not path.exists():
-        raise ArtifactError(f"no emoji model at {path}; train it with examples/emoji/train.py, which takes hours")
+        raise ArtifactError(f"no emoji model at {path}; {WHERE_WEIGHTS_ARE}")
     model = build_emoji_pixart()
     load_checkpoint(model, path)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lazy_compile.bench.tasks import digits, emoji, scenes
-from lazy_compile.bench.tasks.digits import default_checkpoints, example_inputs
+from lazy_compile.bench.tasks.digits import example_inputs
 from lazy_compile.bench.tasks.emoji_judge import load_emoji_judge, sentence_embeddings
+from lazy_compile.bench.tasks.training import default_checkpoints
 from lazy_compile.runtime.sampling import Sampler
 
 
@@ -29,6 +30,7 @@ class Subject:
         accuracy: share of the images of one sampling batch that are read as what was asked for.
         sigma: ``timestep -> share of noise`` on the way from data (0) to noise (1), by the model's time input.
         scores: further scores of one sampling batch, given the dense images from the same noise, by name.
+        captions: of the rows of a sampling batch of that size.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Subject:
     accuracy: Callable[[Tensor], float]
     sigma: Callable[[float], float]
     scores: Callable[[Tensor, Tensor], dict[str, float]] = field(default=lambda images, dense: {})
+    captions: Callable[[int], Sequence[str]] = field(default=lambda batch: [""] * batch)
 
 
 def _flow_sigma(timestep: float) -> float:
@@ -54,7 +57,7 @@ def _digits_sigma(timestep: float) -> float:
 
 def digits_subject(batch: int = 16) -> Subject:
     """A class-conditional DiT, eps-prediction, DDIM, guidance 1.5."""
-    folder = default_checkpoints()
+    folder = default_checkpoints("digits")
     judge = digits.load_or_train_digits_classifier(folder / "digits_classifier.safetensors")
     return Subject(
         "digits DiT",
@@ -71,7 +74,7 @@ def digits_subject(batch: int = 16) -> Subject:
 
 def scenes_subject(batch: int = 16) -> Subject:
     """A two-stream MMDiT, flow matching, Euler, guidance 2."""
-    folder = default_checkpoints().with_name("scenes")
+    folder = default_checkpoints("scenes")
     judge = scenes.load_or_train_scenes_classifier(folder / "scenes_classifier.safetensors")
     prompt = scenes.prompts(scenes.ScenesSampler().words(batch))
     example = {
@@ -95,8 +98,12 @@ def scenes_subject(batch: int = 16) -> Subject:
 
 
 def emoji_subject(batch: int = 4) -> Subject:
-    """A PixArt with cross-attention to captions, flow matching, Euler, guidance 3."""
-    folder = default_checkpoints().with_name("emoji")
+    """A PixArt with cross-attention to captions, flow matching, Euler, guidance 3.
+
+    Raises:
+        ArtifactError: its weights are not there.
+    """
+    folder = default_checkpoints("emoji")
     model = emoji.load_emoji_pixart(folder / "emoji_pixart.safetensors")
     judge = load_emoji_judge(folder / "emoji_judge.safetensors")
     captions = emoji.Captions.load(folder / "emoji_captions.safetensors")
@@ -119,6 +126,7 @@ def emoji_subject(batch: int = 4) -> Subject:
         found,
         _flow_sigma,
         scores,
+        lambda rows: [captions.texts[row] for row in sampler.rows(rows).tolist()],
     )
 
 
@@ -127,6 +135,3 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "scenes": scenes_subject,
     "emoji": emoji_subject,
 }
-
-ALL = ("digits", "scenes")
-"""What ``all`` stands for: models that are trained to the end. That of the emoji is not yet, and takes hours."""

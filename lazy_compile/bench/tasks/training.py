@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -19,6 +20,14 @@ from lazy_compile.progress import OnProgress, no_progress, progress_bars
 from lazy_compile.storage import load_tensors, save_tensors
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def default_checkpoints(model: str) -> Path:
+    """``examples/MODEL`` of a source tree, else a folder of the user's cache."""
+    examples = Path(__file__).resolve().parents[3] / "examples" / model
+    if examples.is_dir():
+        return examples
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lazy_compile" / model
 
 
 def seeded(build: Callable[[], ModelT], seed: int) -> ModelT:
