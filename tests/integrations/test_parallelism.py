@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from support.small_model import SMALL
 from support.two_processes import PROCESSES, together
 
 STEPS, CALLS = 4, 24
+
+pytestmark = pytest.mark.slow
 
 
 @torch.no_grad()
@@ -162,23 +165,21 @@ def split_by_diffusers(model: Any) -> None:
     model.enable_parallelism(config=TensorParallelConfig(tp_degree=PROCESSES))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("split", [ulysses, split_by_diffusers])
-def test_diffusers_splits_a_model_before_and_after(
-    split: Callable[[nn.Module], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # diffusers counts GPUs, and takes no CPU
-    monkeypatch.setattr(tensor_parallel_hooks, "_SUPPORTED_TP_DEVICES", ("cpu",))
-
-    def diffusers_work() -> list[dict[str, Any]]:
+def diffusers_work(split: Callable[[nn.Module], Any]) -> list[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "device_count", lambda: 1)  # diffusers counts GPUs, and takes no CPU
+        patch.setattr(tensor_parallel_hooks, "_SUPPORTED_TP_DEVICES", ("cpu",))
         before, after = flux(), lazy_compile.transform(flux())
         split(before)
         sample_flux(after)
         split(after)
         return [outcome(lazy, sample_flux) for lazy in (lazy_compile.transform(before), after)]
 
+
+@pytest.mark.parametrize("split", [ulysses, split_by_diffusers])
+def test_diffusers_splits_a_model_before_and_after(split: Callable[[nn.Module], Any], tmp_path: Path) -> None:
     alone = outcome(lazy_compile.transform(flux()), sample_flux)
-    first, second = together(diffusers_work, tmp_path, 900)
+    first, second = together(partial(diffusers_work, split), tmp_path, 900)
     assert [found["plan"] for found in first] == [found["plan"] for found in second]
     for found in [*first, *second]:
         assert found["groups"]

@@ -85,6 +85,10 @@ def outcome(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def shards_outcome() -> dict[str, Any]:
+    return outcome(Shards(SMALL.model()))
+
+
 def reused_apart(lazy: LazyModule, calls: list[dict[str, Any]]) -> Any:
     """What is reused where one of the processes goes on with another request at a step that reuses."""
     lazy.policy = Scheduled(CacheSchedule.every(2, STEPS, 2))
@@ -98,7 +102,7 @@ def reused_apart(lazy: LazyModule, calls: list[dict[str, Any]]) -> Any:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of both processes, and of one alone."""
-    return [*together(lambda: outcome(Shards(SMALL.model())), tmp_path_factory.mktemp("two")), outcome(SMALL.model())]
+    return [*together(shards_outcome, tmp_path_factory.mktemp("two")), outcome(SMALL.model())]
 
 
 def test_all_processes_decide_as_one_process_does(outcomes: list[dict[str, Any]]) -> None:

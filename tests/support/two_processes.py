@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed
 from torch.multiprocessing.spawn import start_processes
 
-PROCESSES, PATIENCE = 2, 120.0
+PROCESSES, PATIENCE = 2, 240.0
+ROOT = Path(__file__).parents[2]
 
 
 def together(work: Callable[[], Any], folder: Path, seconds: float = PATIENCE) -> list[Any]:
     """What each of two processes returns.
 
-    They are forks of this one, so that they find what it has imported and built. What they cannot do in time they will
-    never do: they wait for each other.
+    They begin anew and import the module of ``work``, a function of it or a partial of one: a fork of a process whose
+    autograd has threads hangs. What they cannot do in time they will never do: they wait for each other.
     """
-    context = start_processes(  # type: ignore[no-untyped-call]
-        _begin, args=(work, str(folder), seconds), nprocs=PROCESSES, join=False, start_method="fork"
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(ROOT)])  # where pytest has test modules from; handed on
+        context = start_processes(  # type: ignore[no-untyped-call]
+            _begin, args=(work, str(folder), seconds), nprocs=PROCESSES, join=False, start_method="spawn"
+        )
     end = time.monotonic() + seconds
     while not context.join(timeout=1):
         if time.monotonic() > end:
