@@ -185,7 +185,7 @@ def test_inductor_makes_what_eager_mode_makes() -> None:
     lazy.reset()
     for seen, wanted in zip(run(lazy, calls), expected, strict=True):
         torch.testing.assert_close(seen, wanted, atol=1e-4, rtol=1e-4)
-    assert lazy.compilations == PIECES
+    assert counters["stats"]["unique_graphs"] == lazy.compilations > PIECES  # those that reuse end in an arm of theirs
 
 
 def test_an_uncompiled_lazy_model_compiles_nothing() -> None:
