@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lazy_compile
 from lazy_compile import CacheSchedule, GateTable, LazyModule, Learned, Scheduled
 from lazy_compile.backends.onnx import convert as converting
-from lazy_compile.backends.onnx import export, prologue
+from lazy_compile.backends.onnx import lifted_model, prologue
 from lazy_compile.backends.onnx import save as onnx_save
 from lazy_compile.backends.onnx.export import export_onnx
 from lazy_compile.backends.onnx.masks import ScheduleVariants
@@ -82,7 +82,7 @@ class Workshop:
         its source, since building one takes longer than all else here. Only while it is open: no test outside may
         meet them."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export, "convert", self._convert)
+            patch.setattr(lifted_model, "convert", self._convert)
             patch.setattr(prologue, "convert", self._convert)
             patch.setattr(build, "_make", _make)
             yield
