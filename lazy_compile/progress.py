@@ -23,8 +23,8 @@ OnProgress = Callable[..., None]
 """``(stage, done, total, note="")``: called whenever ``done`` of ``total`` units of ``stage`` are finished."""
 
 
-SECONDS = 15.0
-"""How often long work is told of where no bar can be drawn: in a log, or behind a pipe."""
+LOG_INTERVAL = 15.0
+"""Seconds between progress lines where standard error is not a terminal."""
 
 
 def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
@@ -33,7 +33,7 @@ def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
 
 @contextmanager
 def progress_bars(enabled: bool = True) -> Iterator[OnProgress]:
-    """One bar per stage on standard error; where that is not a terminal, a line every :data:`SECONDS` seconds."""
+    """One bar per stage on standard error; where that is not a terminal, a line every :data:`LOG_INTERVAL` seconds."""
     if not enabled:
         yield no_progress
         return
@@ -61,7 +61,7 @@ def _lines() -> OnProgress:
 
     def report(stage: str, done: int, total: int, note: str = "") -> None:
         nonlocal last
-        if time.monotonic() - last >= SECONDS:
+        if time.monotonic() - last >= LOG_INTERVAL:
             last = time.monotonic()
             print(f"{stage}: {done} of {total}" + (f", {note}" if note else ""), file=sys.stderr, flush=True)
 

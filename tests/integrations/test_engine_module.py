@@ -61,7 +61,9 @@ def difference(seen: torch.Tensor, expected: torch.Tensor) -> float:
     return float((seen - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "wan" else pytest.mark.zoo) for name in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "wan" else pytest.mark.slow) for name in CASES]
+)
 def test_a_pipeline_runs_with_an_exported_model(name: str, exported: Exported) -> None:
     case, lazy, path = exported(name)
     for policy in (AlwaysCompute(), Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))):

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazy_compile.backends.onnx.convert import (
-    SpecialisedError,
-)
+from lazy_compile.backends.onnx.convert import SpecialisedError
 from lazy_compile.backends.onnx.free_sizes import Dynamic
 from lazy_compile.backends.onnx.lifted_model import ExportRequest, LiftedModel
 from lazy_compile.backends.onnx.masks import MANIFEST, ScheduleVariants, SharedWeights
