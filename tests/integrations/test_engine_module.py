@@ -21,6 +21,7 @@ from lazy_compile.errors import ArtifactError, BackendError, ConfigError
 from lazy_compile.integrations.engine_module import EngineModule, observed_call
 from support.diffusers_pipelines import CASES, STEPS, Case, dit, wan
 from support.hoisting import counted
+from support.slow import slow_but
 
 # Two of diffusers' schedulers trip over numpy's own deprecation.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -61,9 +62,7 @@ def difference(seen: torch.Tensor, expected: torch.Tensor) -> float:
     return float((seen - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "wan" else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", slow_but(["wan"], CASES))
 def test_a_pipeline_runs_with_an_exported_model(name: str, exported: Exported) -> None:
     case, lazy, path = exported(name)
     for policy in (AlwaysCompute(), Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))):

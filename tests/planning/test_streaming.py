@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lazy_compile import CacheSchedule, LazyModule
 from lazy_compile.errors import ConfigError
@@ -16,6 +17,7 @@ from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.planning.estimate import estimate_plan, parse_bytes
 from lazy_compile.planning.output_store import OutputStore, Streaming
 from lazy_compile.planning.sample_response import Response, measure_response
+from lazy_compile.planning.trace import Trace
 from support.sampling import STEPS, inputs, lazy_tiny_dit, sample, start, timesteps
 
 SCHEDULE = CacheSchedule.every(2, STEPS, 4)
@@ -88,6 +90,31 @@ def test_a_branch_that_is_repeated_saves_nothing_for_its_gradients(
         measure_response(lazy, sample, SCHEDULE, seed=0, rows_are_samples=True, streaming=streaming)
         counts.append(computed[0])
     assert counts[1] > counts[0]
+
+
+def test_inputs_of_branches_that_are_repeated_do_not_wait_for_the_way_back(
+    lazy: LazyModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[StorageWeakRef] = []
+    waiting: list[int] = []
+    compute, answer = LazyBranch.compute, Trace.answer
+
+    def noted(branch: LazyBranch, values: Sequence[Any]) -> tuple[Tensor, ...]:
+        if not waiting:
+            activations = [value for value in values if value.requires_grad and not value.is_leaf]
+            given.extend(StorageWeakRef(value.untyped_storage()) for value in activations)
+        return compute(branch, values)
+
+    def counted(trace: Trace, *arguments: Any, **options: Any) -> Tensor:
+        waiting.append(sum(not each.expired() for each in given))
+        return answer(trace, *arguments, **options)
+
+    monkeypatch.setattr(LazyBranch, "compute", noted)
+    monkeypatch.setattr(Trace, "answer", counted)
+    streaming = Streaming("disk", repeat_branches=True)
+    measure_response(lazy, sample, SCHEDULE, seed=0, rows_are_samples=True, streaming=streaming)
+    assert len(given) > STEPS
+    assert waiting[0] == 0
 
 
 def rows_from(first: int, count: int) -> Any:
