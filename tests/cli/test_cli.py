@@ -320,6 +320,7 @@ def test_ctrl_c_ends_a_real_process_with_130(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", code, "inspect", "slow:model"],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "started").exists() and time.monotonic() < deadline and process.poll() is None:
