@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,18 @@ COUNTS = frozenset({"nonzero", "argwhere", "masked_select", "bincount", "unique"
 
 _PLACE = re.compile(r"L\['\w+'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 """How torch.export names a size of an input."""
+
+
+@contextmanager
+def every_shape_computed() -> Iterator[None]:
+    """An export that does not look up the shapes of a result among those of earlier calls of its operator.
+
+    With symbolic sizes an entry takes longer to write, and to check, than the shape to compute: a third of an export.
+    """
+    from torch._dynamo import config  # a second of import, which an export needs anyway
+
+    with config.patch(fake_tensor_cache_enabled=False):  # in this thread
+        yield
 
 
 class ExportAid(TorchFunctionMode):

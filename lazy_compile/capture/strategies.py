@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.capture.comparison import register_dataclasses
-from lazy_compile.capture.export_mode import ExportAid
+from lazy_compile.capture.export_mode import ExportAid, every_shape_computed
 from lazy_compile.capture.symbolic_numbers import sizes_stay_symbolic
 from lazy_compile.capture.value_guards import StateGuards, StateTape, Tape, ValueGuards
 
@@ -50,7 +50,8 @@ class CaptureStrategy:
         flat.rows_of = inputs_with_rows(example) if self.dynamic != "nothing" else []
         axes = {"sizes": None, "batch": 1, "nothing": 0}[self.dynamic]
         shapes = tuple(dict.fromkeys(range(tensor.dim())[:axes], Dim.AUTO) for tensor in example)
-        with sizes_stay_symbolic(flat.model) if self.keeps_sizes else nullcontext():
+        keeping = sizes_stay_symbolic(flat.model) if self.keeps_sizes else nullcontext()
+        with keeping, every_shape_computed() if self.dynamic != "nothing" else nullcontext():
             return torch.export.export(flat, tuple(example), dynamic_shapes=(shapes,), strict=self.strict)
 
 

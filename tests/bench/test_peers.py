@@ -65,6 +65,7 @@ def test_products_attention_and_convolutions_count() -> None:
     assert attention[1] == 2 * (2 * 3 * 3 * 8)
 
 
+@pytest.mark.slow
 def test_a_peer_is_counted_as_its_steps_say(tried: Any) -> None:
     """By another way: the steps that it computes, and the MACs of the branches in the graph."""
     _, run, rows, _ = tried

@@ -25,6 +25,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_method_is_scored_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = ("compute_ratio", "rmse_dense", "spread", "median_dense", "rmse_reference", "frechet", "accuracy")
     texts = {"model": "another", "sampler": "", "method": "dense", "family": "dense", "reuse_arm": ""}

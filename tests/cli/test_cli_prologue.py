@@ -42,6 +42,7 @@ def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_model_becomes_two_engines(tmp_path: Path) -> None:
     output = ["--invariant", "text", "--invariant", "shift", "--output", tmp_path / "m.engine"]
     values = answer("build", MODEL, "--flavor", "rtx", "--precision", "fp16", *output)

@@ -96,6 +96,7 @@ def test_lora_without_its_configuration_has_another_scale_lazily_or_not(adapter:
     assert torch.equal(case.sample(), adapter.trained)
 
 
+@pytest.mark.slow
 def test_each_change_of_lora_is_followed_bit_for_bit(adapter: Adapter) -> None:
     eager, case = flux(), flux()
     lazy_compile.transform(case.pipe)

@@ -110,6 +110,7 @@ def test_a_quantised_model_is_gated_like_the_one_it_was_made_of(case: Quantised,
     assert BranchKind.MLP in {branch.kind for branch in lazy.branches}
 
 
+@pytest.mark.slow
 def test_a_lazy_model_can_be_quantised(case: Quantised) -> None:
     lazy = mto.apply_mode(copy.deepcopy(case.model), MODE)
     assert torch.equal(case.run(lazy), case.run(case.model))

@@ -184,6 +184,7 @@ def test_whole_steps_are_placed_early_and_late_and_one_more_than_allowed(monkeyp
     assert [int(schedule.should_compute[:, 0].sum()) for schedule in (allowed, beyond)] == [7, 8]
 
 
+@pytest.mark.slow
 def test_a_budget_of_error_is_kept_and_used_up() -> None:
     lazy, options = lazy_tiny_dit(), SearchOptions(rounds=0)
     allowed = final_error(lazy, sample, CacheSchedule.every(2, STEPS, len(lazy.branches)), seed=5)

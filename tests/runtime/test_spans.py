@@ -144,10 +144,10 @@ DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 @pytest.mark.parametrize(
     ("build", "granularity", "spans"),
     [
-        (flux, 2, [(f"{DOUBLE}.0", f"{DOUBLE}.1"), (f"{SINGLE}.0", f"{SINGLE}.1")]),
+        slow(flux, 2, [(f"{DOUBLE}.0", f"{DOUBLE}.1"), (f"{SINGLE}.0", f"{SINGLE}.1")]),
         slow(flux, "model", [(f"{DOUBLE}.0", f"{SINGLE}.1")]),
         slow(flux, "block", [(f"{name}.{i}",) * 2 for name in (DOUBLE, SINGLE) for i in range(2)]),
-        slow(sd3, "model", [(f"{DOUBLE}.0", f"{DOUBLE}.2")]),
+        (sd3, "model", [(f"{DOUBLE}.0", f"{DOUBLE}.2")]),
         slow(sd3, "block", [(f"{DOUBLE}.{i}",) * 2 for i in range(3)]),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from lazy_compile.backends.onnx.operators import CONSTANT, Exportable
 from lazy_compile.backends.onnx.sizes import Size, names_in
 from lazy_compile.backends.onnx.structure import MARK
 from lazy_compile.backends.onnx.weight_places import note_places
+from lazy_compile.capture.export_mode import every_shape_computed
 from lazy_compile.errors import BackendError, import_optional
 from lazy_compile.ir.branch_arms import state_names
 from lazy_compile.ir.lazy_branch import TAG, LazyBranch
@@ -63,8 +64,8 @@ def convert(
             stack = node.meta.get("nn_module_stack") or {}
             node.meta["nn_module_stack"] = {**stack, MARK: (f"{MARK}.{node.meta[TAG]}", LazyBranch.__name__)}
     try:
-        with quiet(), torch.no_grad():
-            axes = tuple({axis: Dim.AUTO for axis, size in enumerate(item) if isinstance(size, str)} for item in shapes)
+        axes = tuple({axis: Dim.AUTO for axis, size in enumerate(item) if isinstance(size, str)} for item in shapes)
+        with quiet(), torch.no_grad(), every_shape_computed() if any(axes) else nullcontext():
             flat = Exportable(original, program)
             exported = torch.export.export(flat, tuple(example), dynamic_shapes=(axes,), strict=False)
             formulas = _formulas_of(exported, shapes)
