@@ -157,7 +157,7 @@ def _onnxruntime(
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     with tempfile.TemporaryDirectory() as folder:
         gated_file, dense_file = Path(folder) / "gated.onnx", Path(folder) / "dense.onnx"
-        export_onnx(lazy, gated_file, gating="input", predictors=False)
+        export_onnx(lazy, gated_file, gating="input", predictors=False, dynamic=False)
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             torch.onnx.export(model, kwargs=inputs, f=dense_file, dynamo=True, opset_version=20)

@@ -152,7 +152,9 @@ def follow_in_onnx_runtime(
 
     sampler = settings.sampler(batch=4)
     with options(lazy, batch_rule="all_reuse"):
-        exported = export_onnx(lazy, path, example_inputs(rows=2 * sampler.batch), on_progress=on_progress)
+        exported = export_onnx(
+            lazy, path, example_inputs(rows=2 * sampler.batch), dynamic=False, on_progress=on_progress
+        )
         denoiser = EngineDenoiser(OnnxRunner(path), policy, lazy.lazy_config)
         lazy.policy = policy
         there, here = sampler(denoiser, FIRST_EVALUATION_SEED), sampler(lazy, FIRST_EVALUATION_SEED)

@@ -46,7 +46,7 @@ class Models:
     def __init__(self, folder: Path) -> None:
         self.lazy = lazy_compile.transform(TOY.model(), call(TOY), batch_rule="all_reuse")
         self.path = {gating: folder / f"{gating}.onnx" for gating in ("predicate", "input")}
-        export_onnx(self.lazy, self.path["predicate"], group=2)
+        export_onnx(self.lazy, self.path["predicate"], group=2, dynamic=False)
         export_onnx(self.lazy, self.path["input"], gating="input", predictors=False)
 
     def learned(self, interpolation: str = "nearest", shift: float = 0.0, rising: bool = False) -> Learned:

@@ -48,7 +48,7 @@ def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def onnx(gates: Path) -> Path:
     path = gates.parent / "model.onnx"
-    values = answer("export", "support.factories:tiny_dit", "--gates", gates, "--output", path)
+    values = answer("export", "support.factories:tiny_dit", "--gates", gates, "--dynamic", "none", "--output", path)
     assert (values["branches"], values["if_nodes"], values["heavy_ops_outside_if"]) == (4, 4, [])
     assert path.exists()
     return path

@@ -50,7 +50,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scheduled(gates: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lean model for each of the two distinct steps of the schedule."""
     folder = tmp_path_factory.mktemp("set") / "set"
-    values = answer("export", TINY, "--gates", gates, "--gating", "schedule", "--output", folder)
+    values = answer("export", TINY, "--gates", gates, "--gating", "schedule", "--dynamic", "none", "--output", folder)
     assert (values["gating"], values["if_nodes"], values["masks"]) == ("schedule", 0, 2)
     return folder
 

@@ -15,7 +15,7 @@ MODEL = "support.hoisting:conditioned"
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "m.onnx"
-    values = answer("export", MODEL, "--gating", "input", "--invariant", "text", "--output", path)
+    values = answer("export", MODEL, "--gating", "input", "--invariant", "text", "--dynamic", "none", "--output", path)
     assert (values["invariants"], values["hoisted_tensors"]) == (["text"], 2)
     assert values["prologue"] == str(path.with_name("m.prologue.onnx"))
     assert values["hoisted_macs"] > 0

@@ -44,7 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
             lazy_compile.transform(case.pipe)
             with observed_call(case.model) as example:
                 case.sample(num_inference_steps=1)
-            export_onnx(case.model, path, example, gating="input", predictors=False)
+            export_onnx(case.model, path, example, gating="input", predictors=False, dynamic=False)
             made[name] = case, case.model, path
         case, lazy, _ = made[name]
         lazy.policy = AlwaysCompute()
@@ -82,7 +82,7 @@ def test_a_pipeline_computes_what_follows_from_its_prompts_once(exported: Export
     with observed_call(lazy) as example:
         case.sample(num_inference_steps=1)
     names = ("encoder_hidden_states",)
-    export_onnx(lazy, tmp_path / "m.onnx", example, gating="input", predictors=False, invariants=names)
+    export_onnx(lazy, tmp_path / "m.onnx", example, gating="input", predictors=False, invariants=names, dynamic=False)
     policy = Scheduled(CacheSchedule.every(2, STEPS, len(lazy.branches)))
     replace(case, EngineModule(path, like=lazy, policy=policy))
     expected = case.sample()

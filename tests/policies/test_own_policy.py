@@ -63,7 +63,7 @@ TURNS = [[0, 0], [0, 0], [0, 1], [1, 0], [0, 1], [1, 0]]
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lazy = fresh(policy=TakingTurns(2))
     path = tmp_path_factory.mktemp("own") / "m.onnx"
-    export_onnx(lazy, path, gating="input")
+    export_onnx(lazy, path, gating="input", dynamic=False)
     return path
 
 

@@ -46,7 +46,9 @@ class Engines:
         for gating in ("predicate", "input", "schedule"):
             self.lazy.policy = Scheduled(TABLE) if gating == "schedule" else AlwaysCompute()
             onnx, engine = folder / f"{gating}.onnx", folder / f"{gating}.engine"
-            export_onnx(self.lazy, onnx, gating=gating, **({"predictors": True} if gating == "input" else {}))
+            export_onnx(
+                self.lazy, onnx, gating=gating, dynamic=False, **({"predictors": True} if gating == "input" else {})
+            )
             if gating == "schedule":
                 build_engines(onnx, engine, RTX)
                 made.update(
