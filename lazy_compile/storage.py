@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import stat
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ try:
     import fcntl
 except ImportError:  # not on Windows, where folders are not locked
     fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger("lazy_compile")
 
 MAX_JSON_BYTES = 256 * 2**20
 
@@ -116,8 +120,12 @@ _HOST = _host()
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Of several processes that put new files in the place of old ones in this folder, one at a time does."""
-    if fcntl is None:
+    """Of several processes and threads that put new files in the place of old ones in this folder, one at a time does.
+
+    Who holds a folder may ask for it again.
+    """
+    held, key = _HELD.get(), os.path.realpath(folder)
+    if fcntl is None or key in held:
         yield
         return
     try:
@@ -125,12 +133,25 @@ def locked_folder(folder: Path) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise ArtifactError(f"cannot write to {folder}: {error.strerror or error}") from error
+    token = _HELD.set(held | {key})
     try:
         with suppress(OSError):  # some file systems have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _lock(handle, folder)
         yield
     finally:
+        _HELD.reset(token)
         os.close(handle)
+
+
+_HELD: ContextVar[frozenset[str]] = ContextVar("lazy_compile_locked_folders", default=frozenset())
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for another process that writes to %s", folder)
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +43,7 @@ class Journal:
         if folder is None:
             return
         processes = Processes.here()
-        if (folder / IDENTITY).exists():
+        if os.path.lexists(folder / IDENTITY):  # a link to nowhere is no fresh start
             seen = load_json(folder / IDENTITY)
             if seen != identity:
                 different = sorted(

@@ -30,6 +30,7 @@ from lazy_compile.errors import BackendError
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime.module import LazyModule
+from lazy_compile.storage import locked_folder
 
 if TYPE_CHECKING:
     from onnx_ir import Model
@@ -204,9 +205,10 @@ def _write_set(
         beside = prologue_path(folder / MANIFEST, "schedule").with_suffix(".onnx")
         waiting = waiting_path(beside, "schedule", export.prologue.metadata_props[PROLOGUE_KEY])
         weights.take(export.prologue)
-        save_model(export.prologue, waiting, weights.places)
-        masks.save(folder, [weights.name, waiting.name, beside.name])
-        put_in_place(waiting, beside)
+        with locked_folder(folder):  # another export of the same model has a prologue of the same name
+            save_model(export.prologue, waiting, weights.places)
+            masks.save(folder, [weights.name, waiting.name, beside.name])
+            put_in_place(waiting, beside)
     return model, len(masks.files), beside
 
 

@@ -78,7 +78,11 @@ def written_model(model: Model, path: Path, places: RangeDigests | None = None) 
     external = sum(tensor.nbytes for tensor in weights if not isinstance(tensor, ir.ExternalTensor)) > EXTERNAL_BYTES
     data: Path | None = None
     try:
-        with superseding(path, _own_data(path, data_files(path))), atomic_path(path) as temporary:
+        with (
+            locked_folder(path.parent),
+            superseding(path, _own_data(path, data_files(path))),
+            atomic_path(path) as temporary,
+        ):
             data = path.with_name(f"{path.stem}.{token_of(temporary)}.data") if external else None
             ir.save(model, temporary, external_data=None if data is None else data.name)
             onnx.checker.check_model(str(temporary), full_check=True)

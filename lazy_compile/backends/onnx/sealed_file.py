@@ -7,6 +7,7 @@ its content in one streaming pass, however large a model is, and stays an ONNX f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ from typing import Any
 from lazy_compile.backends.onnx.metadata import KEY, UNSEALED
 from lazy_compile.digests import RESTORE, RangeDigests, digest_of, digest_of_file, verifies
 from lazy_compile.errors import ArtifactError, import_optional, shown
-from lazy_compile.storage import regular_file
+from lazy_compile.storage import regular_file, shown_path
 
 DIGEST_KEY = "lazy_compile.digest"
 
@@ -72,11 +73,17 @@ def unseal(path: Path) -> None:
 
 
 def seal_of(path: Path) -> str | None:
-    """The digest that a file carries; None if it carries none."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(size - TRAILER_BYTES, 0))
-        end = file.read()
+    """The digest that a file carries; None if it carries none.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - TRAILER_BYTES, 0))
+            end = file.read(TRAILER_BYTES)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {shown_path(path)}: {error.strerror or error}") from error
     digits = end[len(_TRAILER) :]
     sealed = end.startswith(_TRAILER) and len(digits) == 64 and set(digits) <= set(b"0123456789abcdef")
     return digits.decode() if sealed else None
@@ -190,7 +197,8 @@ def _beside(path: Path, location: str) -> Path:
     parts = PurePosixPath(location).parts
     file = folder.joinpath(*parts) if parts and "\0" not in location else folder
     inside = parts and not PurePosixPath(location).is_absolute() and ".." not in parts and "\\" not in location
-    if not inside or len(location) > 255 or not file.resolve().is_relative_to(folder.resolve()):
+    place = Path(os.path.realpath(file))  # Path.resolve() fails where links go round in a circle
+    if not inside or len(location) > 255 or not place.is_relative_to(os.path.realpath(folder)):
         raise ArtifactError(
             f"{path} reads weights from {shown(location)}; expected a file in its own folder: export the model again"
         )

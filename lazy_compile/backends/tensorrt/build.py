@@ -96,13 +96,20 @@ def build_engine(
     source, target, config = OnnxSource.read(onnx), Path(engine), config or BuildConfig()
     prologue = source.read_prologue()
     ranges = size_ranges(source.dims, source.model, config.profiles, source.example)
-    made = _make(source, target, config, ranges, policy or _policy_of(source), on_progress)
-    if prologue is None:
-        return made.write()
-    beside = _make_prologue(prologue, source, target, config, ranges, on_progress)
-    with beside.at_hand(prologue.prologue) as waiting, superseding(target, waiting):
-        report = made.write()
-        return replace(report, prologue=beside.write())
+    policy = policy or _policy_of(source)
+    while True:
+        made = _make(source, target, config, ranges, policy, on_progress)
+        beside = None
+        if prologue is not None:
+            beside = _make_prologue(prologue, source, target, config, ranges, on_progress)
+        with locked_folder(target.parent):
+            if not made.is_current() or (beside is not None and not beside.is_current()):
+                continue  # another process has put another engine in the place of one that could stay
+            if prologue is None or beside is None:
+                return made.write()
+            with beside.at_hand(prologue.prologue) as waiting, superseding(target, waiting):
+                report = made.write()
+                return replace(report, prologue=beside.write())
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,10 @@ class _Made:
     seconds: float
     policy: str
     sizes: str
+
+    def is_current(self) -> bool:
+        """Whether the engine need not be built again: it is here, or still there."""
+        return self.plan is not None or _finished(self.target, self.sidecar.key) is not None
 
     def write(self) -> BuildReport:
         beside, waiting = path_beside(self.target), waiting_path(self.target, self.sidecar.content)
@@ -286,16 +297,17 @@ def build_engines(
         for source in sources.values()
     ]
     result = ScheduleVariants.of(masks.schedule, Path(engines), ".engine", digest_of("".join(keys).encode())[:8])
-    for mask, source in sources.items():
-        reports.append(_make(source, result.files[mask], config, ranges, policy, on_progress).write())
-    if prologue is None:
-        result.save(Path(engines))
-        return reports
-    beside = _make_prologue(prologue, first, reports[0].path, config, ranges, on_progress)
-    with beside.at_hand(prologue.prologue) as waiting:
-        result.save(Path(engines), [beside.target.name, waiting[0]])
-        reports[0] = replace(reports[0], prologue=beside.write())
-        remove_files(Path(engines), waiting)
+    with locked_folder(Path(engines)):
+        for mask, source in sources.items():
+            reports.append(_make(source, result.files[mask], config, ranges, policy, on_progress).write())
+        if prologue is None:
+            result.save(Path(engines))
+            return reports
+        beside = _make_prologue(prologue, first, reports[0].path, config, ranges, on_progress)
+        with beside.at_hand(prologue.prologue) as waiting:
+            result.save(Path(engines), [beside.target.name, waiting[0]])
+            reports[0] = replace(reports[0], prologue=beside.write())
+            remove_files(Path(engines), waiting)
     return reports
 
 
