@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lazy_compile.backends.onnx.sizes import Shape, Size, Sizes, shape_at, spelled
 from lazy_compile.backends.session import LoadedFile, Session
-from lazy_compile.backends.stream import BufferPool, Mask, Stream
+from lazy_compile.backends.stream import BufferPool, Mask, Stream, allocate
 from lazy_compile.errors import ArtifactError, ConfigError, shown
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.ir.extrapolation import SLOPE
@@ -172,7 +172,7 @@ class Runner:
         session = self.sessions[mask]
         context = stream.contexts.get(mask) or stream.contexts.setdefault(mask, session.context())
         results = {
-            name: torch.empty(self.output_shape(name, sizes), dtype=spec.dtype, device=self.device)
+            name: allocate(self.output_shape(name, sizes), spec.dtype, self.device)
             for name, spec in session.outputs.items()
             if name not in self._next
         }

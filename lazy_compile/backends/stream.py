@@ -12,10 +12,27 @@ from torch import Tensor
 from lazy_compile.backends.onnx.metadata import InputSpec, SlotSpec
 from lazy_compile.backends.onnx.sizes import Shape, Sizes, shape_at
 from lazy_compile.backends.session import ExecutionContext
+from lazy_compile.errors import BackendError, shown
 from lazy_compile.runtime.tensor_snapshot import TensorSnapshot
 
 Mask = tuple[bool, ...]
 """Whether each branch computes."""
+
+
+def allocate(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that nothing was written to.
+
+    Raises:
+        BackendError: there is not so much.
+    """
+    try:
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError as error:
+        raise BackendError(
+            f"no memory for {shown(list(shape), 60)} of {str(dtype).removeprefix('torch.')} on {device} ({shown(error)}); "
+            "run a smaller batch, or a model with fewer caches: granularity='block'"
+        ) from error
 
 
 class BufferPool:
@@ -34,8 +51,7 @@ class BufferPool:
             buffer = found.pop()
             self._idle -= _bytes(buffer)
         else:
-            with torch.inference_mode(False):
-                buffer = torch.empty(shape, dtype=dtype, device=self.device)
+            buffer = allocate(shape, dtype, self.device)
         self._used += _bytes(buffer)
         self._most = max(self._most, self._used)
         return buffer

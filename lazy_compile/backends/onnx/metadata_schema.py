@@ -83,7 +83,7 @@ def _check_sizes(metadata: Any) -> None:
     for spec in specs:
         for size in spec.shape:
             named = isinstance(size, int) or names_in(size) <= set(free)
-            _expect(named and value_at(size, metadata.example) >= 0, f"a shape is {list(spec.shape)}")
+            _expect(named and 0 <= value_at(size, metadata.example) < 2**31, f"a shape is {shown(list(spec.shape))}")
     for condition in metadata.conditions:
         _expect(names_in(condition) <= set(free), f"{shown(condition)} is about an unknown size")
 
