@@ -29,8 +29,9 @@ def allocate(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         with torch.inference_mode(False):
             return torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as error:
+        kind = str(dtype).removeprefix("torch.")
         raise BackendError(
-            f"no memory for {shown(list(shape), 60)} of {str(dtype).removeprefix('torch.')} on {device} ({shown(error)}); "
+            f"no memory for {shown(list(shape), 60)} of {kind} on {device} ({shown(error)}); "
             "run a smaller batch, or a model with fewer caches: granularity='block'"
         ) from error
 
