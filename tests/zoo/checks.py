@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,6 @@ from torch.utils import _pytree as pytree
 
 from lazy_compile import CacheSchedule, LazyModule, Learned, Scheduled
 from lazy_compile.backends.denoiser import EngineDenoiser
-from lazy_compile.backends.onnx.export import export_onnx
-from lazy_compile.backends.onnx.structure import check_structure
-from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.calibration.soft_step import SoftStep
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.ir.lazy_branch import LazyBranch
@@ -28,11 +23,15 @@ from zoo.exceptions import OUTSIDE
 from zoo.gates import mixed_gates
 from zoo.golden import described, golden
 from zoo.graph_oracle import GraphOracle
+from zoo.sizes import combinations, resized_calls
 from zoo.subject import BATCH, Call, Subject, answer, plainly, row_of, run, tensors_of
 
 STEPS = 5
 ONNX_TOLERANCE = 1e-4
 MIXED = 1e-4
+
+COMBINATIONS = 5
+"""Of sizes, for each model."""
 
 
 def captures(subject: Subject) -> str:
@@ -204,26 +203,49 @@ def separate_rows(subject: Subject) -> int:
 
 def onnx(subject: Subject) -> str:
     """Exported with ``If``, sound in structure, and in ONNX Runtime what PyTorch gives, with and without reuse."""
-    lazy, calls = subject.fresh(), subject.calls(STEPS)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        with plainly():
-            export_onnx(lazy, path, subject.arguments)
-        problems = check_structure(path).problems
-        assert not problems, "; ".join(problems)
-        denoiser = EngineDenoiser(OnnxRunner(path, threads=1))
+    lazy, (runner, problems) = subject.fresh(), subject.exported
+    assert not problems, "; ".join(problems)
     worst = 0.0
     for table in (CacheSchedule.always_compute(2, len(lazy.branches)), random_schedule(lazy)):
-        lazy.policy = denoiser.policy = Scheduled(table)
-        expected = run(lazy, calls[: table.steps])
-        for call, tensors in zip(calls, expected, strict=False):
-            worst = max(worst, difference(tensors_of(answer(denoiser, call)), tensors))
+        worst = max(worst, _between_runtimes(lazy, EngineDenoiser(runner), subject.calls(table.steps), table))
     assert worst <= ONNX_TOLERANCE, f"differs by {worst:.2g} from PyTorch"
     return f"{worst:.0e}"
 
 
+def sizes(subject: Subject) -> str:
+    """The same file at other batches, resolutions and lengths, over whole trajectories; which sizes are free.
+
+    PyTorch and ONNX Runtime are given the same; sizes that the model itself refuses, or the file by a condition that it
+    names, are no combination.
+    """
+    lazy, (runner, _) = subject.fresh(), subject.exported
+    if not runner.metadata.sizes:
+        return "none"
+    worst, done, table = 0.0, 0, random_schedule(lazy)
+    for chosen in combinations(runner.metadata.example):
+        if done == COMBINATIONS:
+            break
+        if (calls := resized_calls(subject, runner.metadata, chosen)) is None:
+            continue
+        worst, done = max(worst, _between_runtimes(lazy, EngineDenoiser(runner), calls, table)), done + 1
+        assert worst <= ONNX_TOLERANCE, f"at {chosen} it differs by {worst:.2g} from PyTorch"
+    assert done, "no other size can be run"
+    return f"{', '.join(size.name for size in runner.metadata.sizes)}: {done}"
+
+
+def _between_runtimes(lazy: LazyModule, denoiser: EngineDenoiser, calls: Sequence[Call], table: CacheSchedule) -> float:
+    """The largest difference over a trajectory that follows a schedule."""
+    lazy.policy = denoiser.policy = Scheduled(table)
+    lazy.reset()
+    expected = run(lazy, calls)
+    return max(
+        difference(tensors_of(answer(denoiser, call)), tensors) for call, tensors in zip(calls, expected, strict=True)
+    )
+
+
 CHECKS: dict[str, Callable[[Subject], str]] = {
-    check.__name__: check for check in (captures, branches, attention, share, exact, schedule, gradients, batch, onnx)
+    check.__name__: check
+    for check in (captures, branches, attention, share, exact, schedule, gradients, batch, onnx, sizes)
 }
 
 

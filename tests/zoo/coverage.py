@@ -22,7 +22,7 @@ from zoo.subject import Subject, subject
 
 DOCS = Path(__file__).parents[2] / "docs"
 ANSWERS = DOCS / "results" / "coverage.json"
-SHOWN = ("attention", "share", "exact", "schedule", "gradients", "batch", "onnx")
+SHOWN = ("attention", "share", "exact", "schedule", "gradients", "batch", "onnx", "sizes")
 PYTORCH = ("captures", "branches", "attention", "share", "exact", "schedule", "gradients", "batch")
 
 HEAD = """# Coverage
@@ -48,15 +48,19 @@ diffusers lacks: small configurations with random weights, found by dataflow alo
   decisions, a batch gives what its rows give alone. *Branches alone*: the original itself gives something else for a
   row (OmniGen's images belong to places of the batch), so each branch is run for the batch and for each row instead.
 - **ONNX**: one `If` for each branch, and the largest difference between ONNX Runtime and PyTorch, with reuse.
+- **free sizes**: those that one exported file takes at whatever length, and at how many other combinations of them it
+  was run over a whole trajectory, with reuse, and gave what PyTorch gives.
+- **capture**: seconds of one processor, to transform the model.
 
-| model | strategy | branches | attention | token MACs | exact | reuse | gates | rows | ONNX |
-|---|---|---|---|---|---|---|---|---|---|
+| model | strategy | branches | attention | token MACs | exact | reuse | gates | rows | ONNX | free sizes | capture |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
 def ask(model: Subject) -> dict[str, Any]:
     """The answers of one model: ``check -> [passed, what was seen or why not]``."""
     answers: dict[str, Any] = {}
+    start = time.process_time()
     for name, check in CHECKS.items():
         try:
             answers[name] = [True, check(model)]
@@ -64,6 +68,7 @@ def ask(model: Subject) -> dict[str, Any]:
             answers[name] = [False, f"{type(error).__name__}: {error}".splitlines()[0][:200]]
             if name == "captures":
                 return answers
+        answers.setdefault("capture_seconds", round(time.process_time() - start, 1))
     answers["kinds"] = dict(Counter(branch.kind.value for branch in model.lazy.branches))
     answers["token_share"] = token_share(model)
     return answers
@@ -83,7 +88,7 @@ def page(answers: dict[str, dict[str, Any]]) -> str:
 def _summary(answers: dict[str, dict[str, Any]]) -> str:
     """How many models pass each check, and all of them; a model that is not captured passes none."""
     passed = {check: sum(found.get(check, [False])[0] for found in answers.values()) for check in CHECKS}
-    for name, checks in (("**all in PyTorch**", PYTORCH), ("**and ONNX**", (*PYTORCH, "onnx"))):
+    for name, checks in (("**all in PyTorch**", PYTORCH), ("**and ONNX**", (*PYTORCH, "onnx", "sizes"))):
         passed[name] = sum(all(found.get(check, [False])[0] for check in checks) for found in answers.values())
     shares = [found["token_share"] for found in answers.values() if "token_share" in found]
     asked = f"{len(answers)} of {len(zoo())} models were asked"
@@ -103,11 +108,11 @@ def _summary(answers: dict[str, dict[str, Any]]) -> str:
 
 def _row(name: str, found: dict[str, Any]) -> str:
     if not found["captures"][0]:
-        return f"| {name} | not captured |" + " |" * (len(SHOWN) + 1)
+        return f"| {name} | not captured |" + " |" * (len(SHOWN) + 2)
     kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
-    cells = [found[check][1] if found[check][0] else "**no**" for check in SHOWN]
+    cells = [found[check][1] if found.get(check, [False])[0] else "**no**" for check in SHOWN]
     strategy = found["captures"][1].removeprefix("export, ")
-    return f"| {name} | {strategy} | {kinds} | " + " | ".join(cells) + " |"
+    return f"| {name} | {strategy} | {kinds} | " + " | ".join([*cells, f"{found['capture_seconds']} s"]) + " |"
 
 
 def _causes(answers: dict[str, dict[str, Any]]) -> str:

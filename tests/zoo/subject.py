@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from torch.utils import _pytree as pytree
 import lazy_compile
 from lazy_compile import AlwaysCompute, LazyConfig, LazyModule
 from lazy_compile.analysis.batch_rows import batch_axis, batch_symbol
+from lazy_compile.backends.onnx.export import export_onnx
+from lazy_compile.backends.onnx.structure import check_structure
+from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.capture.call_layout import CallLayout
 from lazy_compile.runtime.lazy_graph import LazyGraph
 from support.toy_models import randomize
@@ -50,6 +55,15 @@ class Subject:
     def graph(self) -> LazyGraph:
         """The capture of the whole batch."""
         return self.lazy.capture(**self.arguments)
+
+    @cached_property
+    def exported(self) -> tuple[OnnxRunner, tuple[str, ...]]:
+        """The model in ONNX Runtime, with ``If`` and every size free that can be, and what is wrong with the file."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            with plainly():
+                export_onnx(self.fresh(), path, self.arguments)
+            return OnnxRunner(path, threads=1), tuple(check_structure(path).problems)
 
     def fresh(self, **options: Any) -> LazyModule:
         """The lazy model without caches and statistics, and with these options."""

@@ -29,7 +29,9 @@ def _cases() -> list[object]:
     cases = []
     for name in zoo():
         for check in CHECKS if "captures" not in FAILING.get(name, {}) else ["captures"]:
-            marks = [] if name in (EXPORTED_EVERY_RUN if check == "onnx" else EVERY_RUN) else [pytest.mark.zoo]
+            marks = (
+                [] if name in (EXPORTED_EVERY_RUN if check in ("onnx", "sizes") else EVERY_RUN) else [pytest.mark.zoo]
+            )
             if reason := FAILING.get(name, {}).get(check):
                 marks.append(pytest.mark.xfail(raises=(AssertionError, LazyCompileError), reason=reason, strict=True))
             cases.append(pytest.param(name, check, id=f"{name}-{check}", marks=marks))
