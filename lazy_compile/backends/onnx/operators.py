@@ -189,11 +189,23 @@ def _scatter(
     return torch.where(count > 0, total / count.clamp(min=1.0), target)
 
 
+def _repeat_interleave(
+    operator: Any, value: Tensor, repeats: Any, dim: int | None = None, output_size: int | None = None
+) -> Tensor:
+    """Where the number is free, the exporter repeats along the axis beside the new one."""
+    if not isinstance(repeats, torch.SymInt):
+        return operator(value, repeats, dim, output_size=output_size)  # type: ignore[no-any-return]
+    value, axis = (value.flatten(), 0) if dim is None else (value, dim % value.dim())
+    shape = [*value.shape[: axis + 1], repeats, *value.shape[axis + 1 :]]
+    return value.unsqueeze(axis + 1).expand(shape).flatten(axis, axis + 1)
+
+
 _LOWERINGS: dict[Any, Callable[..., Any]] = {
     select._opoverload: _select,
     fake_quantize._opoverload: _quantize,
     aten.scaled_dot_product_attention.default: _attend,
     flex_attention: _attend_densely,
+    aten.repeat_interleave.self_int: _repeat_interleave,
     aten.scatter_reduce.two: _scatter,
     **dict.fromkeys([*_SUMS, *_DIFFERENCES], _add),
 }

@@ -59,10 +59,24 @@ def guards_of(graph: LazyGraph) -> list[SizeGuard]:
     found = []
     for environment in {id(env): env for env in map(_environment, graph.captured.fake_tensors) if env}.values():
         for guard in environment.guards:
-            expression = environment.replace(guard.expr)
+            expression = environment.replace(guard.expr).replace(_is_least, _without_multiples)
             if expression not in (sympy.true, sympy.false):
                 found.append(SizeGuard(expression, _line_of_model(guard.sloc.framework_loc)))
     return sorted((guard for guard in found if guard.counts), key=lambda guard: not guard.line)
+
+
+def _is_least(part: Any) -> bool:
+    return type(part).__name__ == "Min"
+
+
+def _without_multiples(least: Any) -> Any:
+    """``min(32, 32*s)`` is 32: torch asks whether strides agree by such terms, and no size is below 1."""
+    parts = [
+        part
+        for part in least.args
+        if not any(other != part and (ratio := part / other).is_integer and ratio.is_positive for other in least.args)
+    ]
+    return least.func(*parts)
 
 
 def pinned_symbols(guards: Collection[SizeGuard]) -> dict[str, str]:

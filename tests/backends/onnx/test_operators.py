@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,27 @@ def test_a_complex_input_is_taken_in_pairs(tmp_path: Path) -> None:
     table = torch.polar(torch.ones(TOKENS, WIDTH // 2), torch.arange(TOKENS * WIDTH // 2).float().reshape(TOKENS, -1))
     arguments = {**call(SMALL), "table": table}
     assert agrees(captured(Rotates(), arguments), arguments, tmp_path)
+
+
+class Repeats(Wraps):
+    """Each frame meets each word: both are repeated as often as there are of the others."""
+
+    def forward(self, x: Tensor, t: Tensor, frames: Tensor, words: Tensor) -> Tensor:
+        pairs = frames.repeat_interleave(words.shape[1], dim=1) * words.repeat(1, frames.shape[1], 1)
+        return self.small(x + pairs.cumsum(dim=1).mean(dim=1, keepdim=True), t)
+
+
+def test_a_free_number_of_repeats(tmp_path: Path) -> None:
+    def arguments(frames: int, words: int) -> dict[str, Tensor]:
+        toy = replace(SMALL, shapes={**SMALL.shapes, "frames": (frames, WIDTH), "words": (words, WIDTH)})
+        return call(toy)
+
+    lazy = captured(Repeats(), arguments(3, 5))
+    report = lazy_compile.export_onnx(lazy, tmp_path / "m.onnx")
+    assert {"frames_1", "words_1"} <= set(report.sizes)
+    denoiser = EngineDenoiser(OnnxRunner(tmp_path / "m.onnx", threads=1))
+    for given in (arguments(3, 5), arguments(4, 4)):
+        assert torch.allclose(*run(denoiser, [given]), *run(lazy, [given]), atol=1e-4)
 
 
 class DropsWords(Wraps):
