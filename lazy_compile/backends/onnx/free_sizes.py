@@ -98,6 +98,12 @@ class FreeSizes:
                     place = f"{graph.layout.names[item.position]}.{item.axis}"
                     held[place] = _why(tensors[item.position].shape[item.axis], line)
                     del free[name]
+        for name, reader in _read_for_values(graph, found):
+            place = f"{graph.layout.names[found[name].position]}.{found[name].axis}"
+            held[place] = (
+                f"{tensors[found[name].position].shape[found[name].axis]}, as the model reads the values of {reader}"
+            )
+            free.pop(name, None)
         if shapes is not None:
             ranges = cls._with(tensors, found, free, {}, held)._ranges(graph, shapes)
         else:
@@ -247,6 +253,17 @@ def _fixed(graph: LazyGraph) -> dict[str, str]:
                 line = lines.get((position, axis), "")
                 found[f"{graph.layout.names[position]}.{axis}"] = _why(length, line)
     return found
+
+
+def _read_for_values(graph: LazyGraph, found: Mapping[str, _Named]) -> Iterator[tuple[str, str]]:
+    """Free sizes of inputs whose values decide which graph it is, and such an input: of another size its values are
+    others."""
+    for input_name, fake in zip(graph.layout.names, graph.captured.fake_tensors, strict=True):
+        if input_name in graph.guarded_inputs:
+            symbols = {
+                str(symbol) for size in _sizes(fake) if _number(size) is None for symbol in size.node.expr.free_symbols
+            }
+            yield from ((name, input_name) for name, item in found.items() if item.symbol in symbols)
 
 
 def _why(length: int, line: str) -> str:

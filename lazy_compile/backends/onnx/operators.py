@@ -155,7 +155,10 @@ def _attention_parts(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """Products and a softmax, each factor scaled by the root as in torch's own formula; None for what else there is."""
+    """Products and a softmax, each factor scaled by the root as in torch's own formula; None for what else there is.
+
+    A query whose mask leaves it no key attends to nothing, as in torch: its softmax alone is NaN.
+    """
     if dropout or is_causal or enable_gqa or not isinstance(query.shape[-1], int):
         return None
     root = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
@@ -164,7 +167,10 @@ def _attention_parts(
         scores = torch.where(mask, scores, float("-inf"))
     elif mask is not None:
         scores = scores + mask
-    return torch.softmax(scores, -1) @ value
+    weights = torch.softmax(scores, -1)
+    if mask is not None:
+        weights = torch.where(scores.amax(-1, keepdim=True) == float("-inf"), 0.0, weights)
+    return weights @ value
 
 
 def _with_four_axes(item: Tensor) -> Tensor:

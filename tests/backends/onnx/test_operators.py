@@ -75,6 +75,19 @@ class ChoosesBooleans(Attends):
         return scaled_dot_product_attention(q, k, v, mask)
 
 
+class MasksWholeRows(Attends):
+    """The first token of each row may look at nothing: torch gives it zeros."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = q.shape[2]
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril(-1).expand(q.shape[0], 1, tokens, tokens)
+        return scaled_dot_product_attention(q, k, v, mask)
+
+
+def test_whoever_may_look_at_nothing_gets_nothing(tmp_path: Path) -> None:
+    assert agrees(captured(MasksWholeRows(), call(SMALL)), call(SMALL), tmp_path, dynamic=True)
+
+
 class Factorises(Small):
     """Its MLP is followed by the orthogonal factor of a weight."""
 
@@ -99,9 +112,9 @@ def captured(model: nn.Module, arguments: dict[str, Any]) -> LazyModule:
     return lazy_compile.transform(randomize(model).eval(), arguments)
 
 
-def agrees(lazy: LazyModule, arguments: dict[str, Any], folder: Path) -> bool:
+def agrees(lazy: LazyModule, arguments: dict[str, Any], folder: Path, *, dynamic: bool = False) -> bool:
     """ONNX Runtime gives what PyTorch gives, with and without reuse."""
-    lazy_compile.export_onnx(lazy, folder / "m.onnx", arguments, dynamic=False)
+    lazy_compile.export_onnx(lazy, folder / "m.onnx", arguments, dynamic=dynamic)
     denoiser = EngineDenoiser(OnnxRunner(folder / "m.onnx", threads=1))
     lazy.policy = denoiser.policy = Scheduled(CacheSchedule.every(2, 4, len(lazy.branches)))
     calls = [arguments | {"x": arguments["x"] * (1 - 0.1 * step)} for step in range(4)]
