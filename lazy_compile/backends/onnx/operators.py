@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._higher_order_ops.flex_attention import flex_attention, math_attention
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lazy_compile.analysis.dataflow import Dataflow
 from lazy_compile.backends.onnx.conditionals import DOMAIN, SELECT
@@ -195,6 +196,15 @@ def _scatter(
     return torch.where(count > 0, total / count.clamp(min=1.0), target)
 
 
+def _scatter_all(operator: Any, target: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """Torch leaves out what lies beyond the index; in ONNX both have one shape."""
+    for axis, (size, length) in enumerate(zip(index.shape, source.shape, strict=True)):
+        if not statically_known_true(size == length):
+            source = source.narrow(axis, 0, size)
+    scattered: Tensor = operator(target, dim, index, source)
+    return scattered
+
+
 def _repeat_interleave(
     operator: Any, value: Tensor, repeats: Any, dim: int | None = None, output_size: int | None = None
 ) -> Tensor:
@@ -213,5 +223,6 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     flex_attention: _attend_densely,
     aten.repeat_interleave.self_int: _repeat_interleave,
     aten.scatter_reduce.two: _scatter,
+    **dict.fromkeys([aten.scatter.src, aten.scatter_add.default], _scatter_all),
     **dict.fromkeys([*_SUMS, *_DIFFERENCES], _add),
 }

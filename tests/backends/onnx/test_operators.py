@@ -146,6 +146,19 @@ def test_a_complex_input_is_taken_in_pairs(tmp_path: Path) -> None:
     assert agrees(captured(Rotates(), arguments), arguments, tmp_path)
 
 
+class ScattersSome(Wraps):
+    """Adds to tokens as many words as there are places for them."""
+
+    def forward(self, x: Tensor, t: Tensor, words: Tensor, into: Tensor) -> Tensor:
+        return self.small(x.scatter_add(1, into[..., None].expand(-1, -1, WIDTH), words), t)
+
+
+def test_an_index_that_is_shorter_than_what_is_scattered(tmp_path: Path) -> None:
+    given = call(replace(SMALL, shapes={**SMALL.shapes, "words": (5, WIDTH)}))
+    given["into"] = torch.arange(3).expand(len(given["x"]), 3).contiguous()
+    assert agrees(captured(ScattersSome(), given), given, tmp_path, dynamic=True)
+
+
 class Repeats(Wraps):
     """Each frame meets each word: both are repeated as often as there are of the others."""
 
