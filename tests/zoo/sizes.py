@@ -36,6 +36,8 @@ def resized_calls(subject: Subject, metadata: OnnxMetadata, sizes: Mapping[str, 
         metadata.sizes_of(shapes)
     except LazyCompileError:
         return None
+    if any(size < 1 for shape in shapes.values() for size in shape):
+        return None
     calls = []
     for step, call in enumerate(subject.calls(STEPS)):
         layout, tensors = CallLayout.of((), call)

@@ -79,11 +79,15 @@ class Subject:
         layout, tensors = CallLayout.of((), self.arguments)
         guarded = self.graph.guarded_inputs
         generator = torch.Generator().manual_seed(1)
-        moved = []
+        moved, sound = [], {"audio_hidden_states"}
         for name, tensor in zip(layout.names, tensors, strict=True):
             if name == self.graph.timestep_input:
                 tensor = (tensor * (1 - done)).to(tensor.dtype)
-            elif name.partition(".")[0] == self.latents and tensor.is_floating_point() and name not in guarded:
+            elif (
+                (name.partition(".")[0] == self.latents or name in sound)
+                and tensor.is_floating_point()
+                and name not in guarded
+            ):
                 drift = done * torch.randn(tensor.shape, generator=generator).to(tensor)
                 if self.graph.latents is not None and (rest := self.graph.latents.staying(drift)) is not None:
                     rest.zero_()  # a mask, an image to begin from
