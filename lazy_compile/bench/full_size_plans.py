@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,7 +68,7 @@ class PlanRow:
         estimated_device_bytes, estimated_host_bytes, estimated_disk_bytes: what the planner says before it starts.
         phases: for each part of a search the bytes on the device, at most.
         model_calls: evaluations of the model that a whole search makes, as it says before it starts.
-        seconds: that the simulation took.
+        cpu_seconds: of one processor, that the simulation took.
     """
 
     model: str
@@ -88,16 +88,47 @@ class PlanRow:
     estimated_disk_bytes: int
     phases: dict[str, int]
     model_calls: int
-    seconds: float
+    cpu_seconds: float
 
     @property
     def fits(self) -> bool:
         return self.weight_bytes + self.device_bytes <= DEVICE and self.host_bytes <= HOST
 
 
+def plan_lines(rows: Iterable[PlanRow]) -> list[str]:
+    """The figures as Markdown."""
+    lines = [
+        "What planning takes, simulated: the planner itself runs on the meta device, where the storages of all tensors",
+        "are counted. Run is a dense trajectory, one response with its way back, and one candidate that is judged, at",
+        f"batch 1, by a planner that may take {DEVICE / 1e9:.0f} GB of a device, weights included, and "
+        f"{HOST / 1e9:.0f} GB of its host. Bytes are the most",
+        "that there were at once, beside the weights; *said* is what `plan --dry-run` says before. What kernels take",
+        "while they run, and what an allocator leaves unused, is not counted. *Calls* are those of a whole search.",
+        "",
+        "| model | at | steps | granularity | decisions | weights | outputs on | device | said | host | said | disk "
+        "| calls | fits |",
+        "|---" * 14 + "|",
+    ]
+    for row in rows:
+        steps = f"{row.steps}, guided" if row.guided else str(row.steps)
+        kept = f"{row.keep}, branches repeated" if row.repeat_branches else row.keep
+        lines.append(
+            f"| {row.model} | {row.setting} | {steps} | {row.granularity} | {row.decisions} | "
+            f"{_gigabytes(row.weight_bytes)} | {kept} | {_gigabytes(row.device_bytes)} | "
+            f"{_gigabytes(row.estimated_device_bytes)} | {_gigabytes(row.host_bytes)} | "
+            f"{_gigabytes(row.estimated_host_bytes)} | {_gigabytes(row.disk_bytes)} | {row.model_calls} | "
+            f"{'yes' if row.fits else 'no'} |"
+        )
+    return lines
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
 def measure_plan(setting: PlanSetting, on_progress: OnProgress = no_progress, **changes: Any) -> PlanRow:
     """Simulate a plan of one model, with these changes to its configuration."""
-    begun = time.perf_counter()
+    begun = time.process_time()
     full_size = FULL_SIZE[setting.model]
     model, inputs = full_size.build(**changes)
     lazy = transform(model, inputs, granularity=setting.granularity)
@@ -110,7 +141,7 @@ def measure_plan(setting: PlanSetting, on_progress: OnProgress = no_progress, **
         setting.model, full_size.setting, str(setting.granularity), setting.steps, setting.guided, len(lazy.branches),
         weights, estimate.streaming.keep, estimate.streaming.repeat_branches, memory.peak["device"],
         memory.peak["host"], memory.peak["disk"], estimate.device_bytes, estimate.host_bytes, estimate.disk_bytes,
-        phases, estimate.model_calls, time.perf_counter() - begun,
+        phases, estimate.model_calls, time.process_time() - begun,
     )  # fmt: skip
 
 
