@@ -21,8 +21,8 @@ from lazy_compile.bench.full_size_models import FULL_SIZE
 from lazy_compile.bench.simulated_memory import SimulatedMemory, fused_attention
 from lazy_compile.compiler import transform
 from lazy_compile.config import Granularity
-from lazy_compile.planning.estimate import PlanEstimate, estimate_plan
-from lazy_compile.planning.output_store import Place, Streaming
+from lazy_compile.planning.estimate import estimate_plan
+from lazy_compile.planning.output_store import Streaming
 from lazy_compile.planning.replay import replayable, run_trajectory
 from lazy_compile.planning.sample_response import measure_response
 from lazy_compile.planning.search import final_error
