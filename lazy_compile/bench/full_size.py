@@ -9,7 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lazy_compile import pass_pipelines
 from lazy_compile.bench.full_size_models import FULL_SIZE
+from lazy_compile.bench.full_size_plans import SETTINGS, PlanRow, measure_plan, plan_lines
+from lazy_compile.bench.rows import RowFile
 from lazy_compile.compiler import transform
 from lazy_compile.ir.operators import macs
 from lazy_compile.progress import OnProgress, no_progress
 from lazy_compile.runtime.granularity import granularity_rows
 from lazy_compile.runtime.lazy_graph import LazyGraph
 from lazy_compile.runtime.module import LazyModule
-from lazy_compile.storage import atomic_path, save_json
+from lazy_compile.storage import atomic_path
 
 
 @dataclass(frozen=True)
@@ -74,19 +77,34 @@ def run(
     output: str | Path | None = None,
     *,
     models: Sequence[str] = tuple(FULL_SIZE),
+    plans: bool = True,
     on_progress: OnProgress = no_progress,
-) -> list[FullSizeRow]:
-    """Transform each of ``models`` in a process of its own; writes ``full_size.json`` and ``.md`` into ``output``."""
-    rows = []
+) -> tuple[list[FullSizeRow], list[PlanRow]]:
+    """Transform each of ``models`` in a process of its own, and simulate the plans that are set for them.
+
+    Args:
+        output: a folder for ``full_size.json`` and ``.md``; rows that are there already are not measured again.
+        models: by name.
+        plans: whether plans are simulated, which takes longest.
+    """
+    path = None if output is None else Path(output) / "full_size.json"
+    rows = RowFile(path, FullSizeRow, ("model",), {})
+    planned = RowFile(path, PlanRow, ("model", "granularity", "steps"), {}, name="plans")
     for position, name in enumerate(models):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            rows.append(process.submit(measure, name).result())
+        rows.get(partial(_measure_apart, name), model=name)
         on_progress("transforming models", position + 1, len(models), name)
+    for setting in (each for each in SETTINGS if plans and each.model in models):
+        key = {"model": setting.model, "granularity": str(setting.granularity), "steps": setting.steps}
+        planned.get(partial(measure_plan, setting, on_progress), **key)
     if output is not None:
-        save_json(Path(output) / "full_size.json", {"rows": [asdict(row) for row in rows]})
         with atomic_path(Path(output) / "full_size.md") as temporary:
-            temporary.write_text(page(rows))
-    return rows
+            temporary.write_text(page(rows.rows, planned.rows))
+    return rows.rows, planned.rows
+
+
+def _measure_apart(name: str) -> FullSizeRow:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, name).result()
 
 
 def measure(name: str, **changes: Any) -> FullSizeRow:
@@ -147,7 +165,7 @@ def time_passes(lazy: LazyModule) -> dict[str, float]:
     return seconds
 
 
-def page(rows: Iterable[FullSizeRow]) -> str:
+def page(rows: Iterable[FullSizeRow], plans: Sequence[PlanRow] = ()) -> str:
     """The figures as Markdown."""
     lines = [
         "# Full-size models without their weights",
@@ -176,9 +194,15 @@ def page(rows: Iterable[FullSizeRow]) -> str:
         kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in row.branches.items())
         times = " | ".join(f"{row.pass_seconds[name]:.2f} s" for name in passes)
         lines.append(f"| {row.model} | {row.capture} | {row.nodes} | {kinds} | {times} |")
-    if not any(row.granularities for row in rows):
-        return "\n".join([*lines, ""])
-    lines += [
+    if any(row.granularities for row in rows):
+        lines += _granularity_lines(rows)
+    if plans:
+        lines += ["", *plan_lines(plans)]
+    return "\n".join([*lines, ""])
+
+
+def _granularity_lines(rows: Sequence[FullSizeRow]) -> list[str]:
+    lines = [
         "",
         "What is decided and cached as one (`granularity=`): bytes of the caches of one sample (*last*), and",
         "in brackets the share of MACs that runs at every step.",
@@ -190,7 +214,7 @@ def page(rows: Iterable[FullSizeRow]) -> str:
         cells = {name: f"{_size(kept)} ({always:.2%})" for name, _, kept, always in row.granularities}
         shown = " | ".join(cells.get(name, "the same") for name in ("branch", "block", "8", "4", "2", "model"))
         lines.append(f"| {row.model} | {shown} |")
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def _size(number: int) -> str:

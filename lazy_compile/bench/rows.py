@@ -18,21 +18,25 @@ Row = TypeVar("Row")
 class RowFile(Generic[Row]):
     """Rows in a file of the form ``{"settings": ..., "rows": [...]}``; a run that was stopped goes on where it was.
 
+    Several may share a file, under names of their own.
+
     Args:
         path: None keeps them in memory alone.
         kind: the dataclass of a row.
         key: the fields that say which row it is.
         settings: what else a row depends on; a file of other settings is begun anew.
+        name: of the rows in the file.
     """
 
-    def __init__(self, path: Path | None, kind: type[Row], key: Sequence[str], settings: Mapping[str, Any]) -> None:
-        self._path, self._key, self.settings = path, tuple(key), dict(settings)
+    def __init__(
+        self, path: Path | None, kind: type[Row], key: Sequence[str], settings: Mapping[str, Any], name: str = "rows"
+    ) -> None:
+        self._path, self._key, self.settings, self._name = path, tuple(key), dict(settings), name
         self.rows: list[Row] = []
-        if path is not None and path.exists():
-            found = load_json(path)
-            names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-            if found.get("settings") == self.settings and all(set(row) == names for row in found["rows"]):
-                self.rows = [kind(**row) for row in found["rows"]]
+        found = self._found().get(name, [])
+        names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+        if all(set(row) == names for row in found):
+            self.rows = [kind(**row) for row in found]
 
     def get(self, measure: Callable[[], Row], **key: Any) -> Row:
         """The row of this key, measured if it is not there."""
@@ -43,8 +47,14 @@ class RowFile(Generic[Row]):
         self.rows.append(row)
         logger.info("measured %s", ", ".join(f"{name} {value}" for name, value in key.items()))
         if self._path is not None:
-            save_json(self._path, {"settings": self.settings, "rows": [asdict(row) for row in self.rows]})  # type: ignore[call-overload]
+            rows = [asdict(row) for row in self.rows]  # type: ignore[call-overload]
+            save_json(self._path, {**self._found(), "settings": self.settings, self._name: rows})
         return row
+
+    def _found(self) -> dict[str, Any]:
+        """What the file holds; nothing if it is of other settings."""
+        found: dict[str, Any] = load_json(self._path) if self._path is not None and self._path.exists() else {}
+        return found if found.get("settings") == self.settings else {}
 
     def has(self, **key: Any) -> bool:
         return any(all(getattr(row, name) == key[name] for name in self._key) for row in self.rows)

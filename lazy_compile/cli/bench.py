@@ -229,24 +229,28 @@ class FullSizeOptions(OutputOptions):
 
     output: given.Folder = Path("build/bench")
     model: Annotated[list[str] | None, typer.Option(help="FLUX.1-dev, say; by default all.")] = None
+    plans: Annotated[bool, typer.Option(help="Simulate what planning takes, for the largest models.")] = True
 
 
 def full_size(options: FullSizeOptions) -> None:
-    """Transform published models at full size without their weights; write full_size.json and .md. Takes minutes."""
+    """Transform published models at full size without their weights; write full_size.json and .md. Takes minutes.
+
+    What is measured is kept at once: a run that was stopped goes on where it was.
+    """
     from lazy_compile.bench.full_size import run as measure
     from lazy_compile.bench.full_size_models import FULL_SIZE
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import full_size_table, plain, show
+    from lazy_compile.reporting.tables import full_size_table, plain, plans_table, show
 
-    with progress_bars(not options.json) as on_progress:
-        rows = [
-            plain(row)
-            for row in measure(options.output, models=options.model or tuple(FULL_SIZE), on_progress=on_progress)
-        ]
+    models = options.model or tuple(FULL_SIZE)
+    with progress_bars(not options.json) as on_progress, _a_line_for_each_row(not options.json):
+        measured = measure(options.output, models=models, plans=options.plans, on_progress=on_progress)
+    rows, plans = ([plain(row) for row in table] for table in measured)
     show(
-        {"rows": rows, "output": str(options.output)},
+        {"rows": rows, "plans": plans, "output": str(options.output)},
         options.json,
         full_size_table(rows),
+        *([plans_table(plans)] if plans else []),
         f"written to {options.output}",
     )
 

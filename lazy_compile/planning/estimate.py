@@ -27,6 +27,9 @@ from lazy_compile.runtime.sampling import DenseStep, Samplers, parts_of
 GRADIENTS = 1.3
 """Memory of a call on the way back, over what it saves for its gradients."""
 
+DIRECTION = 8
+"""Bytes on the host of each number of a direction that samples may change along: it is drawn, and copied once."""
+
 
 @dataclass(frozen=True)
 class PlanEstimate:
@@ -72,7 +75,7 @@ def estimate_plan(
     """
     samplers = parts_of(sample)
     costs = [_measure(lazy, each, seed) for each in samplers]
-    largest = max(costs, key=lambda each: each.output_bytes)
+    largest = replace(max(costs, key=lambda each: each.output_bytes), latents=sum(each.latents for each in costs))
     trajectory = sum(each.calls for each in costs)
     seconds = sum(each.calls * each.seconds for each in costs) / trajectory
     model_calls = calls if calls is not None else (options or SearchOptions()).trajectories * trajectory
@@ -143,7 +146,8 @@ def _estimate(
         measuring += kept if streaming.keep == "device" or (streaming.keep == "host" and on_cpu) else 0
         device = max(device, measuring)
         answers = 4 * costs.rows * costs.steps * len(lazy.branches) * (MAX_AGE + 1)
-        host += 3 * settings.remembered * answers + (kept if streaming.keep == "host" else 0)
+        host += 3 * settings.remembered * answers + DIRECTION * settings.directions * costs.latents
+        host += kept if streaming.keep == "host" else 0
         disk = kept if streaming.keep == "disk" else 0
     if on_cpu:
         device, host = device + host, device + host
@@ -173,6 +177,7 @@ class _CallCosts:
         inside, outside: what is saved for gradients in branches, and between them.
         largest_branch: of one branch.
         latent_bytes: of the latents that a call is given, and of those that it returns: the way back needs them.
+        latents: numbers in these.
         rows: samples.
         steps, calls: of the trajectory.
     """
@@ -183,6 +188,7 @@ class _CallCosts:
     outside: int = 0
     largest_branch: int = 0
     latent_bytes: int = 0
+    latents: int = 0
     seconds: float = 0.0
     rows: int = 1
     steps: int = 0
@@ -202,7 +208,8 @@ def _measure(lazy: LazyModule, sample: Any, seed: int) -> _CallCosts:
             _wait_for(costs.device)
             costs.seconds = time.perf_counter() - begun
             returned = [leaf for leaf in pytree.tree_leaves(answers[0]) if isinstance(leaf, Tensor)]
-            costs.latent_bytes = 2 * sum(leaf.numel() * leaf.element_size() for leaf in returned)
+            costs.latents = sum(leaf.numel() for leaf in returned)
+            costs.latent_bytes = 2 * sum(leaf.nbytes for leaf in returned)
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, answers[0])
 
     with torch.no_grad(), lazy.call_handler(answer):

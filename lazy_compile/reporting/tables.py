@@ -244,6 +244,17 @@ def full_size_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def plans_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = new_table("plan of", ">steps", "granularity", ">weights", ">device", ">said", ">host", ">disk", ">calls")
+    for row in rows:
+        taken = [f"{row[name] / 1e9:.1f} GB" for name in PLANS]
+        add_row(table, row["model"], str(row["steps"]), row["granularity"], *taken, str(row["model_calls"]))
+    return table
+
+
+PLANS = ("weight_bytes", "device_bytes", "estimated_device_bytes", "host_bytes", "disk_bytes")
+
+
 def count(number: float) -> str:
     """``1.5 M``: with an SI prefix."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -224,6 +224,8 @@ class Trajectories:
             item.streams = [each for each in item.streams if self._call - each.call < patience or not each.is_over]
             if item.streams and self._call - item.last_call <= limit:
                 kept.append(item)
+            else:
+                _free([item])
         trajectory.last_call = self._call
         self._alive = kept
 
@@ -302,10 +304,14 @@ class Trajectories:
 
     def keep_invariants(self, placed: Placed, invariants: StepInvariants | None) -> None:
         with self._mutex:
-            alive = {id(stream.state) for item in self._alive for stream in item.streams} | {id(placed.state)}
-            self._invariants = {key: value for key, value in self._invariants.items() if key in alive}
+            self._forget_invariants(placed.state)
             if invariants is not None:
                 self._invariants[id(placed.state)] = (placed.state, invariants)
+
+    def _forget_invariants(self, called: CacheState | None = None) -> None:
+        """Of all streams but those that are known, and the one that is called just now."""
+        alive = {id(stream.state) for item in self._alive for stream in item.streams} | {id(called)}
+        self._invariants = {key: value for key, value in self._invariants.items() if key in alive}
 
     # All of it ----------------------------------------------------------------------------------------------------
 
@@ -313,11 +319,13 @@ class Trajectories:
         """Forget the caches of all streams, or of those of one name."""
         with self._mutex:
             if stream is None:
+                _free(self._alive)
                 self._alive, self._unread, self._invariants = [], [], {}
                 return
             for item in self._alive:
                 item.streams = [each for each in item.streams if not _is_named(each, stream)]
             self._alive = [item for item in self._alive if item.streams]
+            self._forget_invariants()
 
     def forget_finished(self) -> None:
         """Forget the caches of trajectories that have come to their end."""
@@ -325,13 +333,15 @@ class Trajectories:
             for item in self._alive:
                 item.streams = [each for each in item.streams if each.busy or not each.is_over]
             self._alive = [item for item in self._alive if item.streams]
-            alive = {id(stream.state) for item in self._alive for stream in item.streams}
-            self._invariants = {key: value for key, value in self._invariants.items() if key in alive}
+            self._forget_invariants()
 
     def end(self, keys: Sequence[Hashable]) -> None:
         """Trajectories of these names are over."""
         with self._mutex:
-            self._alive = [item for item in self._alive if item.key is None or item.key[0] not in keys]  # type: ignore[index]
+            over = [item for item in self._alive if item.key is not None and item.key[0] in keys]  # type: ignore[index]
+            _free(over)
+            self._alive = [item for item in self._alive if item not in over]
+            self._forget_invariants()
 
     @property
     def bytes(self) -> int:
@@ -345,6 +355,13 @@ class Trajectories:
 
     def __reduce__(self) -> tuple[type[Trajectories], tuple[()]]:
         return Trajectories, ()
+
+
+def _free(forgotten: Sequence[Trajectory]) -> None:
+    """Free the caches of trajectories at once: as these and their streams refer to each other, they would wait for a
+    garbage collector, which knows nothing of the memory of a device."""
+    for item in forgotten:
+        item.streams = [stream for stream in item.streams if stream.busy]
 
 
 def _times(values: Floats) -> Floats:

@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from lazy_compile.bench import full_size
+from lazy_compile.bench.full_size import FullSizeRow
 from lazy_compile.bench.full_size_models import FULL_SIZE
+from lazy_compile.bench.full_size_plans import SETTINGS, PlanRow, PlanSetting
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 PARAMETERS = {  # billions, as their authors state them
     "DiT-XL/2": 0.75, "Large-DiT-7B": 7.3, "PixArt-Sigma": 0.61, "Sana-1.6B": 1.6, "SD3.5-Large": 8.1,
@@ -37,7 +41,7 @@ def test_a_model_of_full_width_is_transformed_without_its_weights() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_every_model_is_transformed_in_time_and_in_little_memory(name: str) -> None:
-    (row,) = full_size.run(models=[name])
+    (row,), _ = full_size.run(models=[name], plans=False)
     assert row.parameters / 1e9 == pytest.approx(PARAMETERS[name], rel=0.02)
     assert row.macs == pytest.approx(row.counted_macs, rel=0.01)
     assert row.share_in_branches > 0.95
@@ -46,8 +50,48 @@ def test_every_model_is_transformed_in_time_and_in_little_memory(name: str) -> N
     assert row.resident_bytes < 4 * 2**30
 
 
+def committed() -> tuple[list[FullSizeRow], list[PlanRow]]:
+    found = json.loads((RESULTS / "full_size.json").read_text())
+    return [FullSizeRow(**row) for row in found["rows"]], [PlanRow(**row) for row in found["plans"]]
+
+
 def test_the_committed_figures_are_of_every_model() -> None:
-    folder = Path(__file__).parents[2] / "docs" / "results"
-    rows = json.loads((folder / "full_size.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == list(FULL_SIZE)
-    assert (folder / "full_size.md").read_text() == full_size.page([full_size.FullSizeRow(**row) for row in rows])
+    rows, plans = committed()
+    assert [row.model for row in rows] == list(FULL_SIZE)
+    assert [(plan.model, plan.granularity, plan.steps, plan.guided) for plan in plans] == [
+        (setting.model, str(setting.granularity), setting.steps, setting.guided) for setting in SETTINGS
+    ]
+    assert (RESULTS / "full_size.md").read_text() == full_size.page(rows, plans)
+
+
+def test_plans_of_large_models_fit_as_committed_and_take_no_more_than_was_said() -> None:
+    for plan in committed()[1]:
+        assert plan.weight_bytes + plan.device_bytes < 80e9
+        assert plan.host_bytes < 128e9
+        assert plan.device_bytes <= plan.estimated_device_bytes
+        assert plan.host_bytes <= plan.estimated_host_bytes
+        assert plan.disk_bytes <= plan.estimated_disk_bytes
+
+
+def test_what_was_measured_is_not_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows, plans = committed()
+    measured: list[str] = []
+
+    def model(name: str) -> FullSizeRow:
+        measured.append(name)
+        return next(row for row in rows if row.model == name)
+
+    def plan(setting: PlanSetting, on_progress: object) -> PlanRow:
+        measured.append(f"plan of {setting.model}")
+        return next(row for row in plans if row.model == setting.model)
+
+    monkeypatch.setattr(full_size, "_measure_apart", model)
+    monkeypatch.setattr(full_size, "measure_plan", plan)
+    full_size.run(tmp_path, models=["FLUX.1-dev"], plans=False)
+    assert measured == ["FLUX.1-dev"]
+    for _ in range(2):
+        full_size.run(tmp_path, models=["FLUX.1-dev", "DiT-XL/2"])
+    assert measured == ["FLUX.1-dev", "DiT-XL/2", "plan of FLUX.1-dev"]
+    found = json.loads((tmp_path / "full_size.json").read_text())
+    assert [len(found["rows"]), len(found["plans"])] == [2, 1]
+    assert "| FLUX.1-dev | 1024 px | 28 | branch |" in (tmp_path / "full_size.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import lazy_compile
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
+from lazy_compile.bench.simulated_memory import SimulatedMemory
 from support.layers import TOKENS, WIDTH
 from support.small_model import ALWAYS, NEVER, RISING, SMALL, STEPS, Decides, reused, run, same
 from support.toy_models import TOYS, call, trajectory
@@ -194,6 +196,21 @@ def test_reset_makes_the_next_call_compute(compiled: Compiled) -> None:
     lazy.reset()
     assert lazy.cache_bytes == 0
     assert same(run(lazy, calls[2:]), run(lazy.original, calls[2:]))
+
+
+@pytest.mark.parametrize("forget", [LazyModule.reset, lambda lazy: lazy.end_trajectory("request")])
+def test_what_is_forgotten_is_freed_at_once(compiled: Compiled, forget: Callable[[LazyModule], None]) -> None:
+    lazy = compiled("dit")
+    lazy.policy = NEVER
+    gc.disable()
+    try:
+        with SimulatedMemory(lazy.graph.state()) as memory, lazy.trajectory("request"):
+            run(lazy, trajectory(TOYS["dit"], steps=3))
+        cached, before = lazy.cache_bytes, memory.held["host"]
+        forget(lazy)
+        assert before - memory.held["host"] >= cached > 0
+    finally:
+        gc.enable()
 
 
 def test_a_new_policy_starts_a_trajectory(compiled: Compiled) -> None:
