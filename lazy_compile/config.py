@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from lazy_compile.errors import ConfigError
+from lazy_compile.errors import ConfigError, shown
 
 ReuseArm = Literal["last", "linear", "taylor"]
 BatchRule = Literal["per_sample", "all_reuse", "majority", "any_reuse"]
@@ -115,24 +115,26 @@ class LazyConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown option {shown(unknown[0], 60)}; the options are {', '.join(sorted(known))}")
         return cls(**values)
 
 
 def check_group(group: object) -> None:
     if group != "block" and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
-        raise ConfigError(f"group is {group!r}; expected the number of branches that share a gate, or 'block'")
+        raise ConfigError(f"group is {shown(group)}; expected the number of branches that share a gate, or 'block'")
 
 
 def check_granularity(granularity: object) -> None:
     number = isinstance(granularity, int) and not isinstance(granularity, bool) and granularity >= 1
     if not number and granularity not in ("branch", "block", "model"):
-        raise ConfigError(f"granularity is {granularity!r}; expected 'branch', 'block', 'model', or a number of spans")
+        raise ConfigError(
+            f"granularity is {shown(granularity)}; expected 'branch', 'block', 'model', or a number of spans"
+        )
 
 
 def _require_one_of(option: str, seen: object, allowed: tuple[str, ...]) -> None:
     if seen not in allowed:
-        raise ConfigError(f"{option} is {seen!r}; expected one of {', '.join(map(repr, allowed))}")
+        raise ConfigError(f"{option} is {shown(seen)}; expected one of {', '.join(map(repr, allowed))}")
 
 
 def chosen_config(config: LazyConfig | None, options: Mapping[str, Any]) -> LazyConfig:

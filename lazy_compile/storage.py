@@ -30,6 +30,8 @@ except ImportError:  # not on Windows, where folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 MAX_JSON_BYTES = 256 * 2**20
+MAX_DEPTH = 100
+"""Of lists and objects in one another: those who read them may call themselves as often."""
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)\.(?P<token>[0-9a-f]{8})\.partial")
 
@@ -195,6 +197,14 @@ def regular_file(path: Path, limit: int | None = None) -> Path:
     return path
 
 
+def is_folder(text: str) -> bool:
+    """Whether a text of whatever length is the path of a folder."""
+    try:
+        return Path(text).is_dir()
+    except OSError:  # it is too long for a name
+        return False
+
+
 def shown_path(path: Path) -> str:
     """A path in a message; a long one by its end."""
     text = str(path)
@@ -247,15 +257,28 @@ def parse_json(text: str, where: str | Path, *, infinity: bool = False) -> Any:
     """The one place that JSON is read at.
 
     Raises:
-        ArtifactError: it is not JSON, too deep, or holds a number that is not finite or too long.
+        ArtifactError: it is not JSON, deeper than :data:`MAX_DEPTH`, or holds a number that is not finite or too long.
     """
     try:
-        return json.loads(text, parse_constant=_infinite if infinity else _refuse, parse_float=_finite)
+        values = json.loads(text, parse_constant=_infinite if infinity else _refuse, parse_float=_finite)
+        if _is_deep(values):
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        return values
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"cannot read {where}: {shown(error)}; {_AGAIN}") from error
 
 
 _AGAIN = "make it again, or restore it from a copy"
+
+
+def _is_deep(values: Any) -> bool:
+    level = [values]
+    for _ in range(MAX_DEPTH):
+        inner = (value.values() if type(value) is dict else value for value in level if type(value) in (dict, list))
+        level = [value for each in inner for value in each if type(value) in (dict, list)]
+        if not level:
+            return False
+    return True
 
 
 def _refuse(name: str) -> float:
@@ -305,9 +328,12 @@ def load_tensors(path: str | Path, *, sealed: bool = True) -> tuple[dict[str, Te
     if not sealed:
         return tensors, {}
     described = without_digest(parse_json(entry, path), path)
+    metadata = described.get("metadata", {}) if isinstance(described, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ArtifactError(f"{path} does not say what its tensors are; {_AGAIN}")
     if verifies() and described.get("tensors") != _digest_of_tensors(tensors):
         raise ArtifactError(f"{path} is not what was written: its digest does not match; {RESTORE}")
-    return tensors, dict(described.get("metadata", {}))
+    return tensors, metadata
 
 
 _ENTRY = "lazy_compile"

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from lazy_compile.errors import ArtifactError, shown
 from lazy_compile.storage import load_json, save_json
 
 logger = logging.getLogger("lazy_compile.bench")
@@ -31,8 +32,11 @@ class RowFile(Generic[Row]):
         if path is not None and path.exists():
             found = load_json(path)
             names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-            if found.get("settings") == self.settings and all(set(row) == names for row in found["rows"]):
-                self.rows = [kind(**row) for row in found["rows"]]
+            try:
+                if found["settings"] == self.settings and all(row.keys() == names for row in found["rows"]):
+                    self.rows = [kind(**row) for row in found["rows"]]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ArtifactError(f"{path} holds no rows ({shown(error)}); delete it to measure them anew") from error
 
     def get(self, measure: Callable[[], Row], **key: Any) -> Row:
         """The row of this key, measured if it is not there."""

@@ -110,7 +110,7 @@ class Learned(Policy, kind="learned"):
         if missing := sorted({"knots", "weight", "bias"} - set(tensors)):
             raise ConfigError(f"the gates hold no tensor {missing[0]!r}")
         if unknown := sorted(set(tensors) - {"knots", "weight", "bias", "slope", "trajectory"}):
-            raise ConfigError(f"the gates hold an unknown tensor {unknown[0]!r}")
+            raise ConfigError(f"the gates hold an unknown tensor {shown(unknown[0])}")
         table = GateTable(tuple(values["features"]), **tensors, interpolation=values["interpolation"])
         return cls(table, values["shift"], values["delayed"])
 
