@@ -82,7 +82,7 @@ class LazyConfig:
         _require_one_of("reuse", self.reuse, get_args(ReuseArm))
         _require_one_of("batch_rule", self.batch_rule, get_args(BatchRule))
         if not 1 <= self.order <= MAX_ORDER:
-            raise ConfigError(f"order is {self.order}; expected 1 to {MAX_ORDER}")
+            raise ConfigError(f"order is {shown(self.order)}; expected 1 to {MAX_ORDER}")
         check_group(self.group)
         check_granularity(self.granularity)
         if self.probe is not None:
@@ -92,13 +92,15 @@ class LazyConfig:
         if self.cache_dtype is not None:
             _require_one_of("cache_dtype", self.cache_dtype, get_args(CacheDtype))
         if self.max_cache_bytes is not None and self.max_cache_bytes < 1:
-            raise ConfigError(f"max_cache_bytes is {self.max_cache_bytes}; use 1 or more, or None for no limit")
+            raise ConfigError(f"max_cache_bytes is {shown(self.max_cache_bytes)}; use 1 or more, or None for no limit")
         if self.warmup_steps < 1:
-            raise ConfigError(f"warmup_steps is {self.warmup_steps}; at least 1 step must compute to fill the caches")
+            raise ConfigError(
+                f"warmup_steps is {shown(self.warmup_steps)}; at least 1 step must compute to fill the caches"
+            )
         if self.max_reuse_age is not None and self.max_reuse_age < 1:
-            raise ConfigError(f"max_reuse_age is {self.max_reuse_age}; use 1 or more, or None for no limit")
+            raise ConfigError(f"max_reuse_age is {shown(self.max_reuse_age)}; use 1 or more, or None for no limit")
         if self.max_captures < 1:
-            raise ConfigError(f"max_captures is {self.max_captures}; use 1 or more")
+            raise ConfigError(f"max_captures is {shown(self.max_captures)}; use 1 or more")
 
     @property
     def values_kept(self) -> int:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lazy_compile.digests import RESTORE, new_digest, verifies, with_digest, without_digest
-from lazy_compile.errors import ArtifactError, shown
+from lazy_compile.errors import ArtifactError, one_line, shown
 
 try:
     import fcntl
@@ -197,18 +197,24 @@ def regular_file(path: Path, limit: int | None = None) -> Path:
     return path
 
 
-def is_folder(text: str) -> bool:
-    """Whether a text of whatever length is the path of a folder."""
-    try:
-        return Path(text).is_dir()
-    except OSError:  # it is too long for a name
-        return False
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file, whatever the path: one that is too long for a name is none."""
+    with suppress(OSError):
+        return Path(path).is_file()
+    return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """The same of folders."""
+    with suppress(OSError):
+        return Path(path).is_dir()
+    return False
 
 
 def shown_path(path: Path) -> str:
     """A path in a message; a long one by its end."""
     text = str(path)
-    return text if len(text) <= 160 else f"...{text[-157:]}"
+    return one_line(text if len(text) <= 160 else f"...{text[-157:]}", 160)
 
 
 def save_json(path: str | Path, values: Any) -> None:

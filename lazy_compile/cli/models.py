@@ -93,8 +93,8 @@ def load_model(spec: str, shapes: Sequence[str] = (), device: str = "cpu") -> Na
         named = _call_factory(spec)
     else:
         raise ConfigError(
-            f"{shown(spec, 80)} is neither a folder nor a .pt2 file nor package.module:factory nor owner/name of the Hub; "
-            "give one of these as MODEL"
+            f"{shown(spec, 80)} is neither a folder nor a .pt2 file nor package.module:factory nor owner/name of the "
+            "Hub; give one of these as MODEL"
         )
     try:
         target = torch.device(device)
@@ -287,13 +287,15 @@ def find_function(spec: str) -> Callable[..., Any]:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ConfigError(
-            f"there is no module {shown(error.name, 60)} (from {shown(spec, 60)}); run from the folder that holds it, or install it"
+            f"there is no module {shown(error.name, 60)} (from {shown(spec, 60)}); run from the folder that "
+            "holds it, or install it"
         ) from None
     for name in attribute.split("."):
         if not hasattr(found, name):
             where = getattr(found, "__file__", None)
             raise ConfigError(
-                f"{module_name} has no {shown(attribute, 60)} (it is {where}); name a function in it, as in package.module:function"
+                f"{one_line(module_name, 60)} has no {shown(attribute, 60)} (it is {where}); name a function in it as "
+                f"{one_line(module_name, 60)}:function"
             )
         found = getattr(found, name)
     if not callable(found):
@@ -348,7 +350,7 @@ def _example_inputs(named: NamedModel, shapes: Sequence[str]) -> dict[str, Any]:
         name, sizes, dtype = _parse_shape(text)
         if name not in parameters and not takes_any:
             raise ConfigError(
-                f"--shape {one_line(text, 60)}: forward has no argument of this name; it takes ({', '.join(parameters)})"
+                f"--shape {one_line(text)}: forward has no such argument; it takes ({', '.join(parameters)})"
             )
         known = inputs.get(name)
         kind = dtype or (known.dtype if isinstance(known, torch.Tensor) else floating)

@@ -20,8 +20,8 @@ def load_pipeline(folder: str, device: str = "cpu") -> Any:
     """
     if not (Path(folder) / "model_index.json").exists():
         raise ConfigError(
-            f"{shown(folder, 80)} holds no pipeline (no model_index.json); name the folder that pipe.save_pretrained() wrote, "
-            "or leave out --prompts"
+            f"{shown(folder, 80)} holds no pipeline (no model_index.json); name the folder that pipe.save_pretrained() "
+            "wrote, or leave out --prompts"
         )
     announce(f"loading the pipeline {folder}")
     diffusers = import_optional("diffusers", "diffusers")

@@ -95,11 +95,11 @@ def make_scheduler(name: str, folder: Path | None = None) -> Any:
         kind = getattr(diffusers, class_name, None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ArtifactError(
-                f"{folder} names the scheduler {shown(class_name, 60)}, which diffusers {diffusers.__version__} has not; "
-                "install the release that wrote it"
+                f"{folder} names the scheduler {shown(class_name, 60)}, which diffusers {diffusers.__version__} has "
+                "not; install the release that wrote it"
             )
         try:
-            return kind.from_pretrained(folder)
+            return kind.from_pretrained(folder)  # type: ignore[attr-defined]
         except Exception as error:  # diffusers raises whatever a strange configuration leads to
             raise ArtifactError(
                 f"cannot make the {class_name} in {folder}: {type(error).__name__}: {shown(error)}; expected what "

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from torch import Tensor
 
-from lazy_compile.errors import ConfigError, shown
+from lazy_compile.errors import ConfigError, one_line, shown
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.policies.gate_table import GateRow, GateTable
 from lazy_compile.policies.schedule import CacheSchedule, StepTable
@@ -191,7 +191,9 @@ class Policy:
         try:
             return cls(**values, **tensors)
         except TypeError as error:
-            raise ConfigError(f"{cls.__name__} cannot be made of {', '.join([*values, *tensors])} ({error})") from error
+            raise ConfigError(
+                f"{cls.__name__} cannot be made of {one_line(', '.join([*values, *tensors]), 80)} ({shown(error, 80)})"
+            ) from error
 
 
 def spread(decisions: Decisions, branches: int) -> list[bool | None]:

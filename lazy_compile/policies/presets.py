@@ -75,6 +75,6 @@ def as_policy(given: object) -> Policy:
     if isinstance(given, str) and given in PRESETS:
         return PRESETS[given]
     raise ConfigError(
-        f"policy is {shown(given)}; expected one of {', '.join(map(repr, PRESETS))}, a CacheSchedule, or a Policy such as "
-        "Scheduled(schedule) or Learned(table)"
+        f"policy is {shown(given)}; expected one of {', '.join(map(repr, PRESETS))}, a CacheSchedule, or a Policy "
+        "such as Scheduled(schedule) or Learned(table)"
     )

@@ -6,11 +6,11 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from fuzz.artefacts import SMALL, TABLE, Workshop
 from fuzz.test_mutations import LONGEST, time_limit
 from fuzz.texts import given_of
-from lazy_compile import CacheSchedule, GateTable, LazyConfig, Learned, Scheduled
+from lazy_compile import CacheSchedule, GateTable, Learned, Scheduled
 from lazy_compile.backends.onnx.masks import ScheduleVariants
 from lazy_compile.backends.onnx.metadata import KEY, SIZES_KEY, FreeSize, InputSpec, OnnxMetadata, SlotSpec
 from lazy_compile.backends.onnx.replace_weights import _entry_of
@@ -55,7 +55,7 @@ from lazy_compile.storage import load_tensors, parse_json, save_tensors
 from lazy_compile.tree_specs import load_tree_spec
 from support.toy_models import call
 
-FEW, MANY = 40, 5000
+FEW, MANY = 25, 5000
 """Examples of each parser, in ``make test`` and in ``make fuzz``."""
 
 
@@ -88,15 +88,18 @@ BRANCHES = (_branch(0), _branch(1))
 GATES = Learned(GateTable.constant(BRANCHES, torch.tensor([1000.0, 0.0]), bias=1.0), shift=0.5)
 CONTRACT = OnnxMetadata(
     "Small", BRANCHES, (InputSpec("x", ("batch", "height*2", 4), "float32"), InputSpec("t", ("height",), "float32")),
-    ("y", None), (SlotSpec("slot_0", "slot_0_next", ("batch", "(height//2)", 4), "float32", math.inf),), (), "", "linear",
+    ("y", None), (SlotSpec("slot_0", "slot_0_next", ("batch", "(height//2)", 4), "float32", math.inf),), (), "",
+    "linear",
     "per_sample", "predicate", (0, 0), True, 2, (), "0" * 64, ("x", "t"), "t",
     pytree.treespec_dumps(pytree.tree_structure({"y": (1, [2])})), 24, 1, None, to_json(GATES),
     (InputSpec("y", ("batch", 6, 4), "float32"),), (FreeSize("batch", 2, 1, 8), FreeSize("height", 6)),
     ("height%2 == 0", "min(batch, height) >= 1"),
 )  # fmt: skip
 SIDECAR = EngineSidecar(
-    "rtx", "1", "", "key", "0" * 64, {"tf32": True}, (EngineTensor("x", True, "float32", (-1, 4), (((1, 4), (2, 4), (8, 4)),)),),
-    CONTRACT, "", to_json(EveryNth(4, 2)), {"": ("MatMul",), "If_0": ("Gemm",)}, (EngineLayer("a", "gemm", ("x",), ("y",)),),
+    "rtx", "1", "", "key", "0" * 64, {"tf32": True}, (EngineTensor("x", True, "float32", (-1, 4), (((1, 4), (2, 4), (8,
+    4)),)),),
+    CONTRACT, "", to_json(EveryNth(4, 2)), {"": ("MatMul",), "If_0": ("Gemm",)}, (EngineLayer("a", "gemm", ("x",),
+    ("y",)),),
 )  # fmt: skip
 INSPECTED = {
     "Layers": [
@@ -173,11 +176,8 @@ def _formula(text: str, place: Place) -> Any:
 
 
 def _weights(text: str, place: Place) -> Any:
-    class Model:
-        metadata_props = {WEIGHTS_KEY: text}
-        graph = type("Graph", (), {"initializers": {"w": None}})
-
-    return _entry_of(Model(), Path("m.onnx"))  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(metadata_props={WEIGHTS_KEY: text}, graph=SimpleNamespace(initializers={"w": None}))
+    return _entry_of(model, Path("m.onnx"))
 
 
 def _tensors(content: bytes, place: Place) -> Any:
@@ -219,18 +219,26 @@ PARSERS = (
     Parser("ComfyUI's schedule", "1111 0101", lambda text, _: policy_of(text)),
     Parser("formula", "(height//2)*min(batch, 3)-5%height", _formula),
     Parser("guard", "2 <= L['x'].size()[0] and L['x'].stride(0) + 1 != 5", lambda text, _: check_guard(text, "it")),
-    Parser("schedule", {**TABLE.to_json(), "slopes": [[1.0, 0.5]] * 3}, _json_of("s", lambda path, _: CacheSchedule.load(path))),
-    Parser("SmoothCache", {"mlp": [1, 0, 1], "mlp-1": [1, 1, 0]}, _json_of("s", lambda path, at: import_schedule(path, at.branches, 3))),
-    Parser("routers", {"routers": [[0.5, 1.0], [0, 0.2], [1, 1]]}, _json_of("s", lambda path, at: import_schedule(path, at.branches, 3))),
-    Parser("steps_mask", {"steps_mask": [1, 0, 1]}, _json_of("s", lambda path, at: import_schedule(path, at.branches, 3))),
-    Parser("imported", with_digest(TABLE.to_json()), _json_of("s", lambda path, at: import_schedule(path, at.branches, 3))),
+    Parser("schedule", {**TABLE.to_json(), "slopes": [[1.0, 0.5]] * 3},
+           _json_of("s", lambda path, _: CacheSchedule.load(path))),
+    Parser("SmoothCache", {"mlp": [1, 0, 1], "mlp-1": [1, 1, 0]},
+           _json_of("s", lambda path, at: import_schedule(path, at.branches, 3))),
+    Parser("routers", {"routers": [[0.5, 1.0], [0, 0.2], [1, 1]]},
+           _json_of("s", lambda path, at: import_schedule(path, at.branches, 3))),
+    Parser("steps_mask", {"steps_mask": [1, 0, 1]},
+           _json_of("s", lambda path, at: import_schedule(path, at.branches, 3))),
+    Parser("imported", with_digest(TABLE.to_json()),
+           _json_of("s", lambda path, at: import_schedule(path, at.branches, 3))),
     Parser("timings", {"branches": [0.1, 0.2], "total": 5.0}, _json_of("t", lambda path, _: BranchTimings.load(path))),
     Parser("learned policy", to_json(GATES), lambda text, _: _usable(from_json(parse_json(text, "it"), "it"))),
-    Parser("scheduled policy", to_json(Scheduled(TABLE)), lambda text, _: _usable(from_json(parse_json(text, "it"), "it"))),
+    Parser("scheduled policy", to_json(Scheduled(TABLE)),
+           lambda text, _: _usable(from_json(parse_json(text, "it"), "it"))),
     Parser("every n-th", to_json(EveryNth(4, 2)), lambda text, _: _usable(from_json(parse_json(text, "it"), "it"))),
     Parser("gates", _gates, _json_of(artifact.MANIFEST, lambda path, _: artifact.read(path.parent))),
-    Parser("schedule variants", _saved(_variants, "schedule.json"), _json_of("schedule.json", lambda path, _: ScheduleVariants.load(path.parent))),
-    Parser("ONNX metadata", json.loads(CONTRACT.to_json()), lambda text, _: OnnxMetadata.parse({KEY: text}).read_policy()),
+    Parser("schedule variants", _saved(_variants, "schedule.json"),
+           _json_of("schedule.json", lambda path, _: ScheduleVariants.load(path.parent))),
+    Parser("ONNX metadata", json.loads(CONTRACT.to_json()),
+           lambda text, _: OnnxMetadata.parse({KEY: text}).read_policy()),
     Parser("ONNX sizes", {"batch": 2}, lambda text, _: _example(Path("m.onnx"), {SIZES_KEY: text})),
     Parser("ONNX weights", {"places": {"a": [["w", True]]}, "contents": {"b": "float32 00"}}, _weights),
     Parser("sidecar", _saved(lambda folder: SIDECAR.save(folder / "m.engine"), "m.engine.json"), _sidecar),
@@ -239,11 +247,15 @@ PARSERS = (
     Parser("tree spec", json.loads(CONTRACT.output_spec), lambda text, _: load_tree_spec(text, "it")),
     Parser("kept capture", _capture, _kept_capture),
     Parser("safetensors", _saved_tensors, _tensors),
-    Parser("safetensors entry", with_digest({"metadata": {"a": "b"}, "tensors": ""}), lambda text, place: _tensors(_header(text), place)),
+    Parser("safetensors entry", with_digest({"metadata": {"a": "b"}, "tensors": ""}),
+           lambda text, place: _tensors(_header(text), place)),
     Parser("search", {"model": "a"}, _json_of(IDENTITY, lambda path, _: Journal(path.parent, {"model": "a"}))),
-    Parser("measured rows", {"settings": {"steps": 3}, "rows": [asdict(Row("a", 1.0))]}, _json_of("r", lambda path, _: RowFile(path, Row, ["method"], {"steps": 3}).has(method="a"))),
-    Parser("scheduler folder", {"_class_name": "DDIMScheduler", "beta_start": 0.1}, _json_of("scheduler_config.json", lambda path, _: make_scheduler("", path.parent))),
-    Parser("Triton", b'backend: "onnxruntime"\ndefault_model_filename: "model.0123abcd.onnx"\n', lambda text, place: model_file(place.file("config.pbtxt", text).parent)),
+    Parser("measured rows", {"settings": {"steps": 3}, "rows": [asdict(Row("a", 1.0))]},
+           _json_of("r", lambda path, _: RowFile(path, Row, ["method"], {"steps": 3}).has(method="a"))),
+    Parser("scheduler folder", {"_class_name": "DDIMScheduler", "beta_start": 0.1},
+           _json_of("scheduler_config.json", lambda path, _: make_scheduler("", path.parent))),
+    Parser("Triton", b'backend: "onnxruntime"\ndefault_model_filename: "model.0123abcd.onnx"\n',
+           lambda text, place: model_file(place.file("config.pbtxt", text).parent)),
 )  # fmt: skip
 
 
@@ -254,7 +266,8 @@ def _header(entry: str) -> bytes:
 
 def options(count: int) -> settings:
     return settings(
-        max_examples=count, derandomize=True, database=None, deadline=None, phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        max_examples=count, derandomize=True, database=None, deadline=None, phases=[Phase.explicit, Phase.generate,
+        Phase.shrink],
         suppress_health_check=list(HealthCheck), print_blob=False,
     )  # fmt: skip
 
