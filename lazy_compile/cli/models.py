@@ -350,7 +350,8 @@ def _example_inputs(named: NamedModel, shapes: Sequence[str]) -> dict[str, Any]:
         name, sizes, dtype = _parse_shape(text)
         if name not in parameters and not takes_any:
             raise ConfigError(
-                f"--shape {one_line(text)}: forward has no such argument; it takes ({', '.join(parameters)})"
+                f"--shape {one_line(text, 60)}: forward has no argument {shown(name, 60)}; it takes "
+                f"({', '.join(parameters)})"
             )
         known = inputs.get(name)
         kind = dtype or (known.dtype if isinstance(known, torch.Tensor) else floating)
