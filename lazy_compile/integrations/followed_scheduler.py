@@ -21,7 +21,7 @@ def follow(scheduler: Any, trajectories: Trajectories) -> None:
     Its class becomes one of the same name that is derived from it. A copy of it is of the original class, and is not
     followed.
     """
-    kind = type(scheduler)
+    kind: Any = type(scheduler)
     if not callable(getattr(kind, "step", None)):
         return
     if not hasattr(kind, _ORIGINAL):
