@@ -30,8 +30,6 @@ except ImportError:  # not on Windows, where folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 MAX_JSON_BYTES = 256 * 2**20
-MAX_DEPTH = 100
-"""Of lists and objects in one another: those who read them may call themselves as often."""
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)\.(?P<token>[0-9a-f]{8})\.partial")
 
@@ -263,28 +261,15 @@ def parse_json(text: str, where: str | Path, *, infinity: bool = False) -> Any:
     """The one place that JSON is read at.
 
     Raises:
-        ArtifactError: it is not JSON, deeper than :data:`MAX_DEPTH`, or holds a number that is not finite or too long.
+        ArtifactError: it is not JSON, too deep, or holds a number that is not finite or too long.
     """
     try:
-        values = json.loads(text, parse_constant=_infinite if infinity else _refuse, parse_float=_finite)
-        if _is_deep(values):
-            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-        return values
+        return json.loads(text, parse_constant=_infinite if infinity else _refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"cannot read {where}: {shown(error)}; {_AGAIN}") from error
 
 
 _AGAIN = "make it again, or restore it from a copy"
-
-
-def _is_deep(values: Any) -> bool:
-    level = [values]
-    for _ in range(MAX_DEPTH):
-        inner = (value.values() if type(value) is dict else value for value in level if type(value) in (dict, list))
-        level = [value for each in inner for value in each if type(value) in (dict, list)]
-        if not level:
-            return False
-    return True
 
 
 def _refuse(name: str) -> float:

@@ -227,7 +227,7 @@ def parse_options(options: Sequence[str]) -> LazyConfig:
         name, equals, text = option.partition("=")
         if not equals or name not in hints:
             known = ", ".join(item.name for item in fields(LazyConfig))
-            raise ConfigError(f"--set {shown(option, 40)} is not NAME=VALUE with a known name: {known}")
+            raise ConfigError(f"--set {shown(option, 30)} is not NAME=VALUE with a known name; the names are {known}")
         values[name] = _parse_value(text, hints[name], option)
     return LazyConfig.from_dict(values)
 

@@ -36,7 +36,7 @@ from lazy_compile.integrations.comfyui import StepMask, policy_of
 from lazy_compile.planning.estimate import parse_bytes
 from lazy_compile.planning.import_schedule import import_schedule
 from lazy_compile.planning.timings import BranchTimings
-from lazy_compile.policies.policy import AlwaysCompute
+from lazy_compile.policies.policy import AlwaysCompute, Policy
 from lazy_compile.policies.presets import EveryNth
 from lazy_compile.policies.serialize import from_json, to_json
 from lazy_compile.runtime import artifact
@@ -307,14 +307,16 @@ TRIPS = (
 
 
 def plain(value: Any) -> Any:
-    """What can be compared: policies as JSON, tensors by their bits."""
+    """What can be compared: policies and gate tables by their fields, tensors by their bits."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.numpy().tobytes()
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(plain, value))
-    return to_json(value) if hasattr(value, "decisions") else value
+    if isinstance(value, Policy | GateTable):
+        return type(value), {item.name: plain(getattr(value, item.name)) for item in fields(value) if item.init}  # type: ignore[arg-type]
+    return value
 
 
 def check(trip: Trip, place: Place, count: int) -> None:
