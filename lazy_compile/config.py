@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from lazy_compile.errors import ConfigError
+from lazy_compile.errors import ConfigError, shown
 
 ReuseArm = Literal["last", "linear", "taylor"]
 BatchRule = Literal["per_sample", "all_reuse", "majority", "any_reuse"]
@@ -82,7 +82,7 @@ class LazyConfig:
         _require_one_of("reuse", self.reuse, get_args(ReuseArm))
         _require_one_of("batch_rule", self.batch_rule, get_args(BatchRule))
         if not 1 <= self.order <= MAX_ORDER:
-            raise ConfigError(f"order is {self.order}; expected 1 to {MAX_ORDER}")
+            raise ConfigError(f"order is {shown(self.order)}; expected 1 to {MAX_ORDER}")
         check_group(self.group)
         check_granularity(self.granularity)
         if self.probe is not None:
@@ -92,13 +92,15 @@ class LazyConfig:
         if self.cache_dtype is not None:
             _require_one_of("cache_dtype", self.cache_dtype, get_args(CacheDtype))
         if self.max_cache_bytes is not None and self.max_cache_bytes < 1:
-            raise ConfigError(f"max_cache_bytes is {self.max_cache_bytes}; use 1 or more, or None for no limit")
+            raise ConfigError(f"max_cache_bytes is {shown(self.max_cache_bytes)}; use 1 or more, or None for no limit")
         if self.warmup_steps < 1:
-            raise ConfigError(f"warmup_steps is {self.warmup_steps}; at least 1 step must compute to fill the caches")
+            raise ConfigError(
+                f"warmup_steps is {shown(self.warmup_steps)}; at least 1 step must compute to fill the caches"
+            )
         if self.max_reuse_age is not None and self.max_reuse_age < 1:
-            raise ConfigError(f"max_reuse_age is {self.max_reuse_age}; use 1 or more, or None for no limit")
+            raise ConfigError(f"max_reuse_age is {shown(self.max_reuse_age)}; use 1 or more, or None for no limit")
         if self.max_captures < 1:
-            raise ConfigError(f"max_captures is {self.max_captures}; use 1 or more")
+            raise ConfigError(f"max_captures is {shown(self.max_captures)}; use 1 or more")
 
     @property
     def values_kept(self) -> int:
@@ -115,24 +117,26 @@ class LazyConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown option {shown(unknown[0], 60)}; the options are {', '.join(sorted(known))}")
         return cls(**values)
 
 
 def check_group(group: object) -> None:
     if group != "block" and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
-        raise ConfigError(f"group is {group!r}; expected the number of branches that share a gate, or 'block'")
+        raise ConfigError(f"group is {shown(group)}; expected the number of branches that share a gate, or 'block'")
 
 
 def check_granularity(granularity: object) -> None:
     number = isinstance(granularity, int) and not isinstance(granularity, bool) and granularity >= 1
     if not number and granularity not in ("branch", "block", "model"):
-        raise ConfigError(f"granularity is {granularity!r}; expected 'branch', 'block', 'model', or a number of spans")
+        raise ConfigError(
+            f"granularity is {shown(granularity)}; expected 'branch', 'block', 'model', or a number of spans"
+        )
 
 
 def _require_one_of(option: str, seen: object, allowed: tuple[str, ...]) -> None:
     if seen not in allowed:
-        raise ConfigError(f"{option} is {seen!r}; expected one of {', '.join(map(repr, allowed))}")
+        raise ConfigError(f"{option} is {shown(seen)}; expected one of {', '.join(map(repr, allowed))}")
 
 
 def chosen_config(config: LazyConfig | None, options: Mapping[str, Any]) -> LazyConfig:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lazy_compile.digests import RESTORE, new_digest, verifies, with_digest, without_digest
-from lazy_compile.errors import ArtifactError, shown
+from lazy_compile.errors import ArtifactError, one_line, shown
 
 try:
     import fcntl
@@ -216,10 +216,24 @@ def regular_file(path: Path, limit: int | None = None) -> Path:
     return path
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file, whatever the path: one that is too long for a name is none."""
+    with suppress(OSError):
+        return Path(path).is_file()
+    return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """The same of folders."""
+    with suppress(OSError):
+        return Path(path).is_dir()
+    return False
+
+
 def shown_path(path: Path) -> str:
     """A path in a message; a long one by its end."""
     text = str(path)
-    return text if len(text) <= 160 else f"...{text[-157:]}"
+    return one_line(text if len(text) <= 160 else f"...{text[-157:]}", 160)
 
 
 def save_json(path: str | Path, values: Any) -> None:
@@ -326,9 +340,12 @@ def load_tensors(path: str | Path, *, sealed: bool = True) -> tuple[dict[str, Te
     if not sealed:
         return tensors, {}
     described = without_digest(parse_json(entry, path), path)
+    metadata = described.get("metadata", {}) if isinstance(described, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ArtifactError(f"{path} does not say what its tensors are; {_AGAIN}")
     if verifies() and described.get("tensors") != _digest_of_tensors(tensors):
         raise ArtifactError(f"{path} is not what was written: its digest does not match; {RESTORE}")
-    return tensors, dict(described.get("metadata", {}))
+    return tensors, metadata
 
 
 _ENTRY = "lazy_compile"

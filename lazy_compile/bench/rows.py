@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from lazy_compile.errors import ArtifactError, shown
 from lazy_compile.storage import load_json, save_json
 
 logger = logging.getLogger("lazy_compile.bench")
@@ -33,10 +34,13 @@ class RowFile(Generic[Row]):
     ) -> None:
         self._path, self._key, self.settings, self._name = path, tuple(key), dict(settings), name
         self.rows: list[Row] = []
-        found = self._found().get(name, [])
         names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-        if all(set(row) == names for row in found):
-            self.rows = [kind(**row) for row in found]
+        try:
+            found = self._found().get(name, [])
+            if all(row.keys() == names for row in found):
+                self.rows = [kind(**row) for row in found]
+        except (TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path} holds no rows ({shown(error)}); delete it to measure them anew") from error
 
     def get(self, measure: Callable[[], Row], **key: Any) -> Row:
         """The row of this key, measured if it is not there."""
@@ -54,7 +58,7 @@ class RowFile(Generic[Row]):
     def _found(self) -> dict[str, Any]:
         """What the file holds; nothing if it is of other settings."""
         found: dict[str, Any] = load_json(self._path) if self._path is not None and self._path.exists() else {}
-        return found if found.get("settings") == self.settings else {}
+        return found if isinstance(found, dict) and found.get("settings") == self.settings else {}
 
     def has(self, **key: Any) -> bool:
         return any(all(getattr(row, name) == key[name] for name in self._key) for row in self.rows)

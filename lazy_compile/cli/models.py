@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.errors import ArtifactError, ConfigError, one_line, shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -93,16 +93,14 @@ def load_model(spec: str, shapes: Sequence[str] = (), device: str = "cpu") -> Na
         named = _call_factory(spec)
     else:
         raise ConfigError(
-            f"{spec!r} is neither a folder nor a .pt2 file nor package.module:factory nor owner/name of the Hub; "
-            "give one of these as MODEL"
+            f"{shown(spec, 80)} is neither a folder nor a .pt2 file nor package.module:factory nor owner/name of the "
+            "Hub; give one of these as MODEL"
         )
     try:
         target = torch.device(device)
         model = named.model.to(target) if target.type != "cpu" else named.model
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu"
-        ) from None
+        raise ConfigError(f"device {shown(device, 40)} cannot be used ({shown(error)}); try --device cpu") from None
     inputs = _example_inputs(named, shapes)
     inputs = pytree.tree_map(lambda leaf: leaf.to(target) if isinstance(leaf, torch.Tensor) else leaf, inputs)
     return NamedModel(spec, model, inputs, named.scheduler_folder)
@@ -145,8 +143,8 @@ def parse_group(text: str | None) -> Group | None:
         return None
     if text == "block":
         return "block"
-    if not text.isdecimal() or not int(text):
-        raise ConfigError(f"--group is {text!r}; expected a number of branches, or block")
+    if not text.isdecimal() or len(text) > 9 or not int(text):
+        raise ConfigError(f"--group is {shown(text)}; expected a number of branches, or block")
     return int(text)
 
 
@@ -229,7 +227,7 @@ def parse_options(options: Sequence[str]) -> LazyConfig:
         name, equals, text = option.partition("=")
         if not equals or name not in hints:
             known = ", ".join(item.name for item in fields(LazyConfig))
-            raise ConfigError(f"--set {option!r} is not NAME=VALUE with a known name; the names are {known}")
+            raise ConfigError(f"--set {shown(option, 30)} is not NAME=VALUE with a known name; the names are {known}")
         values[name] = _parse_value(text, hints[name], option)
     return LazyConfig.from_dict(values)
 
@@ -242,13 +240,13 @@ def _parse_value(text: str, hint: Any, option: str) -> Any:
         return None
     if bool in kinds:
         if text.lower() not in ("true", "false"):
-            raise ConfigError(f"--set {option}: expected true or false")
+            raise ConfigError(f"--set {one_line(option)}: expected true or false")
         return text.lower() == "true"
     if int in kinds:
         try:
             return int(text)
         except ValueError:
-            raise ConfigError(f"--set {option}: expected a whole number") from None
+            raise ConfigError(f"--set {one_line(option)}: expected a whole number") from None
     return text
 
 
@@ -279,6 +277,8 @@ class FolderModules(MetaPathFinder):
 
 def find_function(spec: str) -> Callable[..., Any]:
     module_name, _, attribute = spec.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise ConfigError(f"{shown(spec)} names no module; expected package.module:function")
     sys.meta_path.append(FolderModules(Path.cwd(), module_name.split(".")[0]))
     importlib.invalidate_caches()
     try:
@@ -287,17 +287,21 @@ def find_function(spec: str) -> Callable[..., Any]:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ConfigError(
-            f"there is no module {error.name!r} (from {spec!r}); run from the folder that holds it, or install it"
+            f"there is no module {shown(error.name, 60)} (from {shown(spec, 60)}); run from the folder that "
+            "holds it, or install it"
         ) from None
     for name in attribute.split("."):
         if not hasattr(found, name):
             where = getattr(found, "__file__", None)
             raise ConfigError(
-                f"{module_name} has no {attribute!r} (it is {where}); name a function in it as {module_name}:function"
+                f"{one_line(module_name, 60)} has no {shown(attribute, 60)} (it is {where}); name a function in it as "
+                f"{one_line(module_name, 60)}:function"
             )
         found = getattr(found, name)
     if not callable(found):
-        raise ConfigError(f"{spec} is {type(found).__name__}, not a function; name one that returns the model")
+        raise ConfigError(
+            f"{one_line(spec)} is {type(found).__name__}, not a function; name one that returns the model"
+        )
     return found  # type: ignore[no-any-return]
 
 
@@ -345,7 +349,10 @@ def _example_inputs(named: NamedModel, shapes: Sequence[str]) -> dict[str, Any]:
     for text in (part for shape in shapes for part in shape.split(",")):
         name, sizes, dtype = _parse_shape(text)
         if name not in parameters and not takes_any:
-            raise ConfigError(f"--shape {text}: forward has no argument {name!r}; it takes ({', '.join(parameters)})")
+            raise ConfigError(
+                f"--shape {one_line(text, 60)}: forward has no argument {shown(name, 60)}; it takes "
+                f"({', '.join(parameters)})"
+            )
         known = inputs.get(name)
         kind = dtype or (known.dtype if isinstance(known, torch.Tensor) else floating)
         if kind.is_floating_point:
@@ -364,10 +371,10 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...], Any]:
     sizes = () if sizes_text == "scalar" else tuple(sizes_text.split("x"))
     short = all(size.isdecimal() and len(size) < 12 for size in sizes)
     if not name or not short or (dtype_name and dtype is None):
-        raise ConfigError(f"--shape {text!r} is not NAME:2x4x32x32, or with a dtype NAME:2:int64, or NAME:scalar")
+        raise ConfigError(f"--shape {shown(text)} is not NAME:2x4x32x32, or with a dtype NAME:2:int64, or NAME:scalar")
     shape = tuple(map(int, sizes))
     if prod(shape) > LARGEST_INPUT:
-        raise ConfigError(f"--shape {text!r} has {prod(shape):.1e} elements; expected {LARGEST_INPUT:.1e} at most")
+        raise ConfigError(f"--shape {shown(text)} has {prod(shape):.1e} elements; expected {LARGEST_INPUT:.1e} at most")
     return name, shape, dtype
 
 

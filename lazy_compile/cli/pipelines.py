@@ -20,8 +20,8 @@ def load_pipeline(folder: str, device: str = "cpu") -> Any:
     """
     if not (Path(folder) / "model_index.json").exists():
         raise ConfigError(
-            f"{folder!r} holds no pipeline (no model_index.json); name the folder that pipe.save_pretrained() wrote, "
-            "or leave out --prompts"
+            f"{shown(folder, 80)} holds no pipeline (no model_index.json); name the folder that pipe.save_pretrained() "
+            "wrote, or leave out --prompts"
         )
     announce(f"loading the pipeline {folder}")
     diffusers = import_optional("diffusers", "diffusers")
@@ -59,9 +59,9 @@ def call_arguments(given: Sequence[str]) -> dict[str, Any]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
-            raise ConfigError(f"--call {text!r} is not NAME=VALUE, such as height=512")
+            raise ConfigError(f"--call {shown(text)} is not NAME=VALUE, such as height=512")
         try:
             values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             values[name] = value
     return values

@@ -15,7 +15,6 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from lazy_compile.runtime.artifact import read
 from lazy_compile.runtime.lazy_graph import LazyGraph
 from lazy_compile.runtime.module import LazyModule
 from lazy_compile.runtime.sampling import DenseStep
+from lazy_compile.storage import is_folder
 
 logger = logging.getLogger("lazy_compile")
 
@@ -80,7 +80,7 @@ def policy_of(text: str) -> PolicyLike:
         return as_policy(text)
     if mask and not set(mask) - {"0", "1"}:
         return StepMask(mask)
-    if text.strip() and Path(text).is_dir():
+    if text.strip() and is_folder(text):
         return read(text).policy
     raise ConfigError(
         f"the schedule is {shown(text)}; expected {', '.join(PRESETS)}, a mask such as 1111010101, or the folder that "

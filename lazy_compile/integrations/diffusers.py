@@ -92,16 +92,23 @@ def make_scheduler(name: str, folder: Path | None = None) -> Any:
     diffusers = import_optional("diffusers", "diffusers")
     if folder is not None:
         class_name = _class_name(folder / "scheduler_config.json")
-        if not hasattr(diffusers, class_name):
+        kind = getattr(diffusers, class_name, None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ArtifactError(
-                f"{folder} names the scheduler {class_name!r}, which diffusers {diffusers.__version__} has not; "
-                "install the release that wrote it"
+                f"{folder} names the scheduler {shown(class_name, 60)}, which diffusers {diffusers.__version__} has "
+                "not; install the release that wrote it"
             )
-        return getattr(diffusers, class_name).from_pretrained(folder)
+        try:
+            return kind.from_pretrained(folder)  # type: ignore[attr-defined]
+        except Exception as error:  # diffusers raises whatever a strange configuration leads to
+            raise ArtifactError(
+                f"cannot make the {class_name} in {folder}: {type(error).__name__}: {shown(error)}; expected what "
+                "save_pretrained() wrote"
+            ) from error
     if name not in SCHEDULERS:
-        raise ConfigError(f"the scheduler is {name!r}; expected one of {', '.join(SCHEDULERS)}")
-    kind, options = SCHEDULERS[name]
-    return getattr(diffusers, kind)(**options)
+        raise ConfigError(f"the scheduler is {shown(name)}; expected one of {', '.join(SCHEDULERS)}")
+    class_name, options = SCHEDULERS[name]
+    return getattr(diffusers, class_name)(**options)
 
 
 def load_denoiser(folder: Path) -> nn.Module:

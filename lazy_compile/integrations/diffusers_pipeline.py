@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
+from weakref import ref
 
 from torch import nn
 
 from lazy_compile.config import LazyConfig
 from lazy_compile.errors import ArtifactError, ConfigError
+from lazy_compile.integrations.followed_scheduler import follow, unfollow
 from lazy_compile.policies.policy import Policy
 from lazy_compile.runtime.artifact import MANIFEST, read
 from lazy_compile.runtime.module import LazyModule
@@ -74,7 +76,19 @@ class LazyDenoiser(LazyModule, metaclass=_StandsFor):
     def _graph_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.is_captured:
             require_resting_weights(self.original)
+        if (scheduler := self._scheduler()) is not None:
+            follow(scheduler, self._trajectories)
         return super()._graph_for(args, kwargs)
+
+    def _scheduler(self) -> Any:
+        """The one that the pipeline has now; None if there is none, or this is a copy."""
+        pipe = self.__dict__.get(_PIPE, lambda: None)()
+        return getattr(pipe, "scheduler", None)
+
+    def release(self) -> nn.Module:
+        if (scheduler := self._scheduler()) is not None:
+            unfollow(scheduler, self._trajectories)
+        return super().release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, (_, *arguments) = super().__reduce__()
@@ -91,6 +105,9 @@ class LazyDenoiser(LazyModule, metaclass=_StandsFor):
         self.original.save_pretrained(save_directory, *args, **kwargs)  # type: ignore[operator]
         if self._store.graphs:
             self.save(Path(save_directory) / GATES)
+
+
+_PIPE = "_pipe"
 
 
 @functools.cache
@@ -141,6 +158,7 @@ def transform_pipeline(
     with models_exchanged(pipe):
         for name in chosen:
             lazy = LazyDenoiser(modules[name], config)
+            lazy.__dict__[_PIPE] = ref(pipe)
             if capture_cache is not None:
                 lazy.capture_cache = capture_cache
             if policy is not None:
@@ -198,7 +216,7 @@ def restore_pipeline(pipe: Any) -> Any:
         raise ConfigError(f"no model of this {type(pipe).__name__} is lazy; there is nothing to restore")
     with models_exchanged(pipe):
         for name, denoiser in lazy.items():
-            setattr(pipe, name, denoiser.original)
+            setattr(pipe, name, denoiser.release())
     return pipe
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from lazy_compile.errors import ConfigError
+from lazy_compile.errors import ConfigError, shown
 from lazy_compile.ir.lazy_branch import LazyBranch
 from lazy_compile.planning.output_store import Place, Streaming
 from lazy_compile.planning.search import SearchOptions
@@ -107,10 +107,12 @@ def parse_bytes(text: str) -> int:
     number = text.strip().rstrip("BbIiKkMmGgTt ")
     unit = text.strip()[len(number) :].strip().lower()
     try:
-        size = float(number) * units[unit]
-    except (ValueError, KeyError):
-        raise ConfigError(f"{text!r} is no size of memory; expected one such as 4GB or 512MiB") from None
-    return int(size)
+        size = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ConfigError(f"{shown(text)} is no size of memory; expected one such as 4GB or 512MiB")
+    return size
 
 
 def _ways(device: torch.device) -> Iterator[Streaming]:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lazy_compile.errors import ConfigError
+from lazy_compile.errors import ConfigError, shown
 from lazy_compile.ir.branch import ResidualBranch
 
 Interpolation = Literal["nearest", "linear"]
@@ -114,13 +114,13 @@ class GateTable:
         if not len(self.knots):
             raise ConfigError("a gate table needs at least one knot; give the timesteps that its rows belong to")
         if self.interpolation not in ("nearest", "linear"):
-            raise ConfigError(f"interpolation is {self.interpolation!r}; expected 'nearest' or 'linear'")
+            raise ConfigError(f"interpolation is {shown(self.interpolation)}; expected 'nearest' or 'linear'")
         if self.trajectory is not None and (
             self.trajectory.shape != self.knots.shape or self.interpolation != "nearest"
         ):
             raise ConfigError(
                 f"a gate table of several trajectories says which one each of its {len(self.knots)} knots belongs to, "
-                f"and takes the nearest; seen {list(self.trajectory.shape)} and {self.interpolation!r}"
+                f"and takes the nearest; seen {list(self.trajectory.shape)} and {shown(self.interpolation)}"
             )
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lazy_compile.errors import ConfigError
+from lazy_compile.errors import ConfigError, shown
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.policies.gate_table import FORCE, GateRow, GateTable, compute_logit, should_compute
 from lazy_compile.policies.policy import GATES, Decisions, GateQuery, Policy, require_keys
@@ -110,7 +110,9 @@ class Learned(Policy, kind="learned"):
         if missing := sorted({"knots", "weight", "bias"} - set(tensors)):
             raise ConfigError(f"the gates hold no tensor {missing[0]!r}")
         if unknown := sorted(set(tensors) - {"knots", "weight", "bias", "slope", "trajectory"}):
-            raise ConfigError(f"the gates hold an unknown tensor {unknown[0]!r}")
+            raise ConfigError(f"the gates hold an unknown tensor {shown(unknown[0])}")
+        if not all(type(count) is int and 0 <= count < 2**31 for count in values["features"]):
+            raise ConfigError(f"policy.features are {shown(values['features'])}, expected a number for each branch")
         table = GateTable(tuple(values["features"]), **tensors, interpolation=values["interpolation"])
         return cls(table, values["shift"], values["delayed"])
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from torch import Tensor
 
-from lazy_compile.errors import ConfigError
+from lazy_compile.errors import ConfigError, one_line, shown
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.policies.gate_table import GateRow, GateTable
 from lazy_compile.policies.schedule import CacheSchedule, StepTable
@@ -191,7 +191,9 @@ class Policy:
         try:
             return cls(**values, **tensors)
         except TypeError as error:
-            raise ConfigError(f"{cls.__name__} cannot be made of {', '.join([*values, *tensors])} ({error})") from error
+            raise ConfigError(
+                f"{cls.__name__} cannot be made of {one_line(', '.join([*values, *tensors]), 80)} ({shown(error, 80)})"
+            ) from error
 
 
 def spread(decisions: Decisions, branches: int) -> list[bool | None]:
@@ -287,8 +289,8 @@ def require_keys(values: Mapping[str, Any], expected: Mapping[str, Any]) -> None
         ConfigError: the values of a policy are not exactly these, each of its type.
     """
     for key in sorted(expected.keys() ^ values.keys()):
-        raise ConfigError(f"it {'lacks' if key in expected else 'has an unknown key'} {'policy.' + key!r}")
+        raise ConfigError(f"it {'lacks' if key in expected else 'has an unknown key'} {shown('policy.' + key)}")
     for key, kind in expected.items():
         if type(values[key]) is not kind and not (isinstance(kind, UnionType) and isinstance(values[key], kind)):
             name = getattr(kind, "__name__", str(kind))
-            raise ConfigError(f"policy.{key} is {values[key]!r}, expected {name}")
+            raise ConfigError(f"policy.{key} is {shown(values[key])}, expected {name}")

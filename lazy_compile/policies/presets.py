@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from lazy_compile.errors import ConfigError
+from lazy_compile.errors import ConfigError, shown
 from lazy_compile.policies.policy import Policy, Scheduled
 from lazy_compile.policies.schedule import CacheSchedule, StepTable
 
@@ -40,7 +40,7 @@ class EveryNth(Policy, kind="every_nth"):
     def __post_init__(self) -> None:
         for name, value in (("warmup", self.warmup), ("interval", self.interval)):
             if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected a number of calls, 1 or more")
+                raise ConfigError(f"{name} is {shown(value)}; expected a number of calls, 1 or more")
 
     def decisions(self, step: int, timestep: float, before: float | None, memory: dict[str, object]) -> bool:
         return step < self.warmup or (step - self.warmup + 1) % self.interval == 0
@@ -75,6 +75,6 @@ def as_policy(given: object) -> Policy:
     if isinstance(given, str) and given in PRESETS:
         return PRESETS[given]
     raise ConfigError(
-        f"policy is {given!r}; expected one of {', '.join(map(repr, PRESETS))}, a CacheSchedule, or a Policy such as "
-        "Scheduled(schedule) or Learned(table)"
+        f"policy is {shown(given)}; expected one of {', '.join(map(repr, PRESETS))}, a CacheSchedule, or a Policy "
+        "such as Scheduled(schedule) or Learned(table)"
     )

@@ -62,8 +62,8 @@ def from_parts(values: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
     if not isinstance(kind, str) or kind not in Policy.kinds:
         module = kind.partition(":")[0] if isinstance(kind, str) and ":" in kind else "the module that defines it"
         raise ArtifactError(
-            f"{where} names the policy {shown(kind)}; expected one of {', '.join(BUILT_IN)}, or one of your own: "
-            f"import {one_line(module)} before, since a file imports nothing by itself"
+            f"{where} names the policy {shown(kind, 60)}; expected one of {', '.join(BUILT_IN)}, or one of your own: "
+            f"import {one_line(module, 60)} before, since a file imports nothing by itself"
         )
     try:
         return Policy.kinds[kind].from_dict({key: value for key, value in values.items() if key != KIND}, tensors)
@@ -95,11 +95,13 @@ def from_json(values: Any, where: str) -> Policy:
         ArtifactError: see :func:`from_parts`.
     """
     if not isinstance(values, dict):
-        raise ArtifactError(f"{where} holds {values!r} for a policy, expected an object; make it again")
+        raise ArtifactError(f"{where} holds {shown(values)} for a policy, expected an object; make it again")
     try:
         tensors = unpack(base64.b64decode(values[TENSORS])) if TENSORS in values else {}
     except (SafetensorError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{where}: the tensors of its policy are damaged ({error}); make it again") from error
+        raise ArtifactError(
+            f"{where}: the tensors of its policy are damaged ({shown(error)}); make it again"
+        ) from error
     return from_parts({key: value for key, value in values.items() if key != TENSORS}, tensors, where)
 
 

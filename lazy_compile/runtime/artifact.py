@@ -182,7 +182,9 @@ def _read(folder: Path) -> Artifact:
     for position, branch in enumerate(values["branches"]):
         _check(branch, _BRANCH, path, f"branches[{position}].")
         if branch["kind"] not in {kind.value for kind in BranchKind}:
-            raise ArtifactError(f"{path}: branches[{position}].kind is {branch['kind']!r}; undo the edit")
+            raise ArtifactError(f"{path}: branches[{position}].kind is {shown(branch['kind'])}; {_UNDO}")
+        if not 0 <= branch["gate_features"] < 2**31:
+            raise ArtifactError(f"{path}: branches[{position}].gate_features is out of range; {_UNDO}")
     branches = tuple(tuple(branch[key] for key in _BRANCH) for branch in values["branches"])
     artifact = Artifact(
         _read_config(values["config"], path),

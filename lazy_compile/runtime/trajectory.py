@@ -28,6 +28,7 @@ from lazy_compile.runtime.fingerprint import Floats, Latents, read, samples_of
 from lazy_compile.runtime.host_hints import Known, known_trajectory
 from lazy_compile.runtime.matching import Content, Leaves, find_position, find_stream, was_called_here
 from lazy_compile.runtime.positions import REACH, Doubt, Position, Returned, Stream, Trajectory
+from lazy_compile.runtime.sampler_steps import SamplerSteps, note_sampler_steps
 from lazy_compile.runtime.step_invariants import StepInvariants
 
 logger = logging.getLogger("lazy_compile")
@@ -88,6 +89,7 @@ class Trajectories:
         self._mutex = threading.Lock()
         self._call = 0
         self._unread: list[Returned] = []
+        self._steps = SamplerSteps()
         self._invariants: dict[int, tuple[CacheState, StepInvariants]] = {}
         _ALL.add(self)
 
@@ -127,11 +129,15 @@ class Trajectories:
             tensors[_LATENTS] = samples_of(latents.together(moved, latents.row_axis))
         with self._mutex:
             waiting, self._unread = self._unread, []
+            steps = self._steps.take()
         pending = {id(item.tensor): item.tensor for item in waiting if item.tensor is not None}
-        found = read({**tensors, **{f"{_RETURNED}{key}": tensor for key, tensor in pending.items()}})
+        found = read({**tensors, **steps, **{f"{_RETURNED}{key}": tensor for key, tensor in pending.items()}})
         for item in waiting:
             if item.tensor is not None:
                 item.values, item.tensor = found[f"{_RETURNED}{id(item.tensor)}"][item.row], None
+        if steps:
+            with self._mutex:
+                note_sampler_steps(found, Leaves(self._alive).positions)
         times = _times(found.pop(time_name)) if time_name in found else None
         moving = found.pop(_LATENTS, None)
 
@@ -254,6 +260,11 @@ class Trajectories:
             return Position(trajectory, step, time, latents)
         return Position(trajectory, step, time, latents, current)
 
+    def note_step(self, before: Tensor, after: Tensor) -> None:
+        """The host has seen its sampler make a step, see :class:`~lazy_compile.runtime.sampler_steps.SamplerSteps`."""
+        with self._mutex:
+            self._steps.note(before, after)
+
     # What becomes of a call ---------------------------------------------------------------------------------------
 
     def commit(self, placed: Placed, returned: Tensor | None) -> None:
@@ -321,6 +332,7 @@ class Trajectories:
             if stream is None:
                 _free(self._alive)
                 self._alive, self._unread, self._invariants = [], [], {}
+                self._steps.clear()
                 return
             for item in self._alive:
                 item.streams = [each for each in item.streams if not _is_named(each, stream)]

@@ -157,7 +157,7 @@ def test_sizes_are_read(text: str, size: float) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "4 parsecs", "x4GB"])
+@pytest.mark.parametrize("text", ["", "GB", "4 parsecs", "x4GB", "-4GB", "inf", "nan"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="no size of memory"):
         parse_bytes(text)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 import lazy_compile
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from support.requests import GUIDANCES, STEPS, Request, in_turn, sampled, scheduler_names
+from support.slow import slow_but
 from support.toy_models import TOYS, call
 
 FEW = ("DDIMScheduler", "EulerAncestralDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "HeunDiscreteScheduler")
@@ -79,11 +81,17 @@ SITUATIONS: dict[str, Callable[[str, str], Tensor]] = {
 }
 
 
-def check(scheduler: str, guidance: str) -> None:
+def check(scheduler: str, guidance: str, *, followed: bool = False) -> None:
     expected = alone(scheduler, guidance, seed=1)
     calls, ratio = lazy_model().stats.calls, lazy_model().stats.lazy_ratio
     assert calls >= STEPS - 1
-    assert ratio >= RENEWED.get(scheduler, 0.3), f"{scheduler}, {guidance}: {ratio:.2f} of the branches reuse"
+    if followed and guidance not in ("interval", "toggled"):
+        steps = lazy_model().stats.reuse_table
+        assert len(steps) == calls // (2 if guidance.endswith("first") else 1)
+        assert (steps == (np.arange(len(steps)) % 2)[:, None]).all(), f"{scheduler}, {guidance}: {steps[:, 0]}"
+    assert ratio >= (0.3 if followed else RENEWED.get(scheduler, 0.3)), (
+        f"{scheduler}, {guidance}: {ratio:.2f} is reused"
+    )
     for name, situation in SITUATIONS.items():
         lazy_model().reset()
         difference = float((situation(scheduler, guidance) - expected).abs().max())
@@ -103,6 +111,19 @@ def test_a_request_is_sampled_as_if_it_were_alone(scheduler: str, guidance: str)
 def test_a_request_is_sampled_as_if_it_were_alone_with_every_scheduler(scheduler: str) -> None:
     for guidance in GUIDANCES:
         check(scheduler, guidance)
+
+
+FOLLOWED = ("DDPMScheduler", "SASolverScheduler")
+
+
+@pytest.mark.parametrize("scheduler", slow_but(FOLLOWED, scheduler_names()))
+def test_a_scheduler_that_is_followed_reuses_as_its_schedule_says(
+    scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever noise its steps add: what they made of the latents is known."""
+    monkeypatch.setattr(Request, "follower", lazy_model()._trajectories)
+    for guidance in GUIDANCES:
+        check(scheduler, guidance, followed=True)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
 from torch import Tensor
 
+from lazy_compile.integrations.followed_scheduler import follow
+from lazy_compile.runtime.trajectory import Trajectories
 from support.layers import TOKENS, WIDTH, WORDS
 
 STEPS = 8
@@ -53,6 +55,9 @@ class Request:
     seed: int
     guidance: Guidance = "none"
 
+    follower: ClassVar[Trajectories | None] = None
+    """Those of the model, where they are to see what each step makes of the latents, as in a pipeline."""
+
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         self.latents = torch.randn(1, TOKENS, 8, generator=generator)
@@ -62,6 +67,8 @@ class Request:
     def calls(self, model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[int]:
         """Sample; yields after each step, so that others may go on."""
         scheduler = getattr(diffusers, self.scheduler)()
+        if self.follower is not None:
+            follow(scheduler, self.follower)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             scheduler.set_timesteps(STEPS)

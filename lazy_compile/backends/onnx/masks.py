@@ -15,6 +15,7 @@ from lazy_compile.digests import RangeDigests, check_digest, digest_of, digest_o
 from lazy_compile.errors import ArtifactError, import_optional, one_line, shown
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.storage import (
+    is_file,
     load_json,
     load_sealed_json,
     locked_folder,
@@ -93,7 +94,7 @@ class ScheduleVariants:
             raise ArtifactError(f"{path} is damaged ({one_line(repr(error))}); export again") from error
         for name in names.values():
             file = path.parent / name
-            if Path(name).name != name or not file.is_file():
+            if Path(name).name != name or not is_file(file):
                 raise ArtifactError(f"{path} names {shown(name)}, which is missing; export again")
             if verifies() and _content(file) != digests.get(name):
                 raise ArtifactError(f"{file} is not the file that {MANIFEST} names; copy all of one export")

@@ -111,10 +111,13 @@ def _is(value: Any, hint: Any) -> bool:
         return any(_is(value, option) for option in options)
     if origin is Literal:
         return isinstance(value, str) and value in options
+    if origin is dict:
+        keys, values = options
+        return isinstance(value, dict) and all(_is(key, keys) and _is(item, values) for key, item in value.items())
     if origin is tuple:
         return isinstance(value, tuple) and _all_are(value, options)
     if hint is float:  # the clock of linear reuse starts from infinity
-        return type(value) in (int, float) and not math.isnan(value)
+        return type(value) in (int, float) and value == value
     if hint in (int, bool, str, type(None)):
         return type(value) is hint
     return isinstance(value, origin or hint)

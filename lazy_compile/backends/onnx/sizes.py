@@ -55,10 +55,13 @@ def parse_shapes(option: str, text: str) -> dict[str, Shape]:
     """
     shapes = {}
     for part in text.split(",") if text else ():
-        name, _, sizes = part.strip().rpartition(":")
-        if not name.strip("'") or not all(size.isdecimal() for size in sizes.split("x")):
-            raise ConfigError(f"{option} {part!r} is not NAME:2x4x32x32; separate several by commas")
-        shapes[name.strip("'")] = tuple(map(int, sizes.split("x")))
+        quoted, _, sizes = part.strip().rpartition(":")
+        name = quoted.strip("'")
+        if not name or not all(size.isdecimal() and len(size) < 12 for size in sizes.split("x")):
+            raise ConfigError(f"{option} {shown(part)} is not NAME:2x4x32x32; separate several by commas")
+        if name in shapes:
+            raise ConfigError(f"{option} has two shapes of {shown(name)}; for another profile, repeat the option")
+        shapes[name] = tuple(map(int, sizes.split("x")))
     return shapes
 
 
@@ -72,7 +75,11 @@ def parse_ranges(least: Sequence[str], best: Sequence[str], most: Sequence[str])
 
 
 def union_of(ranges: Sequence[ShapeRange]) -> ShapeRange:
-    """The range that holds all of these; the best shapes are those of the first."""
+    """The range that holds all of these; the best shapes are those of the first.
+
+    Raises:
+        ConfigError: two shapes of an input differ in their number of axes.
+    """
     least, best, most = zip(*(each.complete for each in ranges), strict=True)
     return ShapeRange(_together(least, min), dict(best[0]), _together(most, max))
 
@@ -80,6 +87,9 @@ def union_of(ranges: Sequence[ShapeRange]) -> ShapeRange:
 def _together(several: Sequence[Mapping[str, Shape]], choose: Callable[[Iterable[int]], int]) -> dict[str, Shape]:
     names = dict.fromkeys(name for shapes in several for name in shapes)
     alike = {name: [shapes[name] for shapes in several if name in shapes] for name in names}
+    for name, shapes in alike.items():
+        if len({len(shape) for shape in shapes}) > 1:
+            raise ConfigError(f"the profiles have shapes of {shown(name)} of different length; give one size an axis")
     return {name: tuple(map(choose, zip(*shapes, strict=True))) for name, shapes in alike.items()}
 
 
@@ -92,6 +102,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max}
 
 LONGEST = 1000
 """Characters of a formula or condition."""
+
+DEEPEST = 100
+"""Operations in one another."""
 
 
 @lru_cache(maxsize=4096)
@@ -110,7 +123,7 @@ def parsed(text: str) -> ast.expr:
     return tree
 
 
-def _require_known(node: ast.AST) -> None:
+def _require_known(node: ast.AST, depth: int = 0) -> None:
     if isinstance(node, ast.Constant):
         known = type(node.value) is int
     elif isinstance(node, ast.Call):
@@ -121,10 +134,10 @@ def _require_known(node: ast.AST) -> None:
         known = all(type(op) in _OPERATORS for op in node.ops)
     else:
         known = isinstance(node, ast.Name | ast.BoolOp)
-    if not known:
+    if not known or depth > DEEPEST:
         raise ValueError(type(node).__name__)
     for part in _operands(node):
-        _require_known(part)
+        _require_known(part, depth + 1)
 
 
 def _operands(node: ast.AST) -> list[ast.expr]:
@@ -153,7 +166,9 @@ def value_at(size: Size, sizes: Sizes) -> int:
     try:
         return int(_value(parsed(size), sizes))
     except (KeyError, ZeroDivisionError) as error:
-        raise ConfigError(f"size {size!r} cannot be worked out from {dict(sizes)} ({error!r})") from error
+        raise ConfigError(
+            f"size {shown(size, 60)} cannot be worked out from {shown(dict(sizes), 80)} ({shown(error)})"
+        ) from error
 
 
 def shape_at(shape: Sequence[Size], sizes: Sizes) -> Shape:
@@ -214,7 +229,7 @@ def bound_sizes(declared: Mapping[str, Sequence[Size]], given: Mapping[str, Sequ
             raise ConfigError(_misfit(name, shape, declared[name]))
         for size, length in zip(declared[name], shape, strict=True):
             if isinstance(size, str) and size.isidentifier() and sizes.setdefault(size, length) != length:
-                raise ConfigError(f"size {size!r} is {sizes[size]} in one input and {length} in {name!r}")
+                raise ConfigError(f"size {size!r} is {sizes[size]} in one input and {length} in {shown(name)}")
     for name, shape in given.items():
         for size, length in zip(declared[name], shape, strict=True):
             known = isinstance(size, int) or (size and names_in(size) <= sizes.keys())

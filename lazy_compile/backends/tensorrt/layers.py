@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lazy_compile.errors import ArtifactError
+from lazy_compile.errors import ArtifactError, one_line, shown
+from lazy_compile.storage import parse_json
 
 JUMP_IF, JUMP = "cjmp", "jmp"
 
@@ -23,7 +23,7 @@ _TENSOR = re.compile(r"\{ Name: (.+?), (?:Dimensions|Location)")
 _TARGET = re.compile(r"(JumpTarget\w*): (.*?)(?=, (?:JumpTarget\w*|Metadata)\b|$)")
 _NODE = re.compile(r"\[ONNX Layer: ([^|\]\x1e]+?)(?: \|[^\]]*)?\]")
 
-_PROFILE = re.compile(r"\[profile (\d+)\]")
+_PROFILE = re.compile(r"\[profile (\d{1,9})\]")
 _GRAPH = re.compile(r"_(myl\d+)_\d+$")
 
 _HEAVY_KIND = re.compile(r"gemm|matmul|matrixmultiply|matrix_multiply|conv|correlation|attention|mha", re.IGNORECASE)
@@ -103,7 +103,13 @@ def parse_profiles(text: str) -> list[tuple[EngineLayer, ...]]:
     Raises:
         ArtifactError: there is no list of layers in it.
     """
-    layers = tuple(map(_from_fields, _json_fields(text) or _line_fields(text)))
+    try:
+        layers = tuple(map(_from_fields, _json_fields(text) or _line_fields(text)))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"a layer of this engine is described otherwise ({one_line(repr(error))}); expected what an engine "
+            "inspector wrote"
+        ) from error
     if not layers:
         raise ArtifactError(
             "this holds no list of layers; expected the VERBOSE log of a build with detailed profiling, or what an "
@@ -128,13 +134,12 @@ def _graph_of(layer: EngineLayer) -> str:
 def _json_fields(text: str) -> list[Mapping[str, Any]]:
     if not text.lstrip().startswith("{"):
         return []
-    try:
-        layers = json.loads(text).get("Layers", [])
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"this is not the JSON of an engine inspector: {error}") from error
+    layers = parse_json(text, "the JSON of an engine inspector", infinity=True).get("Layers", [])
+    if not isinstance(layers, list):
+        raise ArtifactError(f"the layers of this engine are {shown(layers)}; expected what an engine inspector wrote")
     if any(isinstance(layer, str) for layer in layers):
         raise ArtifactError("this engine knows only the names of its layers; build it with detailed profiling")
-    return list(layers)
+    return layers
 
 
 def _line_fields(text: str) -> Iterator[Mapping[str, Any]]:

@@ -43,6 +43,7 @@ def test_a_condition_holds_or_does_not() -> None:
         "1.5",
         "a(",
         "x" * 1001,
+        "-" * 500 + "height",  # whoever works it out may stand deeper than who reads it
         "f(2)",
     ],
 )
@@ -63,6 +64,13 @@ def test_free_sizes_are_read_from_shapes() -> None:
         bound_sizes(declared, {"text": (2, 5, 4), "x": (3, 10)})
     with pytest.raises(ConfigError, match=r"shape \[2, 9\] of 'x' does not fit the model, in which it is \[batch, 2\*"):
         bound_sizes(declared, {"text": (2, 5, 4), "x": (2, 9)})
+
+
+def test_profiles_that_contradict_themselves_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--minShapes has two shapes of 'x'; for another profile, repeat the option"):
+        parse_ranges(["x:1x4,x:2x4"], [], [])
+    with pytest.raises(ConfigError, match="shapes of 'x' of different length; give one size an axis"):
+        union_of(parse_ranges(["x:1x4", "x:1x4x4"], [], []))
 
 
 def test_profiles_are_written_as_trtexec_writes_them() -> None:

@@ -37,7 +37,7 @@ def test_what_an_inspector_returns_reads_the_same() -> None:
     [
         ("nothing", "this holds no list of layers; expected the VERBOSE log of a build with detailed profiling"),
         ('{"Layers": ["qkv"]}', "knows only the names of its layers; build it with detailed profiling"),
-        ('{"Layers": [', "this is not the JSON of an engine inspector"),
+        ('{"Layers": [', "cannot read the JSON of an engine inspector"),
     ],
 )
 def test_what_is_no_layer_list_is_refused(text: str, message: str) -> None:

@@ -1,0 +1,63 @@
+"""What a sampler made of the latents of a call: those of the next call follow from it, whatever noise was added."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from lazy_compile.runtime.fingerprint import Floats, samples_of, unexplained
+from lazy_compile.runtime.positions import HALF, Position, Returned
+
+LATEST = 8
+"""Steps that wait to be read; of a model that is not called meanwhile, older ones are dropped."""
+
+
+class SamplerSteps:
+    """Steps that a host has seen its sampler make, until the next call of the model reads them.
+
+    They prove nothing by themselves: a step belongs to the position whose latents it began from, and a row continues
+    that position if its latents are what the step ended with.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Tensor, Tensor]] = deque(maxlen=LATEST)
+
+    def note(self, before: Tensor, after: Tensor) -> None:
+        """One step: ``float[B, ...]``, the latents that it was given and those that it returned."""
+        if before.shape == after.shape and before.dim() > 1 and before.numel() and not before.is_meta:
+            self._waiting.append((samples_of(before), samples_of(after)))
+
+    def take(self) -> dict[str, Tensor]:
+        """The numbers of all that wait, by names of their own."""
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        return {f"{_STEP}{number} {end}": each for number, pair in enumerate(waiting) for end, each in enumerate(pair)}
+
+    def clear(self) -> None:
+        self._waiting.clear()
+
+
+_STEP = "sampler step "
+
+
+def note_sampler_steps(found: Mapping[str, Floats], positions: Iterable[Position]) -> None:
+    """Note what steps made of the latents of these positions.
+
+    Args:
+        found: what :meth:`SamplerSteps.take` returned, read.
+        positions: where streams stand.
+    """
+    before = [name for name in found if name.startswith(_STEP) and name.endswith(" 0")]
+    rows = [pair for name in before for pair in zip(found[name], found[f"{name[:-1]}1"], strict=True)]
+    for position in positions if rows else ():
+        for row, (start, end) in enumerate(rows):
+            if _is_multiple(position.latents, start):
+                position.returned = [Returned(None, row, end), *position.returned]
+
+
+def _is_multiple(latents: Floats | None, sample: Floats) -> bool:
+    """Whether a model was called with this sample, which a scheduler scales for it."""
+    if latents is None or latents.shape != sample.shape or len(sample) < 2:
+        return False
+    return unexplained(latents[:-1], [sample[:-1]]) <= HALF
