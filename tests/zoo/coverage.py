@@ -110,9 +110,10 @@ def _row(name: str, found: dict[str, Any]) -> str:
     if not found["captures"][0]:
         return f"| {name} | not captured |" + " |" * (len(SHOWN) + 2)
     kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
-    cells = [found[check][1] if found.get(check, [False])[0] else "**no**" for check in SHOWN]
+    cells = ["" if check not in found else found[check][1] if found[check][0] else "**no**" for check in SHOWN]
+    seconds = f"{found['capture_seconds']} s" if "capture_seconds" in found else ""
     strategy = found["captures"][1].removeprefix("export, ")
-    return f"| {name} | {strategy} | {kinds} | " + " | ".join([*cells, f"{found['capture_seconds']} s"]) + " |"
+    return f"| {name} | {strategy} | {kinds} | " + " | ".join([*cells, seconds]) + " |"
 
 
 def _causes(answers: dict[str, dict[str, Any]]) -> str:

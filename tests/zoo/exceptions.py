@@ -10,16 +10,20 @@ OUTSIDE: dict[str, dict[str, str]] = {
 }
 """Model -> module path of an attention that no branch holds -> why."""
 
+IN_PYTHON = "experts are counted in numpy, so its MoE runs in Python, which a file cannot hold"
+BFLOAT16 = "it computes its linear attention in bfloat16, for which ONNX Runtime has no Mul on a CPU; compute it in float32 there"
+
 FAILING: dict[str, dict[str, str]] = {
     "Cosmos3OmniTransformer": {
         "gradients": "the model computes an MLP over the words in its last block whose result it does not return",
     },
     "HiDreamImageTransformer2DModel": {
-        "onnx": "experts are counted in numpy, so its MoE runs in Python, which a file cannot hold",
+        "onnx": IN_PYTHON,
+        "sizes": IN_PYTHON,
     },
     "SanaWMTransformer3DModel": {
-        "onnx": "it computes its linear attention in bfloat16, for which ONNX Runtime has no Mul on a CPU; compute "
-        "it in float32 there",
+        "onnx": BFLOAT16,
+        "sizes": BFLOAT16,
     },
 }
 """Model -> check -> why it fails. A model that is not captured is asked nothing else."""
