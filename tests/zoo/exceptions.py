@@ -11,7 +11,9 @@ OUTSIDE: dict[str, dict[str, str]] = {
 """Model -> module path of an attention that no branch holds -> why."""
 
 IN_PYTHON = "experts are counted in numpy, so its MoE runs in Python, which a file cannot hold"
-BFLOAT16 = "it computes its linear attention in bfloat16, for which ONNX Runtime has no Mul on a CPU; compute it in float32 there"
+BFLOAT16 = (
+    "its linear attention is in bfloat16, for which ONNX Runtime has no Mul on a CPU; compute it in float32 there"
+)
 
 FAILING: dict[str, dict[str, str]] = {
     "Cosmos3OmniTransformer": {
