@@ -24,8 +24,9 @@ from lazy_compile.runtime.cache_format import CacheFormat
 from lazy_compile.runtime.module import LazyModule, ModelCall
 from lazy_compile.runtime.sampling import DenseStep, Samplers, parts_of
 
-GRADIENTS = 1.3
-"""Memory of a call on the way back, over what it saves for its gradients."""
+GRADIENTS = 2
+"""Gradients that there are at once on the way back through a branch, each as large as the largest tensor that is saved:
+those behind and before an operator."""
 
 DIRECTION = 8
 """Bytes on the host of each number of a direction that samples may change along: it is drawn, and copied once."""
@@ -144,12 +145,15 @@ def _estimate(
         streaming = Streaming()
     else:
         saved = costs.outside + (costs.largest_branch if streaming.repeat_branches else costs.inside)
-        measuring = int(GRADIENTS * saved) + costs.output_bytes + costs.latent_bytes * costs.calls
+        waiting = config.values_kept * outputs  # gradients of outputs that were reused, until the way back is there
+        measuring = saved + GRADIENTS * costs.largest_saved + costs.output_bytes + waiting
+        measuring += costs.latent_bytes * costs.calls
         measuring += kept if streaming.keep == "device" or (streaming.keep == "host" and on_cpu) else 0
         device = max(device, measuring)
         answers = 4 * costs.rows * costs.steps * len(lazy.branches) * (MAX_AGE + 1)
         host += 3 * settings.remembered * answers + DIRECTION * settings.directions * costs.latents
         host += kept if streaming.keep == "host" else 0
+        host += costs.largest_output if streaming.keep == "disk" and not on_cpu else 0  # on its way
         disk = kept if streaming.keep == "disk" else 0
     if on_cpu:
         device, host = device + host, device + host
@@ -178,6 +182,7 @@ class _CallCosts:
         output_bytes: what all branches return.
         inside, outside: what is saved for gradients in branches, and between them.
         largest_branch: of one branch.
+        largest_saved, largest_output: of one tensor that is saved, or returned by a branch.
         latent_bytes: of the latents that a call is given, and of those that it returns: the way back needs them.
         latents: numbers in these.
         rows: samples.
@@ -189,6 +194,8 @@ class _CallCosts:
     inside: int = 0
     outside: int = 0
     largest_branch: int = 0
+    largest_saved: int = 0
+    largest_output: int = 0
     latent_bytes: int = 0
     latents: int = 0
     seconds: float = 0.0
@@ -243,7 +250,8 @@ class _Counting(DenseStep):
         self.costs.inside += self.within
         self.costs.largest_branch = max(self.costs.largest_branch, self.within)
         self.within = None
-        self.costs.output_bytes += sum(output.numel() * output.element_size() for output in outputs)
+        self.costs.output_bytes += sum(output.nbytes for output in outputs)
+        self.costs.largest_output = max(self.costs.largest_output, *(output.nbytes for output in outputs))
         return outputs
 
     def is_new(self, tensor: Tensor) -> bool:
@@ -259,6 +267,7 @@ class _Counting(DenseStep):
     def hooks(self) -> Iterator[None]:
         def pack(tensor: Tensor) -> None:
             size = tensor.untyped_storage().nbytes() if self.is_new(tensor) else 0
+            self.costs.largest_saved = max(self.costs.largest_saved, size)
             if self.within is None:
                 self.costs.outside += size
             else:
