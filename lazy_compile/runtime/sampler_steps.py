@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from lazy_compile.runtime.fingerprint import Floats, samples_of, unexplained
-from lazy_compile.runtime.positions import HALF, Position, Returned
+from lazy_compile.runtime.positions import HALF, PROPORTIONAL, Position, Returned
 
 LATEST = 8
 """Steps that wait to be read; of a model that is not called meanwhile, older ones are dropped."""
@@ -41,23 +41,29 @@ class SamplerSteps:
 _STEP = "sampler step "
 
 
-def note_sampler_steps(found: Mapping[str, Floats], positions: Iterable[Position]) -> None:
+def note_sampler_steps(found: Mapping[str, Floats], positions: Sequence[Position]) -> None:
     """Note what steps made of the latents of these positions.
+
+    1. A scheduler hands the model a multiple of the latents: a step began from the positions of which that holds.
+    2. In half precision it holds about; then from the one position near them, and from none if there are several, as
+       the two halves of a short step of Heun's are.
 
     Args:
         found: what :meth:`SamplerSteps.take` returned, read.
         positions: where streams stand.
     """
     before = [name for name in found if name.startswith(_STEP) and name.endswith(" 0")]
-    rows = [pair for name in before for pair in zip(found[name], found[f"{name[:-1]}1"], strict=True)]
-    for position in positions if rows else ():
-        for row, (start, end) in enumerate(rows):
-            if _is_multiple(position.latents, start):
-                position.returned = [Returned(None, row, end), *position.returned]
+    for name in before:
+        for start, end in zip(found[name], found[f"{name[:-1]}1"], strict=True):
+            apart = [_apart(position.latents, start) for position in positions]
+            began = [position for position, share in zip(positions, apart, strict=True) if share <= PROPORTIONAL]  # 1
+            near = [position for position, share in zip(positions, apart, strict=True) if share <= HALF]  # 2
+            for position in began or (near if len(near) == 1 else ()):
+                position.returned = [Returned(None, 0, end), *position.returned]
 
 
-def _is_multiple(latents: Floats | None, sample: Floats) -> bool:
-    """Whether a model was called with this sample, which a scheduler scales for it."""
+def _apart(latents: Floats | None, sample: Floats) -> float:
+    """The share of latents that is no multiple of a sample."""
     if latents is None or latents.shape != sample.shape or len(sample) < 2:
-        return False
-    return unexplained(latents[:-1], [sample[:-1]]) <= HALF
+        return 1.0
+    return unexplained(latents[:-1], [sample[:-1]])
