@@ -31,7 +31,7 @@ from lazy_compile.policies.presets import PolicyLike, as_policy
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.cache import CacheState
-from lazy_compile.runtime.fingerprint import Latents, moving_pair, samples_of
+from lazy_compile.runtime.fingerprint import Latents, moving_along, moving_pair, samples_of
 from lazy_compile.runtime.host_hints import current_stream
 from lazy_compile.runtime.model_call import groups_of
 from lazy_compile.runtime.stats import LazyStats
@@ -197,23 +197,23 @@ class EngineDenoiser:
             self._trajectories.abandon(placed)
             raise
         latents = self._latents
-        returned = None if latents is None or latents.output is None else outputs[latents.output]
-        self._trajectories.commit(
-            placed, None if latents is None or returned is None else samples_of(latents.moving(returned, 0))
-        )
+        returned = None
+        if latents is not None and latents.output is not None:
+            moved = [outputs[index] for index in (latents.output, *(output for _, output in latents.others))]
+            returned = samples_of(latents.together(moved, latents.output_row_axis))
+        self._trajectories.commit(placed, returned)
         return self._result(outputs)
 
     def _place(self, inputs: Mapping[str, Tensor]) -> Placed:
         """Rows lie on axis 0; all of them together continue a call, or none does."""
         metadata, latents = self.runner.metadata, self._latents
-        name = "" if latents is None else metadata.inputs[latents.position].name
-        rows = len(inputs[name]) if name else 1
+        names = [] if latents is None else [metadata.inputs[position].name for position in latents.positions]
+        rows = 1 if latents is None or latents.row_axis is None else len(inputs[names[0]])
         named = {
             key: (tensor, 0 if tensor.dim() and len(tensor) == rows and rows > 1 else None)
             for key, tensor in inputs.items()
         }
         context = (current_stream(), self._policy_number)
-        names = [name] if name else []
         contents = self._trajectories.identify(named, latents, names, metadata.timestep_input, rows, context)
         return self._trajectories.place(contents, ())
 
@@ -233,7 +233,8 @@ class EngineDenoiser:
             return None
         position, index, axis = found
         if not axis:
-            return Latents(position, 0, index)
+            others = moving_along([spec.name for spec in metadata.inputs], inputs, outputs, position, index)
+            return Latents(position, None, index, None, others=others) if others else Latents(position, 0, index)
         size = min(shapes[position][axis], outputs[index][axis])
         return Latents(position, 0, index, 0, axis, size)
 

@@ -68,6 +68,28 @@ def _rows_first(value: Tensor, row_axis: int | None) -> Tensor:
 Shape = tuple[int, ...]
 
 
+def moving_along(
+    names: Sequence[str], inputs: Sequence[Shape | None], outputs: Sequence[Shape | None], position: int, index: int
+) -> tuple[tuple[int, int], ...]:
+    """The other items of the list that holds the latents, each with an output of its shape.
+
+    Args:
+        names: of the inputs; items of one list have its name, a dot, and their place.
+        inputs, outputs: shapes; None for what cannot be latents.
+        position, index: of the latents, and of the output that moves them.
+    """
+    argument, free, found = names[position].partition(".")[0], list(range(len(outputs))), []
+    free.remove(index)
+    for other, name in enumerate(names):
+        if other == position or name.partition(".")[0] != argument or inputs[other] is None:
+            continue
+        match = next((place for place in free if outputs[place] == inputs[other]), None)
+        if match is not None:
+            free.remove(match)
+            found.append((other, match))
+    return tuple(found)
+
+
 def moving_pair(inputs: Sequence[Shape | None], outputs: Sequence[Shape | None]) -> tuple[int, int, int | None] | None:
     """The input and the output of one shape, and None; else of shapes that differ along one axis, and that axis.
 

@@ -23,7 +23,7 @@ from lazy_compile.ir.program import Program, Role, parts_of
 from lazy_compile.policies.gate_layout import leaders_of
 from lazy_compile.runtime.compiled_pieces import CompiledPieces
 from lazy_compile.runtime.compiled_program import CompiledProgram
-from lazy_compile.runtime.fingerprint import Latents, Shape, moving_pair, samples_of
+from lazy_compile.runtime.fingerprint import Latents, moving_along, moving_pair, samples_of
 from lazy_compile.runtime.signatures import Signature, expected_signatures
 
 MAX_SIZES = 64
@@ -102,25 +102,11 @@ class LazyGraph:
         assert isinstance(output, Tensor)
         row, output_row = self._row_axis(fake), self._row_axis(output)
         if axis is None:
-            others = self._moving_along(shapes, list(map(_shape, outputs)), position, index) if row is None else ()
+            shown = list(map(_shape, outputs))
+            others = moving_along(self.layout.names, shapes, shown, position, index) if row is None else ()
             return Latents(position, row, index, output_row, others=others)
         size = min(size_hint(fake.shape[axis]), size_hint(output.shape[axis]))
         return Latents(position, row, index, output_row, axis if row is not None and axis > row else axis + 1, size)
-
-    def _moving_along(
-        self, shapes: Sequence[Shape | None], outputs: Sequence[Shape | None], position: int, index: int
-    ) -> tuple[tuple[int, int], ...]:
-        """The other items of the list that holds the latents, each with an output of its shape."""
-        argument, free, found = self.layout.names[position].partition(".")[0], list(range(len(outputs))), []
-        free.remove(index)
-        for other, name in enumerate(self.layout.names):
-            if other == position or name.partition(".")[0] != argument or shapes[other] is None:
-                continue
-            match = next((place for place in free if outputs[place] == shapes[other]), None)
-            if match is not None:
-                free.remove(match)
-                found.append((other, match))
-        return tuple(found)
 
     def sampled_return(self, result: Any) -> Tensor | None:
         """Some numbers of each row of what the model returned; None where no output has the shape of the latents."""
