@@ -33,8 +33,8 @@ def call_on(device: str) -> dict[str, Any]:
 
 
 @cache
-def lazy_on(device: str) -> LazyModule:
-    return transform(TinyDiT().eval().to(device), call_on(device))
+def lazy_on(device: str, **options: Any) -> LazyModule:
+    return transform(TinyDiT().eval().to(device), call_on(device), **options)
 
 
 def sampler_on(device: str, guided: bool = False) -> Sampler:
@@ -76,9 +76,9 @@ def estimates(lazy: LazyModule, sample: Sampler) -> Iterator[PlanEstimate]:
         limit = estimate.device_bytes - 1
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_no_estimate_is_below_what_is_simulated(guided: bool) -> None:
-    lazy, sample, seen = lazy_on("meta"), sampler_on("meta", guided), []
+@pytest.mark.parametrize(("guided", "options"), [(False, {}), (True, {"reuse": "taylor", "order": 2})])
+def test_no_estimate_is_below_what_is_simulated(guided: bool, options: dict[str, Any]) -> None:
+    lazy, sample, seen = lazy_on("meta", **options), sampler_on("meta", guided), []
     for estimate in estimates(lazy, sample):
         memory, phases = simulate(lazy, sample, STEPS, estimate.streaming)
         seen.append((estimate.streaming.keep, estimate.streaming.repeat_branches))
