@@ -160,7 +160,7 @@ def euler_steps(inputs: dict[str, Any], latents: str, steps: int, guided: bool) 
     ]
 
     def sample(denoiser: LazyModule, seed: int) -> Tensor:
-        x = inputs[latents].clone()
+        x: Tensor = inputs[latents].clone()
         with torch.no_grad():
             for step in range(steps):
                 velocities = []

@@ -42,7 +42,7 @@ class SimulatedMemory(TorchDispatchMode):
     """
 
     def __init__(self, uncounted: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held: dict[Place, int] = {"device": 0, "host": 0, "disk": 0}
         self.peak = dict(self.held)
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
