@@ -12,7 +12,7 @@ import torch
 from lazy_compile.bench import full_size
 from lazy_compile.bench.full_size import FullSizeRow
 from lazy_compile.bench.full_size_models import FULL_SIZE
-from lazy_compile.bench.full_size_plans import SETTINGS, PlanRow, PlanSetting
+from lazy_compile.bench.full_size_plans import SETTINGS, PlanRow, PlanSetting, measure_plan, plan_lines
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -36,6 +36,25 @@ def test_a_model_of_full_width_is_transformed_without_its_weights() -> None:
     assert f"| {name} | {row.setting} |" in page
     assert "+0.00%" in page
     json.dumps(asdict(row))
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_model_of_full_width_is_simulated() -> None:
+    few = {"num_layers": 1, "num_single_layers": 2}
+    names: list[str] = []
+
+    def on_progress(stage: str, done: int, total: int, note: str = "") -> None:
+        names.append(note)
+
+    row = measure_plan(PlanSetting("FLUX.1-dev", 2, 4, guided=True), on_progress, **few)
+    stream = 2 * (4096 + 512) * 3072  # bytes of the tokens of image and text
+    assert row.decisions == 2
+    assert row.fits
+    assert row.keep == "device"
+    assert 2 * 4 * row.decisions * stream <= row.device_bytes <= row.estimated_device_bytes
+    assert max(row.phases.values()) == row.device_bytes
+    assert names == list(row.phases)
+    assert f"| 4, guided | 2 | 2 | {row.weight_bytes / 1e9:.1f} GB | device |" in "\n".join(plan_lines([row]))
 
 
 @pytest.mark.slow
