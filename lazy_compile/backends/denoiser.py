@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -219,7 +220,8 @@ class EngineDenoiser:
 
     @cached_property
     def _latents(self) -> Latents | None:
-        """The input that an output has the shape of, or all but one size of it; in the example call of the export."""
+        """The input that an output has the shape of, or all but one size of it; else the largest one that is no whole
+        number, as for a ControlNet. In the example call of the export."""
         metadata = self.runner.metadata
         names = [name for name in metadata.outputs if name is not None]
         shapes = [shape_at(spec.shape, metadata.example) for spec in metadata.inputs]
@@ -230,7 +232,8 @@ class EngineDenoiser:
         outputs = [self.runner.output_shape(name, metadata.example) for name in names]
         found = moving_pair(inputs, outputs)
         if found is None:
-            return None
+            sized = [(math.prod(shape[1:]), -place) for place, shape in enumerate(inputs) if shape and len(shape) > 1]
+            return Latents(-max(sized)[1], 0) if sized else None
         position, index, axis = found
         if not axis:
             others = moving_along([spec.name for spec in metadata.inputs], inputs, outputs, position, index)
