@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lazy_compile.backends.onnx.metadata import BATCH, OnnxMetadata
-from lazy_compile.backends.onnx.sizes import shape_at
+from lazy_compile.backends.onnx.sizes import names_in, shape_at
 from lazy_compile.backends.runner import Force, Runner
 from lazy_compile.backends.stream import Mask, Stream, StreamSnapshot
 from lazy_compile.capture.call_layout import CallLayout
@@ -237,7 +237,10 @@ class EngineDenoiser:
         position, index, axis = found
         if not axis:
             others = moving_along([spec.name for spec in metadata.inputs], inputs, outputs, position, index)
-            return Latents(position, None, index, None, others=others) if others else Latents(position, 0, index)
+            length = metadata.inputs[position].shape[0]
+            packed = isinstance(length, str) and BATCH not in names_in(length)  # tokens of several images in one row
+            rows = None if others or packed else 0
+            return Latents(position, rows, index, rows, others=others)
         size = min(shapes[position][axis], outputs[index][axis])
         return Latents(position, 0, index, 0, axis, size)
 

@@ -15,7 +15,6 @@ BFLOAT16 = (
     "its linear attention is in bfloat16, for which ONNX Runtime has no Mul on a CPU; compute it in float32 there"
 )
 
-UNSEEN = "what moves from call to call is not seen in the file, so that every call computes in ONNX Runtime"
 TWO_LATENTS = "its video and its audio both move, and one of the two counts as a condition, so that too much computes"
 
 FAILING: dict[str, dict[str, str]] = {
@@ -27,8 +26,6 @@ FAILING: dict[str, dict[str, str]] = {
         "sizes": IN_PYTHON,
     },
     "Kandinsky6Transformer3DModel": {"schedule": TWO_LATENTS, "batch": TWO_LATENTS},
-    "SD3ControlNetModel": {"onnx": UNSEEN, "sizes": UNSEEN},
-    "motif-streams-packed": {"onnx": UNSEEN, "sizes": UNSEEN},
     "SanaWMTransformer3DModel": {
         "onnx": BFLOAT16,
         "sizes": BFLOAT16,
