@@ -314,10 +314,16 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = {"metadata": dict(metadata or {}), "tensors": _digest_of_tensors(contiguous)}
     with atomic_path(path) as temporary:
+        # It writes to a file of its own beside the one it is given, which would stay if the process ended.
+        room = temporary.with_name(f".{Path(path).stem}.{token_of(temporary)}.tensors")
+        room.mkdir()
         try:
-            save_file(contiguous, temporary, metadata={_ENTRY: json.dumps(with_digest(described), sort_keys=True)})
+            save_file(contiguous, room / "all", metadata={_ENTRY: json.dumps(with_digest(described), sort_keys=True)})
+            os.replace(room / "all", temporary)
         except SafetensorError as error:
             raise ArtifactError(f"cannot write {path}: {shown(error)}") from error
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def load_tensors(path: str | Path, *, sealed: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
