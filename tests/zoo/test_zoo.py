@@ -21,7 +21,7 @@ EVERY_RUN = (
 )
 
 
-EXPORTED_EVERY_RUN = ("motif-streams-list", "WanTransformer3DModel")
+EXPORTED_EVERY_RUN = ("motif-streams-list", "motif-streams-packed", "WanTransformer3DModel")
 
 
 def _cases() -> list[object]:
