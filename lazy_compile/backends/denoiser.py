@@ -35,8 +35,9 @@ from lazy_compile.runtime.cache import CacheState
 from lazy_compile.runtime.fingerprint import Latents, moving_along, moving_pair, samples_of
 from lazy_compile.runtime.host_hints import current_stream
 from lazy_compile.runtime.model_call import groups_of
+from lazy_compile.runtime.placed_call import Placed
 from lazy_compile.runtime.stats import LazyStats
-from lazy_compile.runtime.trajectory import Placed, Trajectories
+from lazy_compile.runtime.trajectory import Trajectories
 from lazy_compile.tree_specs import load_tree_spec
 
 logger = logging.getLogger("lazy_compile")

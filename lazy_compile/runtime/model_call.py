@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lazy_compile.ir.lazy_branch import LazyStep
 from lazy_compile.runtime.cache import CacheState
 from lazy_compile.runtime.lazy_graph import LazyGraph
-from lazy_compile.runtime.trajectory import Placed
+from lazy_compile.runtime.placed_call import Placed
 
 
 @dataclass(frozen=True)

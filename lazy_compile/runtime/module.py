@@ -31,10 +31,11 @@ from lazy_compile.runtime.known_step import KnownStep, columns_of, known_step
 from lazy_compile.runtime.lazy_graph import LazyGraph as LazyGraph
 from lazy_compile.runtime.model_call import ModelCall as ModelCall
 from lazy_compile.runtime.model_call import groups_of
+from lazy_compile.runtime.placed_call import Placed
 from lazy_compile.runtime.policy_step import PolicyStep
 from lazy_compile.runtime.stats import LazyStats
 from lazy_compile.runtime.step_invariants import follow
-from lazy_compile.runtime.trajectory import Placed, Trajectories
+from lazy_compile.runtime.trajectory import Trajectories
 
 logger = logging.getLogger("lazy_compile")
 

@@ -13,13 +13,10 @@ import logging
 import os
 import threading
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
-from zlib import crc32
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from lazy_compile.ir.branch import ResidualBranch
@@ -27,6 +24,7 @@ from lazy_compile.runtime.cache import CacheState, gathered
 from lazy_compile.runtime.fingerprint import Floats, Latents, read, samples_of
 from lazy_compile.runtime.host_hints import Known, known_trajectory
 from lazy_compile.runtime.matching import Content, Leaves, find_position, find_stream, was_called_here
+from lazy_compile.runtime.placed_call import Placed, Row
 from lazy_compile.runtime.positions import REACH, Doubt, Position, Returned, Stream, Trajectory
 from lazy_compile.runtime.sampler_steps import SamplerSteps, note_sampler_steps
 from lazy_compile.runtime.step_invariants import StepInvariants
@@ -36,49 +34,6 @@ logger = logging.getLogger("lazy_compile")
 
 IDLE_CALLS = 128
 """A trajectory that was not continued for as many calls, and 8 for each that is alive, is forgotten."""
-
-
-@dataclass(eq=False)
-class _Row:
-    """A row of a call, placed: at a position, and as the continuation of a stream or of none."""
-
-    position: Position
-    stream: Stream | None
-    content: Content
-    has_caches: bool
-    is_repeated: bool
-
-
-@dataclass(eq=False)
-class Placed:
-    """A call placed in its trajectories.
-
-    Attributes:
-        state: the caches of its rows, as they are before the call.
-        steps: ``int64[rows]``, which call of its trajectory each row makes.
-        times, before: the time input of each row now and at the step before; None where there is none.
-        is_unrelated: whether no row continues an earlier call.
-    """
-
-    state: CacheState
-    steps: npt.NDArray[np.int64]
-    times: tuple[float | None, ...]
-    before: tuple[float | None, ...]
-    is_unrelated: bool
-    rows: list[_Row]
-    call: int
-    context: object
-
-    @property
-    def step(self) -> int:
-        return int(self.steps.max())
-
-    @property
-    def digest(self) -> int:
-        """Of the steps of the rows, and of when what is cached was computed."""
-        slots = sorted(self.state.slots.items())
-        times = [(index, slot.computed_at.tolist(), slot.computed_before.tolist()) for index, slot in slots]
-        return crc32(repr((self.steps.tolist(), times)).encode())
 
 
 class Trajectories:
@@ -160,7 +115,7 @@ class Trajectories:
         known = known_trajectory.get()
         with self._mutex:
             self._call += 1
-            rows: list[_Row] = []
+            rows: list[Row] = []
             here: dict[object, list[Position]] = {}
             taken: set[int] = set()
             alive, leaves = self._alive, Leaves(self._alive)
@@ -180,15 +135,15 @@ class Trajectories:
             return self._placed(contents[0].context, rows, branches)
 
     @staticmethod
-    def _row_at(position: Position, content: Content, taken: Collection[int]) -> _Row:
+    def _row_at(position: Position, content: Content, taken: Collection[int]) -> Row:
         """A row whose position is known, with its stream, which it claims."""
         stream = find_stream(position, content, taken)
         if stream is None:
-            return _Row(position, None, content, False, was_called_here(position, content))
+            return Row(position, None, content, False, was_called_here(position, content))
         stream.busy = True
-        return _Row(position, stream, content, stream.returned is None or stream.returned.is_finite, False)
+        return Row(position, stream, content, stream.returned is None or stream.returned.is_finite, False)
 
-    def _placed(self, context: object, rows: list[_Row], branches: Sequence[ResidualBranch]) -> Placed:
+    def _placed(self, context: object, rows: list[Row], branches: Sequence[ResidualBranch]) -> Placed:
         sources = [None if not row.has_caches or row.stream is None else row.stream for row in rows]
         first = sources[0]
         whole = first is not None and all(
@@ -235,7 +190,7 @@ class Trajectories:
         trajectory.last_call = self._call
         self._alive = kept
 
-    def _told_position(self, known: Known, number: int, placed: Sequence[_Row], content: Content) -> Position:
+    def _told_position(self, known: Known, number: int, placed: Sequence[Row], content: Content) -> Position:
         """The host says which trajectory this is; rows of one key are told by their order."""
         latents, time = content.latents, content.time
         key = known.keys[number if len(known.keys) > 1 else 0]
@@ -278,7 +233,7 @@ class Trajectories:
                 answer = None if returned is None else Returned(returned, number if len(returned) > number else 0)
                 self._commit_row(placed, number, row, answer)
 
-    def _commit_row(self, placed: Placed, number: int, row: _Row, answer: Returned | None) -> None:
+    def _commit_row(self, placed: Placed, number: int, row: Row, answer: Returned | None) -> None:
         trajectory, stream, conditions = row.position.trajectory, row.stream, row.content.conditions
         if answer is not None:
             row.position.returned = [*row.position.returned, answer]

@@ -10,6 +10,21 @@ PACKAGE = "lazy_compile"
 PASSES = f"{PACKAGE}.passes"
 ROOT = Path(__file__).resolve().parents[2]
 
+LAYERS = [  # the levels of packages, lowest first; imports go downward between them and inside each
+    ["errors", "digests", "storage", "tree_specs", "config", "progress", "processes"],
+    ["ir"],
+    ["analysis", "policies", "capture"],
+    ["passes", "pass_pipelines"],
+    ["runtime"],
+    ["planning", "calibration"],
+    [
+        *["backends", "backends.onnx", "backends.session", "backends.stream", "backends.runner", "backends.denoiser"],
+        *["backends.onnxruntime", "backends.openvino", "backends.tensorrt", "backends.triton", "backends.open_runner"],
+    ],
+    ["integrations", "compiler", "plans", "verification", "execution", "side_by_side", "reporting"],
+    ["bench.tasks", "bench", "demo", "cli", "__init__", "__main__"],
+]
+
 
 def find_modules(root: Path = ROOT) -> dict[str, Path]:
     """Dotted name (a package's ends in ``.__init__``) -> file; the passes under the name that they are imported by."""
@@ -119,12 +134,14 @@ def main() -> None:
     print(f"{len(packages)} packages, {sum(map(len, packages.values()))} edges, {len(circles(packages))} circles")
     for group in (*circles(files), *circles(packages)):
         print("circle:", " ".join(group))
-    if not circles(packages):
-        depth = levels(packages)
-        for level in sorted(set(depth.values())):
-            print(f"{level:3}", " ".join(sorted(name for name in depth if depth[name] == level)))
+    print(f"{len(LAYERS)} levels of packages, each with the edges to levels below, and inside it:")
+    for number, layer in enumerate(LAYERS, 1):
+        targets = [target for package in layer for target in packages.get(package, ())]
+        inside = sum(target in layer for target in targets)
+        print(f"{number:3} {len(targets) - inside:3} {inside:2} ", " ".join(layer))
     if not circles(files):
-        print(f"the longest chain of files has {max(levels(files).values())}")
+        chains = max(levels(packages).values()), max(levels(files).values())
+        print("the longest chain of imports has {} packages, {} files".format(*chains))
 
 
 if __name__ == "__main__":

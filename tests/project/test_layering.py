@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from project.import_graph import (
+    LAYERS,
     PACKAGE,
     PASSES,
     circles,
@@ -16,20 +17,6 @@ from project.import_graph import (
     package_of,
 )
 
-LAYERS = [  # lowest first
-    ["errors", "digests", "storage", "tree_specs", "config", "progress", "processes"],
-    ["ir"],
-    ["analysis", "policies", "capture"],
-    ["passes", "pass_pipelines"],
-    ["runtime"],
-    ["planning", "calibration"],
-    [
-        *["backends", "backends.onnx", "backends.session", "backends.stream", "backends.runner", "backends.denoiser"],
-        *["backends.onnxruntime", "backends.openvino", "backends.tensorrt", "backends.triton", "backends.open_runner"],
-    ],
-    ["integrations", "compiler", "plans", "verification", "execution", "side_by_side", "reporting"],
-    ["bench.tasks", "bench", "demo", "cli", "__init__", "__main__"],
-]
 ORDER = [package for layer in LAYERS for package in layer]
 MODULES = find_modules()
 
