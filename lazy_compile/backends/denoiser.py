@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,7 +32,7 @@ from lazy_compile.policies.presets import PolicyLike, as_policy
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.runtime.artifact import fingerprint
 from lazy_compile.runtime.cache import CacheState
-from lazy_compile.runtime.fingerprint import Latents, moving_along, moving_pair, samples_of
+from lazy_compile.runtime.fingerprint import Latents, Shape, moving_along, moving_beside, moving_pair
 from lazy_compile.runtime.host_hints import current_stream
 from lazy_compile.runtime.model_call import groups_of
 from lazy_compile.runtime.placed_call import Placed
@@ -198,12 +198,8 @@ class EngineDenoiser:
         except BaseException:
             self._trajectories.abandon(placed)
             raise
-        latents = self._latents
-        returned = None
-        if latents is not None and latents.output is not None:
-            moved = [outputs[index] for index in (latents.output, *(output for _, output in latents.others))]
-            returned = samples_of(latents.together(moved, latents.output_row_axis))
-        self._trajectories.commit(placed, returned)
+        names = [spec.name for spec in self.runner.metadata.inputs]
+        self._trajectories.commit(placed, {} if self._latents is None else self._latents.returned(outputs, names))
         return self._result(outputs)
 
     def _place(self, inputs: Mapping[str, Tensor]) -> Placed:
@@ -241,8 +237,24 @@ class EngineDenoiser:
             length = metadata.inputs[position].shape[0]
             packed = isinstance(length, str) and BATCH not in names_in(length)  # tokens of several images in one row
             rows = None if others or packed else 0
-            return Latents(position, rows, index, rows, others=others)
-        size = min(shapes[position][axis], outputs[index][axis])
+            latents = Latents(position, rows, index, rows, others=others)
+        else:
+            latents = self._moved(position, index, axis, shapes, outputs)
+        if latents.row_axis is None:
+            return latents
+        beside = moving_beside(inputs, outputs, latents)
+        return replace(latents, companions=tuple(self._moved(*pair, shapes, outputs) for pair in beside))
+
+    @staticmethod
+    def _moved(
+        position: int,
+        index: int,
+        axis: int | None,
+        inputs: Sequence[Shape],
+        outputs: Sequence[Shape],
+    ) -> Latents:
+        """An input that an output moves; ``axis`` as :func:`~lazy_compile.runtime.fingerprint.moving_pair` gives it."""
+        size = 0 if axis is None else min(inputs[position][axis], outputs[index][axis])
         return Latents(position, 0, index, 0, axis, size)
 
     def replayable(self) -> Replayable:

@@ -23,7 +23,7 @@ from lazy_compile.bench.rows import RowFile
 from lazy_compile.bench.tasks.registry import SUBJECTS
 from lazy_compile.errors import import_optional
 from lazy_compile.progress import OnProgress, no_progress
-from lazy_compile.runtime.fingerprint import samples_of
+from lazy_compile.runtime.fingerprint import LATENTS, samples_of
 from lazy_compile.runtime.latent_fit import unexplained_share
 from lazy_compile.runtime.matching import Content, fit_of
 from lazy_compile.runtime.positions import (
@@ -196,7 +196,7 @@ def _next(before: Position | None, content: Content, returned: Any, unexplained:
         position = next_position(before, content.latents, content.time, unexplained)
         for old in position.ancestors(before.step + 1)[REACH + 1 :]:
             old.latents, old.returned = None, []
-    position.returned = [Returned(None, 0, returned)]
+    position.returned = [Returned({}, 0, {} if returned is None else {LATENTS: returned})]
     return position
 
 

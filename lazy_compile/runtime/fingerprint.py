@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor
 
 SAMPLES = 512
 """Elements that are read of each row of an input, at equal distances; the norm over all of them comes on top."""
+
+LATENTS = "the latents"
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,6 +29,7 @@ class Latents:
         axis: the one axis, rows taken as axis 0, along which input and output differ in length; None if none does.
         size: the length that they have in common along it.
         others: further inputs that move along, with the outputs that move them, where a call takes a list of latents.
+        companions: inputs with outputs of their own that a sampler moves beside these, such as the sound of a video.
     """
 
     position: int
@@ -36,6 +39,7 @@ class Latents:
     axis: int | None = None
     size: int = 0
     others: tuple[tuple[int, int], ...] = ()
+    companions: tuple[Latents, ...] = ()
 
     @property
     def positions(self) -> list[int]:
@@ -47,6 +51,26 @@ class Latents:
         if len(values) == 1:
             return self.moving(values[0], row_axis)
         return torch.cat([value.flatten() for value in values])[None]
+
+    def returned(self, outputs: Sequence[object], names: Sequence[str]) -> dict[str, Tensor]:
+        """Samples of what a call returned of the latents, as :data:`LATENTS`, and of their companions by input name.
+
+        Args:
+            outputs: of the call.
+            names: of all inputs.
+        """
+        if self.output is None:
+            return {}
+        moved = [outputs[index] for index in (self.output, *(output for _, output in self.others))]
+        found = [value for value in moved if isinstance(value, Tensor) and not value.is_meta]
+        if len(found) < len(moved):
+            return {}
+        result = {LATENTS: samples_of(self.together(found, self.output_row_axis))}
+        for companion in self.companions:
+            value = None if companion.output is None else outputs[companion.output]
+            if isinstance(value, Tensor) and value.device == found[0].device:
+                result[names[companion.position]] = samples_of(companion.moving(value, companion.output_row_axis))
+        return result
 
     def moving(self, value: Tensor, row_axis: int | None) -> Tensor:
         """The part that input and output have in common, with the rows on axis 0."""
@@ -88,6 +112,18 @@ def moving_along(
             free.remove(match)
             found.append((other, match))
     return tuple(found)
+
+
+def moving_beside(
+    inputs: Sequence[Shape | None], outputs: Sequence[Shape | None], latents: Latents
+) -> Iterator[tuple[int, int, int | None]]:
+    """Pairs, as :func:`moving_pair` finds them, of the inputs and outputs that are not those of the latents."""
+    taken = {latents.output, *(output for _, output in latents.others)}
+    beside = [None if position in latents.positions else shape for position, shape in enumerate(inputs)]
+    left = [None if index in taken else shape for index, shape in enumerate(outputs)]
+    while (pair := moving_pair(beside, left)) is not None:
+        yield pair
+        beside[pair[0]] = left[pair[1]] = None
 
 
 def moving_pair(inputs: Sequence[Shape | None], outputs: Sequence[Shape | None]) -> tuple[int, int, int | None] | None:

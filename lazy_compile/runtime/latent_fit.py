@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from lazy_compile.runtime.fingerprint import Floats, unexplained
+from lazy_compile.runtime.fingerprint import LATENTS, Floats, unexplained
 from lazy_compile.runtime.positions import HALF, PROPORTIONAL, REACH, Position, Returned, is_at
 
 EXACT = 2.5e-3
@@ -124,8 +124,9 @@ def _finite(returned: Sequence[Returned], latents: Floats) -> list[Floats]:
     """What was returned in the shape of the latents, and is finite; each once, since calls may be made again."""
     found: dict[bytes, Floats] = {}
     for item in returned:
-        if item.values is not None and item.values.shape == latents.shape and np.isfinite(item.values).all():
-            found.setdefault(item.values[:-1].tobytes(), item.values[:-1])
+        values = item.values.get(LATENTS)
+        if _is_like(values, latents) and np.isfinite(values).all():
+            found.setdefault(values[:-1].tobytes(), values[:-1])
     return list(found.values())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from lazy_compile.ir.program import Program, Role, parts_of
 from lazy_compile.policies.gate_layout import leaders_of
 from lazy_compile.runtime.compiled_pieces import CompiledPieces
 from lazy_compile.runtime.compiled_program import CompiledProgram
-from lazy_compile.runtime.fingerprint import Latents, moving_along, moving_pair, samples_of
+from lazy_compile.runtime.fingerprint import Latents, moving_along, moving_beside, moving_pair
 from lazy_compile.runtime.signatures import Signature, expected_signatures
 
 MAX_SIZES = 64
@@ -97,27 +97,29 @@ class LazyGraph:
         found = moving_pair(shapes, list(map(_shape, outputs)))
         if found is None:
             return self._largest_input()
-        position, index, axis = found
+        shown = list(map(_shape, outputs))
+        latents = self._moved(*found, outputs)
+        if latents.row_axis is None and latents.axis is None:
+            assert latents.output is not None
+            others = moving_along(self.layout.names, shapes, shown, latents.position, latents.output)
+            latents = replace(latents, others=others)
+        beside = (self._moved(*pair, outputs) for pair in moving_beside(shapes, shown, latents))
+        has_rows = latents.row_axis is not None
+        return replace(latents, companions=tuple(each for each in beside if (each.row_axis is not None) == has_rows))
+
+    def _moved(self, position: int, index: int, axis: int | None, outputs: Sequence[Any]) -> Latents:
+        """An input that an output moves; ``axis`` as :func:`~lazy_compile.runtime.fingerprint.moving_pair` gives it."""
         fake, output = self.captured.fake_tensors[position], outputs[index]
-        assert isinstance(output, Tensor)
         row, output_row = self._row_axis(fake), self._row_axis(output)
         if axis is None:
-            shown = list(map(_shape, outputs))
-            others = moving_along(self.layout.names, shapes, shown, position, index) if row is None else ()
-            return Latents(position, row, index, output_row, others=others)
+            return Latents(position, row, index, output_row)
         size = min(size_hint(fake.shape[axis]), size_hint(output.shape[axis]))
         return Latents(position, row, index, output_row, axis if row is not None and axis > row else axis + 1, size)
 
-    def sampled_return(self, result: Any) -> Tensor | None:
-        """Some numbers of each row of what the model returned; None where no output has the shape of the latents."""
+    def sampled_return(self, result: Any) -> dict[str, Tensor]:
+        """See :meth:`~lazy_compile.runtime.fingerprint.Latents.returned`."""
         latents = self.latents
-        if latents is None or latents.output is None:
-            return None
-        leaves = pytree.tree_leaves(result)
-        moved = [leaves[index] for index in (latents.output, *(output for _, output in latents.others))]
-        if any(not isinstance(leaf, Tensor) or leaf.is_meta for leaf in moved):
-            return None
-        return samples_of(latents.together(moved, latents.output_row_axis))
+        return {} if latents is None else latents.returned(pytree.tree_leaves(result), self.layout.names)
 
     @property
     def _output_leaves(self) -> Sequence[Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lazy_compile.runtime.fingerprint import Floats, same
+from lazy_compile.runtime.fingerprint import Floats
 from lazy_compile.runtime.latent_fit import (
     EXACT,
     RELATED,
@@ -24,7 +24,6 @@ from lazy_compile.runtime.positions import (
     Stream,
     Trajectory,
     away,
-    differing,
     is_at,
     next_position,
     spot_of,
@@ -62,10 +61,7 @@ class Content:
         """Whether the conditions of a stream are those of this row, less what moves from step to step."""
         if stream.context != self.context:
             return False
-        moves, before, now = stream.position.trajectory.moves, stream.conditions, self.conditions
-        if before.keys() != now.keys():
-            return all(moves(name) for name in differing(before, now))
-        return all(same(before[name], now[name]) or moves(name) for name in now)
+        return all(map(stream.position.trajectory.moves, stream.differs_by(self.conditions)))
 
 
 class Leaves:
@@ -250,7 +246,7 @@ def find_stream(position: Position, content: Content, taken: Collection[int]) ->
     candidates.sort(key=lambda stream: (stream.is_spare, -stream.call, stream.row))
     exact, moved = [], []
     for stream in candidates:
-        others = differing(stream.conditions, content.conditions)
+        others = stream.differs_by(content.conditions)
         trajectory.learn(position.step, content.conditions, others)
         if not others:
             exact.append(stream)

@@ -90,6 +90,15 @@ class Position:
             position = position.parent
         return 0 if position.doubt is None else position.doubt.step + 1
 
+    def moves(self, name: str, before: Floats, now: Floats) -> bool:
+        """Whether an input beside the latents follows from what it was at this step and what was returned for it, here
+        and at the steps before."""
+        returned = [item.values.get(name) for position in (self, *self.ancestors()) for item in position.returned]
+        basis = {each[:-1].tobytes(): each[:-1] for each in returned if each is not None and each.shape == now.shape}
+        if not basis or before.shape != now.shape or not np.isfinite(now).all():
+            return False
+        return unexplained(now[:-1], [before[:-1], *basis.values()]) <= HALF
+
     def descends_from(self, other: Position) -> bool:
         position: Position | None = self
         while position is not None and position.step >= other.step:
@@ -101,15 +110,26 @@ class Position:
 
 @dataclass(eq=False)
 class Returned:
-    """What one row of a call returned, in samples; on the device until somebody asks."""
+    """What one row of a call returned, in samples; on the device until somebody asks.
 
-    tensor: Tensor | None
+    Attributes:
+        tensors: of all rows, by the input that each moves; the latents are called
+            :data:`~lazy_compile.runtime.fingerprint.LATENTS`.
+        row: which one of them.
+        values: those of the row, once read.
+    """
+
+    tensors: Mapping[str, Tensor]
     row: int
-    values: Floats | None = None
+    values: Mapping[str, Floats] = field(default_factory=dict)
+
+    def take(self, read: Mapping[str, Floats]) -> None:
+        self.values = {name: rows[self.row if self.row < len(rows) else 0] for name, rows in read.items()}
+        self.tensors = {}
 
     @property
     def is_finite(self) -> bool:
-        return self.values is None or bool(np.isfinite(self.values).all())
+        return all(bool(np.isfinite(values).all()) for values in self.values.values())
 
 
 @dataclass(eq=False)
@@ -135,6 +155,12 @@ class Stream:
     busy: bool = False
     returned: Returned | None = None
     is_spare: bool = False
+
+    def differs_by(self, conditions: Mapping[str, Floats]) -> set[str]:
+        """The conditions of a row that are not those of the stream, nor follow from them as latents do."""
+        names, before = differing(self.conditions, conditions), self.conditions
+        both = [name for name in names if name in before and name in conditions]
+        return names.difference(name for name in both if self.position.moves(name, before[name], conditions[name]))
 
     @property
     def is_over(self) -> bool:

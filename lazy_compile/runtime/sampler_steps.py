@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from lazy_compile.runtime.fingerprint import Floats, samples_of, unexplained
+from lazy_compile.runtime.fingerprint import LATENTS, Floats, samples_of, unexplained
 from lazy_compile.runtime.positions import HALF, PROPORTIONAL, Position, Returned
 
 LATEST = 8
@@ -59,7 +59,7 @@ def note_sampler_steps(found: Mapping[str, Floats], positions: Sequence[Position
             began = [position for position, share in zip(positions, apart, strict=True) if share <= PROPORTIONAL]  # 1
             near = [position for position, share in zip(positions, apart, strict=True) if share <= HALF]  # 2
             for position in began or (near if len(near) == 1 else ()):
-                position.returned = [Returned(None, 0, end), *position.returned]
+                position.returned = [Returned({}, 0, {LATENTS: end}), *position.returned]
 
 
 def _apart(latents: Floats | None, sample: Floats) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lazy_compile.ir.branch import ResidualBranch
 from lazy_compile.runtime.cache import CacheState, gathered
-from lazy_compile.runtime.fingerprint import Floats, Latents, read, samples_of
+from lazy_compile.runtime.fingerprint import LATENTS, Floats, Latents, read, samples_of
 from lazy_compile.runtime.host_hints import Known, known_trajectory
 from lazy_compile.runtime.matching import Content, Leaves, find_position, find_stream, was_called_here
 from lazy_compile.runtime.placed_call import Placed, Row
@@ -72,29 +72,34 @@ class Trajectories:
             return [Content(None, None, {}, context)] * rows
         tensors: dict[str, Tensor] = {}
         is_joint = False
+        order = list(named)
+        beside = {} if latents is None else {order[each.position]: each for each in latents.companions}
         for name, (tensor, axis) in named.items():
             if latents is not None and name in latents_names:
                 if (rest := latents.staying(tensor)) is not None:
                     tensors[name] = samples_of(rest)
+            elif name in beside and tensor.numel():
+                tensors[name] = samples_of(beside[name].moving(tensor, beside[name].row_axis))
+                if (rest := beside[name].staying(tensor)) is not None:
+                    tensors[f"{name}, the rest"] = samples_of(rest)
             elif tensor.numel():
                 tensors[name] = samples_of(tensor[None] if axis is None else tensor.movedim(axis, 0))
         if latents is not None:
             moved = [named[name][0] for name in latents_names]
             is_joint = latents.row_axis is None and sum(len(tensor) for tensor in moved) > 1
-            tensors[_LATENTS] = samples_of(latents.together(moved, latents.row_axis))
+            tensors[LATENTS] = samples_of(latents.together(moved, latents.row_axis))
         with self._mutex:
             waiting, self._unread = self._unread, []
             steps = self._steps.take()
-        pending = {id(item.tensor): item.tensor for item in waiting if item.tensor is not None}
-        found = read({**tensors, **steps, **{f"{_RETURNED}{key}": tensor for key, tensor in pending.items()}})
+        pending = {f"{_RETURNED}{id(each)}": each for item in waiting for each in item.tensors.values()}
+        found = read({**tensors, **steps, **pending})
         for item in waiting:
-            if item.tensor is not None:
-                item.values, item.tensor = found[f"{_RETURNED}{id(item.tensor)}"][item.row], None
+            item.take({name: found[f"{_RETURNED}{id(each)}"] for name, each in item.tensors.items()})
         if steps:
             with self._mutex:
                 note_sampler_steps(found, Leaves(self._alive).positions)
         times = _times(found.pop(time_name)) if time_name in found else None
-        moving = found.pop(_LATENTS, None)
+        moving = found.pop(LATENTS, None)
 
         def of(values: Floats, row: int) -> Any:
             return values[row if len(values) == rows else 0]
@@ -222,16 +227,15 @@ class Trajectories:
 
     # What becomes of a call ---------------------------------------------------------------------------------------
 
-    def commit(self, placed: Placed, returned: Tensor | None) -> None:
+    def commit(self, placed: Placed, returned: Mapping[str, Tensor]) -> None:
         """A call has succeeded.
 
         Args:
-            returned: what its rows returned, by :func:`~lazy_compile.runtime.fingerprint.samples_of`; None if unknown.
+            returned: see :meth:`~lazy_compile.runtime.fingerprint.Latents.returned`; empty if unknown.
         """
         with self._mutex:
             for number, row in enumerate(placed.rows):
-                answer = None if returned is None else Returned(returned, number if len(returned) > number else 0)
-                self._commit_row(placed, number, row, answer)
+                self._commit_row(placed, number, row, Returned(returned, number) if returned else None)
 
     def _commit_row(self, placed: Placed, number: int, row: Row, answer: Returned | None) -> None:
         trajectory, stream, conditions = row.position.trajectory, row.stream, row.content.conditions
@@ -350,7 +354,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
 
-_LATENTS = "the latents"
 _RETURNED = "returned "
 
 

@@ -15,8 +15,6 @@ BFLOAT16 = (
     "its linear attention is in bfloat16, for which ONNX Runtime has no Mul on a CPU; compute it in float32 there"
 )
 
-TWO_LATENTS = "its video and its audio both move, and one of the two counts as a condition, so that too much computes"
-
 FAILING: dict[str, dict[str, str]] = {
     "Cosmos3OmniTransformer": {
         "gradients": "the model computes an MLP over the words in its last block whose result it does not return",
@@ -25,7 +23,6 @@ FAILING: dict[str, dict[str, str]] = {
         "onnx": IN_PYTHON,
         "sizes": IN_PYTHON,
     },
-    "Kandinsky6Transformer3DModel": {"schedule": TWO_LATENTS, "batch": TWO_LATENTS},
     "SanaWMTransformer3DModel": {
         "onnx": BFLOAT16,
         "sizes": BFLOAT16,

@@ -72,24 +72,24 @@ class Subject:
         return self.lazy
 
     def calls(self, steps: int) -> list[Call]:
-        """A denoising run: time falls, the latents drift, the conditions stay."""
+        """A denoising run: time falls, the latents drift, what moves beside them fades, the conditions stay."""
         return [self._call(step / (2 * steps)) for step in range(steps)]
 
     def _call(self, done: float) -> Call:
         layout, tensors = CallLayout.of((), self.arguments)
-        guarded = self.graph.guarded_inputs
+        guarded, latents = self.graph.guarded_inputs, self.graph.latents
+        beside = {} if latents is None else {layout.names[each.position]: each for each in latents.companions}
         generator = torch.Generator().manual_seed(1)
-        moved, sound = [], {"audio_hidden_states"}
+        moved = []
         for name, tensor in zip(layout.names, tensors, strict=True):
             if name == self.graph.timestep_input:
                 tensor = (tensor * (1 - done)).to(tensor.dtype)
-            elif (
-                (name.partition(".")[0] == self.latents or name in sound)
-                and tensor.is_floating_point()
-                and name not in guarded
-            ):
+            elif name in beside:
+                moving = beside[name].moving(tensor := tensor.clone(), beside[name].row_axis)
+                moving *= 1 - done
+            elif name.partition(".")[0] == self.latents and tensor.is_floating_point() and name not in guarded:
                 drift = done * torch.randn(tensor.shape, generator=generator).to(tensor)
-                if self.graph.latents is not None and (rest := self.graph.latents.staying(drift)) is not None:
+                if latents is not None and (rest := latents.staying(drift)) is not None:
                     rest.zero_()  # a mask, an image to begin from
                 tensor = tensor + drift
             moved.append(tensor)
