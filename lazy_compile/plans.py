@@ -182,7 +182,7 @@ def _plan_pipeline(
     schedules = {}
     for name, lazy in drawing.used(seed):
         with others_dense(drawing.others(name)):
-            samplers = _fitting(lazy, drawing, drawn, options, max_memory if calls is None else None, seed)
+            samplers = _fitting(lazy, drawing, drawn, options, calls, max_memory, seed)
             schedules[name] = planner.plan(
                 lazy, samplers, budget, options=options, calls=calls, max_memory=max_memory, seed=seed,
                 max_patterns=max_patterns, checkpoint=None if checkpoint is None else Path(checkpoint, name),
@@ -198,6 +198,7 @@ def _fitting(
     drawing: _Drawing,
     drawn: dict[str, Any],
     options: SearchOptions | None,
+    calls: int | None,
     max_memory: int | None,
     seed: int,
 ) -> list[PipelineSampler]:
@@ -208,7 +209,7 @@ def _fitting(
     while True:
         samplers = _Drawing.of(drawing.pipe, **{**drawn, "batch_size": size}).samplers
         try:
-            estimating.estimate_plan(lazy, samplers[:1], options=options, max_memory=max_memory, seed=seed)
+            estimating.estimate_plan(lazy, samplers[:1], options=options, calls=calls, max_memory=max_memory, seed=seed)
         except ConfigError:
             if size == 1:
                 raise

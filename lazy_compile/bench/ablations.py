@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class QuestionSettings:
         transfers: T at which gates calibrated for ``steps`` are used.
         regression_seeds: sets of noise from which the worth of a decision is predicted.
         gate_seeds: times that a plan is made and gates are trained from it, each on other noise.
+        gate_ratios: shares of the MACs at which that is done.
         search: of schedules.
     """
 
@@ -67,6 +69,7 @@ class QuestionSettings:
     transfers: tuple[int, ...] = (12, 20, 30)
     regression_seeds: int = 6
     gate_seeds: int = 3
+    gate_ratios: tuple[float, ...] = (0.7, 0.5, 0.35)
     search: SearchOptions = field(default_factory=lambda: SearchOptions(rounds=2))
     quick_search: SearchOptions = field(default_factory=lambda: SearchOptions(rounds=0))
 
@@ -183,13 +186,14 @@ class Questions:
             }  # fmt: skip
 
     def gates(self) -> Iterator[dict[str, Any]]:
-        """Calibrations at half the compute, and the plans that they start from, on noise that neither has seen."""
-        for seed in range(self.settings.gate_seeds):
-            schedule = self._plan(self.settings.steps, Budget(compute_ratio=0.5), self.settings.search, 1000 * seed)
-            report = self._gates(schedule, 1000 * seed)
+        """Calibrations, and the plans that they start from, on noise that neither has seen."""
+        for ratio, number in product(self.settings.gate_ratios, range(self.settings.gate_seeds)):
+            seed = 1000 * number
+            schedule = self._plan(self.settings.steps, Budget(compute_ratio=ratio), self.settings.search, seed)
+            report = self._gates(schedule, seed, ratio)
             trained, planned = self._score(Learned(report.trained)), self._score(Scheduled(schedule))
             yield {
-                "seed": 1000 * seed, "kept": report.kept,
+                "budget": ratio, "seed": seed, "kept": report.kept,
                 "ratio_planned": planned["compute_ratio"], "rmse_planned": planned["rmse"],
                 "ratio_trained": trained["compute_ratio"], "rmse_trained": trained["rmse"],
             }  # fmt: skip
@@ -265,9 +269,9 @@ class Questions:
         sampler = self._sampler(steps, self.settings.batch)
         return plan(self.lazy, sampler, budget, options=search, seed=seed, on_progress=self.on_progress)
 
-    def _gates(self, schedule: CacheSchedule, seed: int = 0) -> CalibrationReport:
+    def _gates(self, schedule: CacheSchedule, seed: int = 0, ratio: float = 0.5) -> CalibrationReport:
         sampler = self._sampler(self.settings.steps, self.settings.batch)
-        config = CalibrationConfig(target_compute_ratio=0.5, seed=seed)
+        config = CalibrationConfig(target_compute_ratio=ratio, seed=seed)
         return calibrate(self.lazy, config, sample=sampler, plan=schedule, on_progress=self.on_progress)
 
     def _names(self) -> list[str]:

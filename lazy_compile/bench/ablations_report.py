@@ -71,6 +71,7 @@ def page(answers: Mapping[str, Any], quality: Sequence[Mapping[str, Any]], setti
         _table(
             answers["gates"],
             {
+                "budget": ".0%",
                 "seed": "d",
                 "ratio_planned": ".1%",
                 "rmse_planned": ".4f",
@@ -139,7 +140,7 @@ other thresholds: a quality dial at run time, `Learned(table, shift=log(threshol
 first order: how far it varies between samples (standard deviation over mean, averaged over decisions), and how much
 of that variation (R2, on samples that were left out) a linear function of the leading components of the gate's
 input predicts. At or below zero, the mean over samples is the better guess, and a gate has nothing to learn.""",
-    "gates": """Plans at half the compute and gates that `calibrate` trains from each, at its usual settings, on noise
+    "gates": """Plans and gates that `calibrate` trains from each, at its usual settings, on noise
 that neither has seen; *kept* is what `calibrate` decided for, on noise of its own. [All that is known of
 gates](gates.md).""",
     "oracle": """An oracle that knows the first-order answer of every single sample searches a schedule for each,

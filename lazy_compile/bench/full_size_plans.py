@@ -193,7 +193,7 @@ def simulate(
 
     def dense_start() -> None:
         always = CacheSchedule.always_compute(steps, len(lazy.branches))
-        StepCosts.of([run_trajectory(replayable(lazy), sample, 0, always, keep=False)], linear=True)
+        StepCosts.of([run_trajectory(replayable(lazy), sample, 0, always, keep_every=0)], linear=True)
 
     parts: dict[str, Callable[[], object]] = {
         "dense start": dense_start,

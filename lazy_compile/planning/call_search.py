@@ -13,7 +13,7 @@ import numpy.typing as npt
 from lazy_compile.errors import ConfigError
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.journal import Journal, digest
-from lazy_compile.planning.replay import Replayable, Trajectory, first_change, replayed_steps, run_trajectory
+from lazy_compile.planning.replay import Replayable, Trajectory, continued_at, replayed_steps, run_trajectory
 from lazy_compile.planning.search import HELD_OUT_SEED_OFFSET, relative_loss, robust_losses
 from lazy_compile.planning.slope_fits import OutputSamples, SlopeFits, Table
 from lazy_compile.planning.step_paths import POWERS, StepCosts
@@ -73,6 +73,7 @@ class CallSearch:
         budget: what a trajectory may spend.
         calls: of the model, in all.
         journal: what was measured before.
+        keep_every: caches are kept before steps that this divides, where another trajectory can start.
     """
 
     target: Replayable
@@ -81,6 +82,7 @@ class CallSearch:
     budget: Budget
     calls: int
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
+    keep_every: int = 1
     used: int = field(default=0, init=False)
     _judged: dict[str, _Judged] = field(default_factory=dict, init=False)
     _kept: dict[tuple[int, str], Trajectory] = field(default_factory=dict, init=False)
@@ -243,7 +245,7 @@ class CallSearch:
         if name in self._judged:
             return self._judged[name]
         bases = [self._dense, *(judged.schedule for judged in self._leaders_of_search)]
-        begin = max(first_change(base, schedule) for base in bases)
+        begin = max(continued_at(base, schedule, self.keep_every) for base in bases)
         price = (self._steps - begin) * self._calls_a_step
         if self.used + price > share * (self.calls - self._reserve):
             return None
@@ -270,8 +272,8 @@ class CallSearch:
         self._forget(seed, bases)
         for place, sample in enumerate(self.samplers):
             known = [each for base in bases if (each := self._kept.get((place, f"{seed}-{digest(base)}"))) is not None]
-            base = max(known, key=lambda each: first_change(each.schedule, schedule), default=None)
-            ran = run_trajectory(self.target, sample, seed, schedule, base)
+            base = max(known, key=lambda each: each.continues_at(schedule), default=None)
+            ran = run_trajectory(self.target, sample, seed, schedule, base, self.keep_every)
             self._kept[place, f"{seed}-{digest(schedule)}"] = ran
             dense = self._dense_trajectory(place, seed).samples
             change = (ran.samples - dense).double().square().flatten(1).mean(1)
@@ -286,7 +288,8 @@ class CallSearch:
         key = place, f"{seed}-{digest(self._dense)}"
         if key not in self._kept:
             watch = None if samples is None else lambda call: samples.add(call.step, call.computed())
-            self._kept[key] = run_trajectory(self.target, self.samplers[place], seed, self._dense, on_call=watch)
+            sample = self.samplers[place]
+            self._kept[key] = run_trajectory(self.target, sample, seed, self._dense, None, self.keep_every, watch)
             require_finite(self._kept[key].samples)
         return self._kept[key]
 

@@ -43,7 +43,9 @@ class PlanEstimate:
         device_bytes: on the device of the model.
         host_bytes: in the memory of the host; the same memory where the model is on the CPU, and counted once.
         disk_bytes: in a temporary file.
-        streaming: how memory is spared.
+        streaming: how memory is spared by a search with gradient.
+        keep_every: before how many steps caches are kept by one without, see
+            :class:`~lazy_compile.planning.call_search.CallSearch`.
     """
 
     steps: int
@@ -53,6 +55,7 @@ class PlanEstimate:
     host_bytes: int
     disk_bytes: int
     streaming: Streaming
+    keep_every: int = 1
 
 
 def estimate_plan(
@@ -72,7 +75,7 @@ def estimate_plan(
     branches that are more lie in a temporary file.
 
     Raises:
-        ConfigError: no way to plan keeps to ``max_memory``.
+        ConfigError: no way to plan keeps to ``max_memory`` and ``max_host_memory``.
     """
     samplers = parts_of(sample)
     costs = [_measure(lazy, each, seed) for each in samplers]
@@ -80,21 +83,30 @@ def estimate_plan(
     trajectory = sum(each.calls for each in costs)
     seconds = sum(each.calls * each.seconds for each in costs) / trajectory
     model_calls = calls if calls is not None else (options or SearchOptions()).trajectories * trajectory
-    estimates = [
-        _estimate(largest, streaming, calls is not None, model_calls, seconds, lazy, options)
-        for streaming in _ways(largest.device)
-    ]
+    if calls is None:
+        estimates = [
+            _with_gradient(largest, streaming, model_calls, seconds, lazy, options or SearchOptions())
+            for streaming in _ways(largest.device)
+        ]
+    else:
+        estimates = [
+            _without_gradient(largest, keep_every, model_calls, seconds, lazy)
+            for keep_every in (1, *range(lazy.lazy_config.values_kept + 1, largest.steps + 1))
+        ]
     if max_memory is None:
         return estimates[0]
     on_host = _host_memory() // 2 if max_host_memory is None else max_host_memory
     for estimate in estimates:
         if estimate.device_bytes <= max_memory and (largest.device.type == "cpu" or estimate.host_bytes <= on_host):
             return estimate
-    least = min(estimate.device_bytes for estimate in estimates)
+    least, allowed, where = min(estimate.device_bytes for estimate in estimates), max_memory, "memory"
+    if least <= max_memory:
+        least = min(estimate.host_bytes for estimate in estimates if estimate.device_bytes <= max_memory)
+        allowed, where = on_host, "the host's memory"
     raise ConfigError(
-        f"a plan takes at least {_gigabytes(least)} of memory beside the model, and {_gigabytes(max_memory)} are "
-        "allowed; draw fewer samples at once (give several samplers), transform with a coarser granularity or with "
-        "cache_device='cpu', or allow more"
+        f"a plan takes at least {_gigabytes(least)} of {where} beside the model, and {_gigabytes(allowed)} are "
+        "allowed; draw fewer samples at once (give several samplers), transform with a coarser granularity"
+        + (" or with cache_device='cpu', or allow more" if where == "memory" else ", or allow more")
     )
 
 
@@ -124,40 +136,52 @@ def _ways(device: torch.device) -> Iterator[Streaming]:
             yield Streaming(keep, repeat_branches=repeat)
 
 
-def _estimate(
-    costs: _CallCosts,
-    streaming: Streaming,
-    without_gradient: bool,
-    model_calls: int,
-    seconds: float,
-    lazy: LazyModule,
-    options: SearchOptions | None,
+def _with_gradient(
+    costs: _CallCosts, streaming: Streaming, model_calls: int, seconds: float, lazy: LazyModule, settings: SearchOptions
 ) -> PlanEstimate:
-    outputs, on_cpu = costs.output_bytes * costs.calls // costs.steps, costs.device.type == "cpu"
-    kept, config, settings = outputs * costs.steps, lazy.lazy_config, options or SearchOptions()
-    caches = config.values_kept * cached_share(lazy) * outputs
-    moved = config.cache_device is not None  # caches of a judged trajectory lie elsewhere
-    computing = costs.largest_branch + costs.output_bytes
-    device, host, disk = int(computing + (0 if moved else caches)), int(caches if moved else 0), 0
-    if without_gradient:  # caches of every step, of the dense and the best trajectory
-        states = int(2 * cached_share(lazy) * kept)
-        device, host = device + (0 if moved else states), host + (states if moved else 0)
-        streaming = Streaming()
-    else:
-        saved = costs.outside + (costs.largest_branch if streaming.repeat_branches else costs.inside)
-        waiting = config.values_kept * outputs  # gradients of outputs that were reused, until the way back is there
-        measuring = saved + GRADIENTS * costs.largest_saved + costs.output_bytes + waiting
-        measuring += costs.latent_bytes * costs.calls
-        measuring += kept if streaming.keep == "device" or (streaming.keep == "host" and on_cpu) else 0
-        device = max(device, measuring)
-        answers = 4 * costs.rows * costs.steps * len(lazy.branches) * (MAX_AGE + 1)
-        host += 3 * settings.remembered * answers + DIRECTION * settings.directions * costs.latents
-        host += kept if streaming.keep == "host" else 0
-        host += costs.largest_output if streaming.keep == "disk" and not on_cpu else 0  # on its way
-        disk = kept if streaming.keep == "disk" else 0
-    if on_cpu:
-        device, host = device + host, device + host
+    outputs, on_cpu = costs.outputs_a_step, costs.device.type == "cpu"
+    kept = outputs * costs.steps
+    judging, host = _judging(costs, lazy)
+    saved = costs.outside + (costs.largest_branch if streaming.repeat_branches else costs.inside)
+    waiting = lazy.lazy_config.values_kept * outputs  # gradients of what was reused, until the way back is there
+    measuring = saved + GRADIENTS * costs.largest_saved + costs.output_bytes + waiting
+    measuring += costs.latent_bytes * costs.calls
+    measuring += kept if streaming.keep == "device" or (streaming.keep == "host" and on_cpu) else 0
+    answers = 4 * costs.rows * costs.steps * len(lazy.branches) * (MAX_AGE + 1)
+    host += 3 * settings.remembered * answers + DIRECTION * settings.directions * costs.latents
+    host += kept if streaming.keep == "host" else 0
+    host += costs.largest_output if streaming.keep == "disk" and not on_cpu else 0  # on its way
+    device, host = _together(max(judging, measuring), host, on_cpu)
+    disk = kept if streaming.keep == "disk" else 0
     return PlanEstimate(costs.steps, model_calls, model_calls * seconds, device, host, disk, streaming)
+
+
+def _without_gradient(
+    costs: _CallCosts, keep_every: int, model_calls: int, seconds: float, lazy: LazyModule
+) -> PlanEstimate:
+    """Caches before every ``keep_every``-th step, of the dense and the best trajectory, beside those that judge."""
+    device, host = _judging(costs, lazy)
+    times = -(-costs.steps // keep_every)
+    values = costs.steps if keep_every == 1 else times * lazy.lazy_config.values_kept  # else shared between steps
+    states = int(2 * cached_share(lazy) * costs.outputs_a_step * values)
+    if lazy.lazy_config.cache_device is None:
+        device += states
+    else:
+        host += states
+    device, host = _together(device, host, costs.device.type == "cpu")
+    return PlanEstimate(costs.steps, model_calls, model_calls * seconds, device, host, 0, Streaming(), keep_every)
+
+
+def _judging(costs: _CallCosts, lazy: LazyModule) -> tuple[int, int]:
+    """Bytes on the device and on the host of a trajectory that is judged."""
+    config = lazy.lazy_config
+    caches = int(config.values_kept * cached_share(lazy) * costs.outputs_a_step)
+    computing = costs.largest_branch + costs.output_bytes
+    return (computing + caches, 0) if config.cache_device is None else (computing, caches)
+
+
+def _together(device: int, host: int, on_cpu: bool) -> tuple[int, int]:
+    return (device + host, device + host) if on_cpu else (device, host)
 
 
 def cached_share(lazy: LazyModule) -> float:
@@ -202,6 +226,10 @@ class _CallCosts:
     rows: int = 1
     steps: int = 0
     calls: int = 0
+
+    @property
+    def outputs_a_step(self) -> int:
+        return self.output_bytes * self.calls // self.steps
 
 
 def _measure(lazy: LazyModule, sample: Any, seed: int) -> _CallCosts:

@@ -76,8 +76,10 @@ def plan(
         start: a schedule to improve; with gradient only.
         options: how long to search with gradient.
         calls: of the model, that a search without gradient may make in all.
-        max_memory: bytes on the model's device, beside the model, that a search with gradient keeps to: outputs then
+        max_memory: bytes on the model's device, beside the model, that a search keeps to. With gradient, outputs then
             lie on the host or in a temporary file, and branches are repeated on the way back, as far as need be.
+            Without, caches are kept before fewer steps, so that a candidate takes more of the calls; for an engine it
+            has no effect.
         seed: of the noise.
         max_patterns: how many distinct rows the schedule may have, for as many lean engines or CUDA graphs; None for
             any number. Rows of the plan are joined at no more cost, and the slopes fitted again.
@@ -112,8 +114,8 @@ def plan(
                 logger.warning("searching within %d calls of the model, without gradient: %s", CALLS, error)
                 folder = folder and folder / "calls"
         return search_by_calls(
-            lazy, samplers, budget, calls or CALLS, timings=timings, seed=seed, max_patterns=max_patterns,
-            checkpoint=folder, on_progress=report,
+            lazy, samplers, budget, calls or CALLS, timings=timings, max_memory=max_memory, seed=seed,
+            max_patterns=max_patterns, checkpoint=folder, on_progress=report,
         )  # fmt: skip
 
 
@@ -194,6 +196,7 @@ def search_by_calls(
     calls: int,
     *,
     timings: BranchTimings | None = None,
+    max_memory: int | None = None,
     seed: int = 0,
     max_patterns: int | None = None,
     checkpoint: str | Path | None = None,
@@ -209,7 +212,10 @@ def search_by_calls(
             "a latency_ratio of an engine needs timings of its branches; give timings, or a compute_ratio"
         )
     cost = _cost(target, samplers[0], budget, timings, seed, journal)
-    found = CallSearch(target, samplers, cost, budget, calls, journal).run(seed, on_progress)
+    keep_every = 1
+    if max_memory is not None and isinstance(denoiser, LazyModule):
+        keep_every = estimate_plan(denoiser, samplers, calls=calls, max_memory=max_memory, seed=seed).keep_every
+    found = CallSearch(target, samplers, cost, budget, calls, journal, keep_every).run(seed, on_progress)
     return found if max_patterns is None else few_patterns(found, max_patterns, cost, target.leaders)
 
 

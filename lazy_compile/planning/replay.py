@@ -136,8 +136,9 @@ class Trajectory:
         samples: what came of it.
         steps: which step each call was.
         results: what the model returned.
-        states: what was cached before each call.
+        states: what was cached before each call; None where that was not kept.
         calls: how many of them were run, and not repeated from memory.
+        keep_every: another trajectory can start at steps that this divides; 0 for none.
     """
 
     schedule: CacheSchedule
@@ -146,6 +147,11 @@ class Trajectory:
     results: tuple[Any, ...]
     states: tuple[Any, ...]
     calls: int
+    keep_every: int = 1
+
+    def continues_at(self, schedule: CacheSchedule) -> int:
+        """The step from which another schedule has to be run, what is before it being known."""
+        return continued_at(self.schedule, schedule, self.keep_every)
 
 
 def run_trajectory(
@@ -154,13 +160,13 @@ def run_trajectory(
     seed: int,
     schedule: CacheSchedule,
     base: Trajectory | None = None,
-    keep: bool = True,
+    keep_every: int = 1,
     on_call: Callable[[ReplayableCall], None] | None = None,
 ) -> Trajectory:
     """Run a schedule from noise of ``seed``; what ``base``, from the same noise, did before the first decision that is
-    another is repeated from memory. Without ``keep`` no other can start from this one, and no caches are kept.
-    ``on_call`` gets every call that was run."""
-    begin = 0 if base is None else first_change(base.schedule, schedule)
+    another is repeated from memory. Others can start from this one at every ``keep_every``-th step, before which its
+    caches are kept; with 0 at none. ``on_call`` gets every call that was run."""
+    begin = 0 if base is None else base.continues_at(schedule)
     steps: list[int] = []
     results: list[Any] = []
     states: list[Any] = []
@@ -174,6 +180,7 @@ def run_trajectory(
             states.append(base.states[place])
             results.append(base.results[place])
             return _copy(base.results[place])
+        keep = keep_every > 0 and call.step % keep_every == 0
         state = call.state() if keep or base is not None else None
         if state is None and base is not None and base.states[place] is not None:
             state = base.states[place]
@@ -188,7 +195,7 @@ def run_trajectory(
 
     with torch.no_grad(), target.call_handler(answer):
         samples = sample(target.denoiser, seed).detach().clone()
-    return Trajectory(schedule, samples, tuple(steps), tuple(results), tuple(states), ran)
+    return Trajectory(schedule, samples, tuple(steps), tuple(results), tuple(states), ran, keep_every)
 
 
 def replayed_steps(target: Replayable, sample: Sampler, seed: int) -> int:
@@ -222,6 +229,12 @@ def first_change(before: CacheSchedule, after: CacheSchedule) -> int:
     different |= (slopes[0] != slopes[1]) & ~after.should_compute
     found = np.flatnonzero(different.any(axis=1))
     return int(found[0]) if len(found) else before.steps
+
+
+def continued_at(before: CacheSchedule, after: CacheSchedule, keep_every: int) -> int:
+    """The same, where caches were kept before every ``keep_every``-th step alone."""
+    change = first_change(before, after)
+    return change // keep_every * keep_every if keep_every else 0
 
 
 def _copy(result: Any) -> Any:

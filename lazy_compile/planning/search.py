@@ -106,7 +106,7 @@ class ScheduleSearch:
     def _step_costs(self, steps: int, seed: int) -> StepCosts:
         def measured() -> Floats:
             always = CacheSchedule.always_compute(steps, len(self.cost))
-            dense = [run_trajectory(replayable(self.lazy), each, seed, always, keep=False) for each in self.samplers]
+            dense = [run_trajectory(replayable(self.lazy), each, seed, always, keep_every=0) for each in self.samplers]
             return StepCosts.of(dense, self.order > 0).miss
 
         return StepCosts(self.journal.array(f"step-costs-{seed}", measured))

@@ -88,6 +88,14 @@ def test_no_estimate_is_below_what_is_simulated(guided: bool, options: dict[str,
     assert seen == [("device", False), ("host", False), ("host", True)]
 
 
+def test_the_memory_that_does_not_suffice_is_named() -> None:
+    lazy, sample = lazy_on("meta"), sampler_on("meta")
+    with pytest.raises(ConfigError, match=r"GB of memory beside the model, and .*cache_device='cpu'"):
+        estimate_plan(lazy, sample, max_memory=1, max_host_memory=2**40)
+    with pytest.raises(ConfigError, match=r"GB of the host's memory beside the model, and .* granularity, or allow"):
+        estimate_plan(lazy, sample, max_memory=2**40, max_host_memory=1)
+
+
 @pytest.mark.parametrize("keep", ["host", "disk"])
 def test_kept_outputs_are_counted_where_they_lie(keep: Any) -> None:
     lazy = lazy_on("meta")

@@ -15,9 +15,10 @@ from lazy_compile import CacheSchedule, LazyModule, Scheduled, export_onnx
 from lazy_compile.backends.denoiser import EngineDenoiser
 from lazy_compile.backends.onnxruntime.runner import OnnxRunner
 from lazy_compile.errors import ConfigError
-from lazy_compile.planning import planner
+from lazy_compile.planning import call_search, planner
 from lazy_compile.planning.budget import Budget
 from lazy_compile.planning.call_search import CallSearch
+from lazy_compile.planning.estimate import estimate_plan
 from lazy_compile.planning.journal import Journal
 from lazy_compile.planning.planner import plan
 from lazy_compile.planning.replay import first_change, replayable, run_trajectory
@@ -72,18 +73,20 @@ def denoiser(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.parametrize("keep_every", [1, 3])
 @pytest.mark.parametrize("sampler", [sample, guided])
 def test_a_trajectory_that_is_continued_ends_where_it_does_from_the_start(
-    denoiser: Any, sampler: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+    denoiser: Any, sampler: Callable[..., Tensor], keep_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = replayable(denoiser)
     draw = np.random.default_rng(0)
-    base = run_trajectory(target, sampler, 0, CacheSchedule.every(2, STEPS, 4))
+    base = run_trajectory(target, sampler, 0, CacheSchedule.every(2, STEPS, 4), keep_every=keep_every)
+    assert all((step % keep_every == 0) or state is None for step, state in zip(base.steps, base.states, strict=True))
     for step in range(1, STEPS):
         table = base.schedule.should_compute.copy()
         table[step:] = draw.integers(0, 2, table[step:].shape)
         schedule = CacheSchedule(table, draw.uniform(0, 1, table.shape))
-        begin = first_change(base.schedule, schedule)
+        begin = first_change(base.schedule, schedule) // keep_every * keep_every
         counted = Counted(denoiser, monkeypatch)
         continued = run_trajectory(target, sampler, 0, schedule, base)
         assert counted.calls == continued.calls == (STEPS - begin) * len(base.steps) // STEPS
@@ -102,6 +105,28 @@ def test_what_reuses_nothing_is_continued_by_what_does(denoiser: Any) -> None:
     continued = run_trajectory(target, sample, 0, CacheSchedule(table), run_trajectory(target, sample, 0, dense))
     assert continued.calls == 2
     assert torch.equal(continued.samples, run_trajectory(target, sample, 0, CacheSchedule(table)).samples)
+
+
+def test_a_limit_of_memory_keeps_fewer_caches(lazy: LazyModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = estimate_plan(lazy, sample, calls=150)
+    cap = int(0.6 * free.device_bytes)
+    less = estimate_plan(lazy, sample, calls=150, max_memory=cap)
+    assert free.keep_every == 1 < less.keep_every
+    assert less.device_bytes <= cap
+    seen: list[int] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args[5] if len(args) > 5 else kwargs.get("keep_every", 1))
+        return run_trajectory(*args, **kwargs)
+
+    monkeypatch.setattr(call_search, "run_trajectory", noted)
+    counted = Counted(lazy, monkeypatch)
+    found = plan(lazy, sample, BUDGET, calls=150, max_memory=cap, on_progress=no_progress)
+    assert set(seen) == {less.keep_every}
+    assert counted.calls <= 150 + 3  # one counts the steps, two are measured
+    assert found.lazy_ratio >= 0.5
+    with pytest.raises(ConfigError, match=r"a plan takes at least .* GB of memory beside the model"):
+        plan(lazy, sample, BUDGET, calls=150, max_memory=1000, on_progress=no_progress)
 
 
 @pytest.mark.parametrize("calls", [60, 150])
