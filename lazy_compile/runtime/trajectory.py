@@ -100,6 +100,8 @@ class Trajectories:
                 note_sampler_steps(found, Leaves(self._alive).positions)
         times = _times(found.pop(time_name)) if time_name in found else None
         moving = found.pop(LATENTS, None)
+        if times is not None:
+            found = {name: values for name, values in found.items() if not _is_time(values, times)}
 
         def of(values: Floats, row: int) -> Any:
             return values[row if len(values) == rows else 0]
@@ -339,6 +341,12 @@ def _times(values: Floats) -> Floats:
     """The noisiest of each row, where it has one for each frame; their norm comes last."""
     result: Floats = (values if values.shape[1] == 1 else values[:, :-1]).max(axis=1)
     return result
+
+
+def _is_time(values: Floats, times: Floats) -> bool:
+    """Whether an input is the time once more, such as a sigma beside the timestep; it is none of the conditions."""
+    given = values if values.shape[1] == 1 else values[:, :-1]
+    return (len(given) == len(times) or 1 in (len(given), len(times))) and bool((given == times[:, None]).all())
 
 
 _ALL: WeakSet[Trajectories] = WeakSet()

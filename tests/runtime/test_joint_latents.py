@@ -25,12 +25,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Joint(Wraps):
-    """One attention over the tokens of video, sound and text."""
+    """One attention over the tokens of video, sound and text. The time is given twice, as to LTX-2."""
 
     masked = False
 
-    def forward(self, video: Tensor, sound: Tensor, text: Tensor, t: Tensor) -> Pair:
-        out = self.small(torch.cat([video, sound[..., :WIDTH], text], 1), t)
+    def forward(self, video: Tensor, sound: Tensor, text: Tensor, t: Tensor, sigma: Tensor) -> Pair:
+        out = self.small(torch.cat([video, sound[..., :WIDTH] + 1e-3 * sigma[..., None], text], 1), t)
         return out[:, :FRAMES], out[:, FRAMES : FRAMES + SOUND]
 
 
@@ -39,8 +39,8 @@ class Masked(Joint):
 
     masked = True
 
-    def forward(self, video: Tensor, sound: Tensor, text: Tensor, t: Tensor) -> Pair:
-        return super().forward(video, sound * (1 - sound[..., WIDTH:]), text, t)
+    def forward(self, video: Tensor, sound: Tensor, text: Tensor, t: Tensor, sigma: Tensor) -> Pair:
+        return super().forward(video, sound * (1 - sound[..., WIDTH:]), text, t, sigma)
 
 
 class Host:
@@ -60,7 +60,8 @@ class Host:
         video, sound = latents
         if self.model.masked:
             sound = torch.cat([sound, torch.zeros_like(sound[..., :1])], -1)
-        return {"video": video, "sound": sound, "text": words, "t": torch.full((len(video),), 1000.0 - 100 * step)}
+        time = torch.full((len(video),), 1000.0 - 100 * step)
+        return {"video": video, "sound": sound, "text": words, "t": time, "sigma": time[:, None].expand(-1, SOUND)}
 
     @torch.no_grad()
     def step(self, model: Callable[..., Pair], latents: Pair, step: int, prompt: int = 1) -> Pair:
