@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lazy_compile.bench.rows import RowFile
 from lazy_compile.bench.speed import rotating_schedule
 from lazy_compile.bench.timing import all_in_turn, one_thread
 from lazy_compile.compiler import transform
+from lazy_compile.config import Granularity
 from lazy_compile.errors import VerificationError
 from lazy_compile.policies.policy import Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
@@ -30,14 +32,17 @@ from lazy_compile.runtime.module import LazyModule
 
 REUSE = (0.0, 0.25, 0.5, 0.75)
 MODELS = ("DiT", "FLUX")
+GRANULARITIES: tuple[Granularity, ...] = ("branch", "block")
 _WARM_STEPS = 4
 
 
 @dataclass(frozen=True)
 class CompileRow:
-    """One model at one share of scheduled reuse. Times are medians of the processor time of a step, on one thread.
+    """One model at one granularity and share of scheduled reuse. Times are medians of the processor time of a step, on
+    one thread.
 
     Attributes:
+        granularity: what is decided and cached as one, see :class:`~lazy_compile.config.LazyConfig`.
         reuse: share of branches that are reused, whole blocks where the number of blocks allows it.
         compiled_ratio: lazy compiled over dense compiled, the median over neighbouring steps.
         quartiles: of the same ratios.
@@ -50,6 +55,7 @@ class CompileRow:
     """
 
     model: str
+    granularity: Granularity
     parameters: int
     branches: int
     reuse: float
@@ -73,17 +79,20 @@ def run(
     output: str | Path | None = None,
     *,
     models: Sequence[str] = MODELS,
+    granularities: Sequence[Granularity] = GRANULARITIES,
     reuse: Sequence[float] = REUSE,
     repeats: int = 8,
     layers: int | None = None,
     backend: str = "inductor",
     on_progress: OnProgress = no_progress,
 ) -> list[CompileRow]:
-    """Measure each model at each share of reuse; ``compile.json`` in ``output`` is written row by row and resumed.
+    """Measure each model at each granularity and share of reuse; ``compile.json`` in ``output`` is written row by row
+    and resumed.
 
     Args:
         output: a folder.
         models: names in :data:`~lazy_compile.bench.midsize.MIDSIZE`.
+        granularities: those of :class:`~lazy_compile.config.LazyConfig`.
         reuse: shares of branches.
         repeats: steps of each that are timed.
         layers: other than those of about 100 million parameters.
@@ -95,15 +104,16 @@ def run(
     """
     settings = {"repeats": repeats, "layers": layers, "backend": backend, "threads": 1}
     path = None if output is None else Path(output) / "compile.json"
-    rows = RowFile(path, CompileRow, ("model", "reuse"), settings)
-    total = len(models) * len(reuse)
+    rows = RowFile(path, CompileRow, ("model", "granularity", "reuse"), settings)
+    total = len(models) * len(granularities) * len(reuse)
     with one_thread(), fresh_cache():
-        for name in models:
-            if all(rows.has(model=name, reuse=share) for share in reuse):
+        for name, granularity in product(models, granularities):
+            if all(rows.has(model=name, granularity=granularity, reuse=share) for share in reuse):
                 continue
-            bench = _Bench(name, {} if layers is None else {"layers": layers}, backend)
+            bench = _Bench(name, granularity, {} if layers is None else {"layers": layers}, backend)
             for share in reuse:
-                rows.get(partial(bench.measure, share, repeats), model=name, reuse=share)
+                measure = partial(bench.measure, share, repeats)
+                rows.get(measure, model=name, granularity=granularity, reuse=share)
                 on_progress("timing compiled models", len(rows.rows), total)
     return rows.rows
 
@@ -137,11 +147,11 @@ class CountingBackend:
 class _Bench:
     """One model four times: dense and lazy, eager and compiled; the two lazy ones share nothing."""
 
-    def __init__(self, name: str, sizes: dict[str, int], backend: str) -> None:
-        self.name = name
+    def __init__(self, name: str, granularity: Granularity, sizes: dict[str, int], backend: str) -> None:
+        self.name, self.granularity = name, granularity
         self.model, self.inputs = build(name, **sizes)
         self.of_dense, self.of_lazy = CountingBackend(backend), CountingBackend(backend)
-        self.eager, self.compiled = (transform(self.model, self.inputs) for _ in range(2))
+        self.eager, self.compiled = (transform(self.model, self.inputs, granularity=granularity) for _ in range(2))
         self.compiled.compile(backend=self.of_lazy)
         self.dense = torch.compile(self.model, backend=self.of_dense)
         self.lazy_compile_s = 0.0
@@ -174,6 +184,7 @@ class _Bench:
         medians = {f"{name.replace(' ', '_')}_ms": statistics.median(times) for name, times in taken.items()}
         return CompileRow(
             model=self.name,
+            granularity=self.granularity,
             parameters=sum(item.numel() for item in self.model.parameters()),
             branches=len(self.eager.branches),
             reuse=reuse,
@@ -222,6 +233,6 @@ def _seconds_compiling() -> float:
 
 def _schedule(lazy: LazyModule, reuse: float, steps: int) -> CacheSchedule:
     """The share of branches reused in every step after the first ones, another set of them each time."""
-    branches = len(lazy.branches)
-    per_block = 2 if branches % 2 == 0 and (reuse * branches / 2).is_integer() else 1
+    branches, spans = len(lazy.branches), lazy.lazy_config.granularity != "branch"
+    per_block = 2 if not spans and branches % 2 == 0 and (reuse * branches / 2).is_integer() else 1
     return rotating_schedule(reuse, steps, branches // per_block, per_block)

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from lazy_compile.cli import options as given
 from lazy_compile.cli.options import OutputOptions
+from lazy_compile.config import Granularity
 
 
 @contextmanager
@@ -197,6 +198,9 @@ class CompileOptions(OutputOptions):
     model: Annotated[list[str] | None, typer.Option(help="DiT, SD3, FLUX, Wan or CogView4; by default DiT, FLUX.")] = (
         None
     )
+    granularity: Annotated[
+        list[str] | None, typer.Option(help="branch, block, model or a number; by default the first two.")
+    ] = None
     repeats: Annotated[int, typer.Option(min=2, help="Timed steps of each.")] = 8
     layers: Annotated[int | None, typer.Option(min=1, help="Layers, where the model shall be smaller.")] = None
     backend: Annotated[str, typer.Option(help="The backend of torch.compile.")] = "inductor"
@@ -204,14 +208,16 @@ class CompileOptions(OutputOptions):
 
 def compile(options: CompileOptions) -> None:
     """Time torch.compile on lazy and dense models, side by side, and write compile.json row by row. Takes minutes."""
-    from lazy_compile.bench.compiled import MODELS
+    from lazy_compile.bench.compiled import GRANULARITIES, MODELS
     from lazy_compile.bench.compiled import run as measure
     from lazy_compile.progress import progress_bars
     from lazy_compile.reporting.tables import compile_table, plain, show
 
     with progress_bars(not options.json) as on_progress, _a_line_for_each_row(not options.json):
         measured = measure(
-            options.output, models=options.model or MODELS, repeats=options.repeats, layers=options.layers,
+            options.output, models=options.model or MODELS,
+            granularities=[_granularity(each) for each in options.granularity or GRANULARITIES],
+            repeats=options.repeats, layers=options.layers,
             backend=options.backend, on_progress=on_progress,
         )  # fmt: skip
     rows = [plain(row) for row in measured]
@@ -221,6 +227,10 @@ def compile(options: CompileOptions) -> None:
         compile_table(rows),
         f"written to {options.output}",
     )
+
+
+def _granularity(text: str | int) -> Granularity:
+    return cast(Granularity, int(text) if str(text).isdigit() else text)
 
 
 @dataclass(frozen=True, kw_only=True)

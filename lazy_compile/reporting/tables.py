@@ -189,14 +189,15 @@ def overhead_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def compile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = new_table(
-        "model", ">reuse", ">dense eager", ">dense compiled", ">lazy eager", ">lazy compiled", ">compiled ratio",
-        ">quartiles", ">ideal", ">efficiency", ">graphs", ">compile time", ">calls a step", ">error",
+        "model", "granularity", ">reuse", ">dense eager", ">dense compiled", ">lazy eager", ">lazy compiled",
+        ">compiled ratio", ">quartiles", ">ideal", ">efficiency", ">graphs", ">compile time", ">calls a step", ">error",
     )  # fmt: skip
     for row in rows:
         low, high = row["quartiles"]
         times = ("dense_eager_ms", "dense_compiled_ms", "lazy_eager_ms", "lazy_compiled_ms")
         add_row(
-            table, row["model"], f"{row['reuse']:.0%}", *(f"{row[name]:.1f} ms" for name in times),
+            table, row["model"], str(row["granularity"]), f"{row['reuse']:.0%}",
+            *(f"{row[name]:.1f} ms" for name in times),
             f"{row['compiled_ratio']:.3f}", f"{low:.3f} - {high:.3f}", f"{row['ideal_ratio']:.3f}",
             f"{row['efficiency']:.3f}", f"{row['dense_graphs']} / {row['lazy_graphs']}",
             f"{row['dense_compile_s']:.0f} / {row['lazy_compile_s']:.0f} s", f"{row['compiled_calls']:.0f}",

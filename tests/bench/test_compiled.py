@@ -17,7 +17,7 @@ from lazy_compile.errors import VerificationError
 def test_rows_are_written_as_they_are_measured_and_a_stopped_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"models": ["DiT"], "layers": 1, "repeats": 2, "backend": "eager"}
+    settings = {"models": ["DiT"], "granularities": ["branch"], "layers": 1, "repeats": 2, "backend": "eager"}
     torch._dynamo.reset()
     (row,) = compiled.run(tmp_path, reuse=(0.0,), **settings)  # type: ignore[arg-type]
     assert row.error == 0.0
