@@ -205,8 +205,8 @@ class EngineDenoiser:
     def _place(self, inputs: Mapping[str, Tensor]) -> Placed:
         """Rows lie on axis 0; all of them together continue a call, or none does."""
         metadata, latents = self.runner.metadata, self._latents
-        names = [] if latents is None else [metadata.inputs[position].name for position in latents.positions]
-        rows = 1 if latents is None or latents.row_axis is None else len(inputs[names[0]])
+        names = [spec.name for spec in metadata.inputs]
+        rows = 1 if latents is None or latents.row_axis is None else len(inputs[names[latents.position]])
         named = {
             key: (tensor, 0 if tensor.dim() and len(tensor) == rows and rows > 1 else None)
             for key, tensor in inputs.items()

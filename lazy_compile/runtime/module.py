@@ -108,7 +108,7 @@ class LazyModule(nn.Module):
         contents = self._trajectories.identify(
             named,
             latents,
-            [] if latents is None else [graph.layout.names[position] for position in latents.positions],
+            graph.layout.names,
             graph.timestep_input,
             rows,
             (current_stream(), self._store.generation, graph.layout, graph.types),

@@ -54,7 +54,7 @@ class Trajectories:
         self,
         named: Mapping[str, tuple[Tensor, int | None]],
         latents: Latents | None,
-        latents_names: Sequence[str],
+        names: Sequence[str],
         time_name: str | None,
         rows: int,
         context: object,
@@ -63,7 +63,7 @@ class Trajectories:
 
         Args:
             named: the tensors of the call by name, with the axis of their rows; None for one that all rows share.
-            latents: where the latents are, in the inputs called ``latents_names``.
+            latents: where the latents are, in the inputs of the model, called ``names``.
             time_name: the name of the time input.
             rows: how many there are; 1 where they cannot be taken apart.
             context: see :class:`~lazy_compile.runtime.positions.Stream`.
@@ -72,10 +72,10 @@ class Trajectories:
             return [Content(None, None, {}, context)] * rows
         tensors: dict[str, Tensor] = {}
         is_joint = False
-        order = list(named)
-        beside = {} if latents is None else {order[each.position]: each for each in latents.companions}
+        moving_names = [] if latents is None else [names[position] for position in latents.positions]
+        beside = {} if latents is None else {names[each.position]: each for each in latents.companions}
         for name, (tensor, axis) in named.items():
-            if latents is not None and name in latents_names:
+            if latents is not None and name in moving_names:
                 if (rest := latents.staying(tensor)) is not None:
                     tensors[name] = samples_of(rest)
             elif name in beside and tensor.numel():
@@ -85,7 +85,7 @@ class Trajectories:
             elif tensor.numel():
                 tensors[name] = samples_of(tensor[None] if axis is None else tensor.movedim(axis, 0))
         if latents is not None:
-            moved = [named[name][0] for name in latents_names]
+            moved = [named[name][0] for name in moving_names]
             is_joint = latents.row_axis is None and sum(len(tensor) for tensor in moved) > 1
             tensors[LATENTS] = samples_of(latents.together(moved, latents.row_axis))
         with self._mutex:

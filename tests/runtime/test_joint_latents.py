@@ -65,7 +65,8 @@ class Host:
 
     @torch.no_grad()
     def step(self, model: Callable[..., Pair], latents: Pair, step: int, prompt: int = 1) -> Pair:
-        guided, plain = (model(**self._given(latents, step, text(seed))) for seed in (prompt, 0))
+        calls = [self._given(latents, step, text(seed)) for seed in (prompt, 0)]
+        guided, plain = (model(**dict(reversed(given.items()))) for given in calls)  # in another order than exported
         scales = GUIDANCE["video"], GUIDANCE["sound"]
         moved = [low + scale * (high - low) for high, low, scale in zip(guided, plain, scales, strict=True)]
         return latents[0] - 0.05 * moved[0], latents[1] - 0.05 * moved[1]
