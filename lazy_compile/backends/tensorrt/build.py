@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lazy_compile.backends.onnx.masks import ScheduleVariants
-from lazy_compile.backends.onnx.metadata import first_line
+from lazy_compile.backends.onnx.metadata import BATCH, first_line
 from lazy_compile.backends.onnx.prologue import prologue_path
 from lazy_compile.backends.onnx.save import put_in_place
 from lazy_compile.backends.onnx.structure import heavy_nodes
@@ -25,7 +25,15 @@ from lazy_compile.backends.tensorrt.check import EngineStructure, check_branches
 from lazy_compile.backends.tensorrt.config import BuildConfig
 from lazy_compile.backends.tensorrt.layers import parse_profiles
 from lazy_compile.backends.tensorrt.network import configure, parse_network, serialize
-from lazy_compile.backends.tensorrt.profile import Profile, SizeRange, fixed_sizes, size_ranges, spelled_ranges
+from lazy_compile.backends.tensorrt.profile import (
+    Profile,
+    SizeRange,
+    fixed_sizes,
+    free_sizes,
+    size_ranges,
+    spelled_ranges,
+)
+from lazy_compile.backends.tensorrt.shared_sizes import with_shared_sizes
 from lazy_compile.backends.tensorrt.sidecar import EngineSidecar, path_beside, waiting_path
 from lazy_compile.backends.tensorrt.source import OnnxSource
 from lazy_compile.digests import digest_of, verification
@@ -216,15 +224,18 @@ def _make(
         policy.check(source.model.branches)
     with record(trt) as messages, tempfile.TemporaryDirectory() as folder:
         path = _sanitized(source, Path(folder)) if config.sanitize else source.path
-        network = parse_network(trt, flavor, path, messages)
+        model = None
+        if source.model is not None and free_sizes(ranges) - {BATCH}:
+            model = with_shared_sizes(path, source.model)
+        network = parse_network(trt, flavor, path, messages, model)
         settings = configure(network, config, profiles, _timing_cache(config))
         plan = serialize(network, settings, messages, on_progress)
         structure = _structure(messages, source.nodes)
         tensors = network.tensors(profiles)
         _keep_timing_cache(config, settings)
-    model = None if source.model is None else source.model.at_sizes(fixed_sizes(ranges))
+    metadata = None if source.model is None else source.model.at_sizes(fixed_sizes(ranges))
     sidecar = EngineSidecar(
-        flavor.name, version, device, key, digest_of(plan), config.options(), tensors, model, source.prologue,
+        flavor.name, version, device, key, digest_of(plan), config.options(), tensors, metadata, source.prologue,
         to_json(policy), source.nodes, structure.layers,
     )  # fmt: skip
     logger.info("%s: %s", target, policy.describe())

@@ -71,8 +71,10 @@ def dtype_name(dtype: Any) -> str:
     return {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(name, name.lower())
 
 
-def parse_network(trt: ModuleType, flavor: Flavor, path: Path, messages: list[Message]) -> Network:
-    """Read an ONNX file; every tensor keeps the type that the file gives it.
+def parse_network(
+    trt: ModuleType, flavor: Flavor, path: Path, messages: list[Message], model: bytes | None = None
+) -> Network:
+    """Read an ONNX file, or ``model`` in its place; every tensor keeps the type that the file gives it.
 
     Raises:
         BackendError: there is no GPU where the builder needs one, or an operator is not supported.
@@ -87,7 +89,8 @@ def parse_network(trt: ModuleType, flavor: Flavor, path: Path, messages: list[Me
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger_of(trt))
-    if not parser.parse_from_file(str(path)) or not network.num_outputs:
+    read = parser.parse_from_file(str(path)) if model is None else parser.parse(model, str(path))
+    if not read or not network.num_outputs:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         if not errors:
             raise BackendError(f"{flavor.title} cannot read {path}: {first_error(messages)}")

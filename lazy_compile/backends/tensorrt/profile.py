@@ -99,6 +99,11 @@ def fixed_sizes(ranges: Sequence[SizeRange]) -> dict[str, int]:
     return {name: size for name, size in (seen[0] if seen else {}).items() if {each[name] for each in seen} == {size}}
 
 
+def free_sizes(ranges: Sequence[SizeRange]) -> set[str]:
+    """The names of all others."""
+    return {name for each in ranges for name in each.least} - set(fixed_sizes(ranges))
+
+
 def spelled_ranges(ranges: Sequence[SizeRange]) -> str:
     """``batch=1..8, height=32``; profiles are separated by ``;``"""
     return "; ".join(
