@@ -187,8 +187,8 @@ def export_onnx(
 
 def _write_set(
     export: LiftedModel, schedule: CacheSchedule, folder: Path, on_progress: OnProgress
-) -> tuple[Model, int, Path | None]:
-    """A folder of models for a schedule: the last of them, how many there are, and their prologue.
+) -> tuple[Model, int, Path | None, int]:
+    """A folder of models for a schedule: the last of them, how many there are, their prologue, and the bytes of all.
 
     All lies under new names until the manifest takes the place of an older one.
     """
@@ -199,25 +199,27 @@ def _write_set(
             weights.take(model)
             save_model(model, file, weights.places)
             on_progress("exporting to ONNX", position + 1, len(masks.files), "one model for each set of decisions")
+        own = [*masks.files.values(), folder / weights.name]
+        size = sum(file.stat().st_size for file in own)  # another export may put its files in the place of these soon
         if export.prologue is None:
             masks.save(folder, [weights.name])
-            return model, len(masks.files), None
+            return model, len(masks.files), None, size
         beside = prologue_path(folder / MANIFEST, "schedule").with_suffix(".onnx")
         waiting = waiting_path(beside, "schedule", export.prologue.metadata_props[PROLOGUE_KEY])
         weights.take(export.prologue)
         with locked_folder(folder):  # another export of the same model has a prologue of the same name
             save_model(export.prologue, waiting, weights.places)
+            size = sum(file.stat().st_size for file in (*own, waiting))
             masks.save(folder, [weights.name, waiting.name, beside.name])
             put_in_place(waiting, beside)
-    return model, len(masks.files), beside
+    return model, len(masks.files), beside, size
 
 
 def _write(export: LiftedModel, target: Path, on_progress: OnProgress, start: float) -> OnnxReport:
     """Convert and write everything."""
     gating = export.gating
     if gating == "schedule":
-        model, count, beside = _write_set(export, export.table.schedule, target, on_progress)
-        size = sum(file.stat().st_size for file in target.iterdir())
+        model, count, beside, size = _write_set(export, export.table.schedule, target, on_progress)
     else:
         model, count = export.make((), on_progress), 1
         model = (export.simplified(model) if export.request.simplify else None) or model
