@@ -43,7 +43,8 @@ diffusers lacks: small configurations with random weights, found by dataflow alo
 - **exact**: with nothing reused, equal to the original bit for bit. In the original, the fused kernels that
   `nn.MultiheadAttention` calls in eager mode only are off: a graph holds their parts.
 - **reuse**: under a random schedule, the largest difference to an oracle: the captured graph, run with values replaced.
-- **gates**: a gradient reaches every gate.
+- **gates**: a gradient reaches the gate of every branch that has a say in the result; one model computes an MLP whose
+  result it does not return.
 - **rows**: branches that decide for each row; the others decide once per call, and `inspect` says why. Under mixed
   decisions, a batch gives what its rows give alone. *Branches alone*: the original itself gives something else for a
   row (OmniGen's images belong to places of the batch), so each branch is run for the batch and for each row instead.

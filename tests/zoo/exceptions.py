@@ -16,9 +16,6 @@ BFLOAT16 = (
 )
 
 FAILING: dict[str, dict[str, str]] = {
-    "Cosmos3OmniTransformer": {
-        "gradients": "the model computes an MLP over the words in its last block whose result it does not return",
-    },
     "HiDreamImageTransformer2DModel": {
         "onnx": IN_PYTHON,
         "sizes": IN_PYTHON,
