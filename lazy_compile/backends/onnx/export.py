@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,19 +200,23 @@ def _write_set(
             save_model(model, file, weights.places)
             on_progress("exporting to ONNX", position + 1, len(masks.files), "one model for each set of decisions")
         own = [*masks.files.values(), folder / weights.name]
-        size = sum(file.stat().st_size for file in own)  # another export may put its files in the place of these soon
         if export.prologue is None:
-            masks.save(folder, [weights.name])
-            return model, len(masks.files), None, size
+            size = _bytes_of(own)
+            return model, len(masks.files), None, size + masks.save(folder, [weights.name])
         beside = prologue_path(folder / MANIFEST, "schedule").with_suffix(".onnx")
         waiting = waiting_path(beside, "schedule", export.prologue.metadata_props[PROLOGUE_KEY])
         weights.take(export.prologue)
         with locked_folder(folder):  # another export of the same model has a prologue of the same name
             save_model(export.prologue, waiting, weights.places)
-            size = sum(file.stat().st_size for file in (*own, waiting))
-            masks.save(folder, [weights.name, waiting.name, beside.name])
+            size = _bytes_of([*own, waiting])
+            size += masks.save(folder, [weights.name, waiting.name, beside.name])
             put_in_place(waiting, beside)
     return model, len(masks.files), beside, size
+
+
+def _bytes_of(files: Iterable[Path]) -> int:
+    """To be asked before they are put in place: another export may put its own in the place of them then."""
+    return sum(file.stat().st_size for file in files)
 
 
 def _write(export: LiftedModel, target: Path, on_progress: OnProgress, start: float) -> OnnxReport:

@@ -54,12 +54,15 @@ class ScheduleVariants:
         masks = dict.fromkeys(tuple(map(bool, row)) for row in schedule.should_compute)
         return cls(schedule, {mask: folder / f"mask-{_hexadecimal(mask)}.{token}{suffix}" for mask in masks})
 
-    def save(self, folder: Path, companions: Collection[str] = ()) -> None:
+    def save(self, folder: Path, companions: Collection[str] = ()) -> int:
         """Write the manifest, with which this set takes the place of an older one; then remove the files of that.
 
         Args:
             folder: of the set.
             companions: names of other files that belong to it.
+
+        Returns:
+            The bytes of the manifest.
         """
         names = {_hexadecimal(mask): file.name for mask, file in self.files.items()}
         values = {
@@ -74,6 +77,7 @@ class ScheduleVariants:
             superseding(path, _listed(path), _with_descriptions([*names.values(), *companions])),
         ):
             save_sealed_json(path, values)
+            return path.stat().st_size
 
     @classmethod
     def load(cls, folder: str | Path) -> ScheduleVariants:

@@ -113,10 +113,10 @@ def test_a_prologue_that_cannot_be_built_leaves_the_old_engines(
 ) -> None:
     parse = tensorrt_build.parse_network
 
-    def refuse(trt: object, flavor: object, path: Path, heard: object) -> object:
+    def refuse(trt: object, flavor: object, path: Path, *rest: object) -> object:
         if "prologue" in path.name:
             raise BackendError("not supported")
-        return parse(trt, flavor, path, heard)  # type: ignore[arg-type]
+        return parse(trt, flavor, path, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tensorrt_build, "parse_network", refuse)
     with pytest.raises(BackendError, match="not supported"):
