@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from lazy_compile.policies.presets import PRESETS as PRESETS
     from lazy_compile.policies.presets import EveryNth as EveryNth
     from lazy_compile.policies.schedule import CacheSchedule as CacheSchedule
+    from lazy_compile.reporting.html_report import write_report as report
     from lazy_compile.reporting.inspection import inspect as inspect
-    from lazy_compile.reporting.page import write_report as report
     from lazy_compile.reporting.summary import summary as summary
     from lazy_compile.runtime.module import LazyModule as LazyModule
     from lazy_compile.side_by_side import compare as compare
@@ -93,7 +93,7 @@ _HOMES = {
     "measure_effects": "lazy_compile.planning.reuse_effects",
     "plan": "lazy_compile.plans",
     "replace_weights": "lazy_compile.backends.onnx.replace_weights",
-    "report": "lazy_compile.reporting.page:write_report",
+    "report": "lazy_compile.reporting.html_report:write_report",
     "restore": "lazy_compile.compiler",
     "run": "lazy_compile.execution",
     "summary": "lazy_compile.reporting.summary",

@@ -15,10 +15,10 @@ from lazy_compile.cli.demo import demo
 from lazy_compile.cli.error_boundary import OneLineErrors, debug_option, exit_codes
 from lazy_compile.cli.export import export
 from lazy_compile.cli.inspect import inspect
-from lazy_compile.cli.options import as_command
 from lazy_compile.cli.plan import plan
 from lazy_compile.cli.report import report
 from lazy_compile.cli.run import run
+from lazy_compile.cli.shared_options import as_command
 from lazy_compile.cli.triton import export_triton
 from lazy_compile.cli.verify import verify
 from lazy_compile.digests import verification

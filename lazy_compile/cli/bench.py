@@ -11,8 +11,8 @@ from typing import Annotated, cast
 
 import typer
 
-from lazy_compile.cli import options as given
-from lazy_compile.cli.options import OutputOptions
+from lazy_compile.cli import shared_options as given
+from lazy_compile.cli.shared_options import OutputOptions
 from lazy_compile.config import Granularity
 
 
@@ -42,7 +42,7 @@ def speed(options: SpeedOptions) -> None:
     """Time gated models against dense ones, side by side, and write bench.json."""
     from lazy_compile.bench.speed import run as measure
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import plain, show, speed_table
+    from lazy_compile.reporting.terminal_tables import plain, show, speed_table
 
     with progress_bars(not options.json) as on_progress, _a_line_for_each_row(not options.json):
         rows = [plain(row) for row in measure(options.output, on_progress=on_progress)]
@@ -63,7 +63,7 @@ def quality(options: QualityOptions) -> None:
     """Score methods of doing less at equal compute, and write quality.json, quality.md and quality.html."""
     from lazy_compile.bench.quality_report import measure_all, quality_table
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import show
+    from lazy_compile.reporting.terminal_tables import show
 
     given_settings = {"samples": options.samples, "ratios": tuple(options.ratio or ()) or None}
     changes = {name: value for name, value in given_settings.items() if value is not None}
@@ -96,7 +96,7 @@ def peers(options: PeersOptions) -> None:
     """
     from lazy_compile.bench.peers_report import measure_peers, peers_table
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import show
+    from lazy_compile.reporting.terminal_tables import show
 
     given_settings = {
         "samples": options.samples, "plan_samples": options.plan_samples, "plan_calls": options.calls,
@@ -128,7 +128,7 @@ def pictures(options: PicturesOptions) -> None:
     """
     from lazy_compile.bench.pictures import PlanSettings, measure_pictures
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import pictures_table, show
+    from lazy_compile.reporting.terminal_tables import pictures_table, show
 
     settings = PlanSettings(options.plan_images, options.calls)
     with progress_bars(not options.json) as on_progress:
@@ -152,7 +152,7 @@ def questions(options: QuestionsOptions) -> None:
     """Ask the digits model what a table of methods does not say, and write questions.md with its pictures."""
     from lazy_compile.bench.ablations_report import ask_all
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import show
+    from lazy_compile.reporting.terminal_tables import show
 
     with progress_bars(not options.json) as on_progress:
         answers = ask_all(options.output, on_progress=on_progress)
@@ -175,7 +175,7 @@ def overhead(options: OverheadOptions) -> None:
     from lazy_compile.bench.midsize import MIDSIZE
     from lazy_compile.bench.overhead import run as measure
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import overhead_table, plain, show
+    from lazy_compile.reporting.terminal_tables import overhead_table, plain, show
 
     with progress_bars(not options.json) as on_progress:
         measured = measure(
@@ -211,7 +211,7 @@ def compile(options: CompileOptions) -> None:
     from lazy_compile.bench.compiled import GRANULARITIES, MODELS
     from lazy_compile.bench.compiled import run as measure
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import compile_table, plain, show
+    from lazy_compile.reporting.terminal_tables import compile_table, plain, show
 
     with progress_bars(not options.json) as on_progress, _a_line_for_each_row(not options.json):
         measured = measure(
@@ -250,7 +250,7 @@ def full_size(options: FullSizeOptions) -> None:
     from lazy_compile.bench.full_size import run as measure
     from lazy_compile.bench.full_size_models import FULL_SIZE
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import full_size_table, plain, plans_table, show
+    from lazy_compile.reporting.terminal_tables import full_size_table, plain, plans_table, show
 
     models = options.model or tuple(FULL_SIZE)
     with progress_bars(not options.json) as on_progress, _a_line_for_each_row(not options.json):
@@ -282,7 +282,7 @@ def identity(options: IdentityOptions) -> None:
     from lazy_compile.bench.identity import STEPS
     from lazy_compile.bench.identity import run as measure
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import identity_table, plain, show
+    from lazy_compile.reporting.terminal_tables import identity_table, plain, show
 
     with progress_bars(not options.json) as on_progress:
         measured = measure(

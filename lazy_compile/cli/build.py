@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lazy_compile.cli import options as given
-from lazy_compile.cli.options import CaptureOptions
+from lazy_compile.cli import shared_options as given
+from lazy_compile.cli.shared_options import CaptureOptions
 from lazy_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def build(options: BuildOptions) -> None:
     from lazy_compile.cli.engine_tables import build_table, preview_tables, preview_values, sizes_lines
     from lazy_compile.cli.models import parse_group
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import plain, show
+    from lazy_compile.reporting.terminal_tables import plain, show
 
     config = BuildConfig(
         flavor=options.flavor,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lazy_compile.cli import options as given
-from lazy_compile.cli.options import ModelOptions, SamplerOptions
+from lazy_compile.cli import shared_options as given
+from lazy_compile.cli.shared_options import ModelOptions, SamplerOptions
 
 if TYPE_CHECKING:
     from lazy_compile.runtime.module import LazyModule
@@ -56,7 +56,7 @@ def calibrate(options: CalibrateOptions) -> None:
     from lazy_compile.policies.learned import Learned
     from lazy_compile.processes import launched_processes, local_device
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import facts, plain, show
+    from lazy_compile.reporting.terminal_tables import facts, plain, show
 
     shared = {item.name for item in fields(calibration.CalibrationConfig)}
     chosen = {item.name: getattr(options, item.name) for item in fields(options) if item.name in shared}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lazy_compile.cli import options as given
-from lazy_compile.cli.options import OutputOptions
+from lazy_compile.cli import shared_options as given
+from lazy_compile.cli.shared_options import OutputOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ def demo(options: DemoOptions) -> None:
     Takes minutes.
     """
     from lazy_compile.demo.run import run_demo
-    from lazy_compile.reporting.tables import facts, result_table, show
+    from lazy_compile.reporting.terminal_tables import facts, result_table, show
 
     summary = run_demo(options.output, progress=not options.json)
     written = {"report": options.output / "report.html", "summary": options.output / "summary.json"}

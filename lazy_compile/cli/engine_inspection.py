@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from lazy_compile.errors import ConfigError
-from lazy_compile.reporting.tables import add_row, new_table, show
+from lazy_compile.reporting.terminal_tables import add_row, new_table, show
 
 if TYPE_CHECKING:
     from lazy_compile.backends.tensorrt.check import EngineStructure

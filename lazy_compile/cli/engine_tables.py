@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from lazy_compile.reporting.tables import add_row, facts, new_table, plain, size
+from lazy_compile.reporting.terminal_tables import add_row, facts, new_table, plain, size
 
 if TYPE_CHECKING:
     from lazy_compile.backends.tensorrt.build import BuildReport

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lazy_compile.cli import options as given
-from lazy_compile.cli.options import ModelOptions
+from lazy_compile.cli import shared_options as given
+from lazy_compile.cli.shared_options import ModelOptions
 from lazy_compile.errors import ConfigError
 
 
@@ -53,7 +53,7 @@ def export(options: ExportOptions) -> None:
     from lazy_compile.backends.onnxruntime.mobile import convert_to_ort
     from lazy_compile.cli.models import in_precision, load_lazy, load_model, parse_group, require_inputs
     from lazy_compile.progress import progress_bars
-    from lazy_compile.reporting.tables import facts, plain, show
+    from lazy_compile.reporting.terminal_tables import facts, plain, show
 
     mobile = options.target == "ort-mobile"
     if mobile and (options.gating == "schedule" or options.output.suffix != ".ort"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lazy_compile.cli.options import ModelOptions
+from lazy_compile.cli.shared_options import ModelOptions
 from lazy_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def inspect(options: InspectOptions) -> None:
     if options.expect is not None or options.picture is not None:
         raise ConfigError(f"--expect and --picture are about engines; {options.model} is none: leave them out")
     from lazy_compile.cli.models import load_lazy, load_model
-    from lazy_compile.reporting.tables import (
+    from lazy_compile.reporting.terminal_tables import (
         branch_table,
         granularity_table,
         inspection,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from lazy_compile.cli import options as given
-from lazy_compile.cli.options import ModelOptions, SamplingOptions
+from lazy_compile.cli import shared_options as given
+from lazy_compile.cli.shared_options import ModelOptions, SamplingOptions
 from lazy_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _limits(options: PlanOptions) -> dict[str, Any]:
 
 
 def _show_estimates(options: PlanOptions, estimates: Any) -> None:
-    from lazy_compile.reporting.tables import facts, show
+    from lazy_compile.reporting.terminal_tables import facts, show
 
     values: dict[str, Any] = {}
     for name, estimate in estimates.items():
@@ -195,7 +195,7 @@ def _write(options: PlanOptions, lazies: Mapping[str, LazyModule], schedules: Ma
     """Each schedule as an artefact; those of a pipeline where ``lazy_compile.load(folder, pipe)`` reads them."""
     from lazy_compile.integrations.diffusers_pipeline import GATES
     from lazy_compile.policies.policy import Scheduled
-    from lazy_compile.reporting.tables import facts, reuse_picture, show
+    from lazy_compile.reporting.terminal_tables import facts, reuse_picture, show
 
     assert options.output is not None
     told: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lazy_compile.cli.options import OutputOptions
+from lazy_compile.cli.shared_options import OutputOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,8 @@ class ReportOptions(OutputOptions):
 
 def report(options: ReportOptions) -> None:
     """Write a self-contained HTML page about a comparison, or about calibrated gates."""
-    from lazy_compile.reporting.page import write_report
-    from lazy_compile.reporting.tables import facts, show
+    from lazy_compile.reporting.html_report import write_report
+    from lazy_compile.reporting.terminal_tables import facts, show
 
     values = {"source": str(options.source), "output": str(write_report(options.source, options.output))}
     show(values, options.json, facts(values))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lazy_compile.cli import options as given
-from lazy_compile.cli.options import ModelOptions, SamplingOptions
+from lazy_compile.cli import shared_options as given
+from lazy_compile.cli.shared_options import ModelOptions, SamplingOptions
 from lazy_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def run(options: RunOptions) -> None:
     from lazy_compile import execution
     from lazy_compile.cli.models import announce, load_lazy, load_model, load_sampler
     from lazy_compile.processes import launched_processes, local_device
-    from lazy_compile.reporting.tables import facts, reuse_picture, show, size
+    from lazy_compile.reporting.terminal_tables import facts, reuse_picture, show, size
     from lazy_compile.storage import atomic_path
 
     runner = _runner(options.onnx, options.engine)

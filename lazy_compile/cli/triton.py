@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lazy_compile.cli import options as given
-from lazy_compile.cli.options import OutputOptions
+from lazy_compile.cli import shared_options as given
+from lazy_compile.cli.shared_options import OutputOptions
 from lazy_compile.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def export_triton(options: TritonOptions) -> None:
     the graph (the default) a request brings nothing but what the original model takes.
     """
     from lazy_compile.backends.triton import export_triton as write
-    from lazy_compile.reporting.tables import facts, plain, show, size
+    from lazy_compile.reporting.terminal_tables import facts, plain, show, size
     from lazy_compile.runtime import artifact
 
     saved = None if options.gates is None else artifact.read(options.gates)

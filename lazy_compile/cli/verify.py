@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lazy_compile.cli import options as given
-from lazy_compile.cli.options import ModelOptions, SamplingOptions
+from lazy_compile.cli import shared_options as given
+from lazy_compile.cli.shared_options import ModelOptions, SamplingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class VerifyOptions(SamplingOptions, ModelOptions):
 def verify(options: VerifyOptions) -> None:
     """Hold a lazy model against its original: bitwise while all compute, a random schedule, the exported model."""
     from lazy_compile.cli.models import load_lazy, load_model, load_sampler
-    from lazy_compile.reporting.tables import check_table, plain, show
+    from lazy_compile.reporting.terminal_tables import check_table, plain, show
     from lazy_compile.verification import compare
 
     named = load_model(options.model, options.shape or (), options.device)

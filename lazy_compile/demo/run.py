@@ -32,8 +32,8 @@ from lazy_compile.planning.planner import plan
 from lazy_compile.policies.policy import Policy, Scheduled
 from lazy_compile.policies.schedule import CacheSchedule
 from lazy_compile.progress import OnProgress, progress_bars
-from lazy_compile.reporting.page import SAMPLES, SUMMARY, write_report
-from lazy_compile.reporting.tables import branch_table, inspection, inspection_summary
+from lazy_compile.reporting.html_report import SAMPLES, SUMMARY, write_report
+from lazy_compile.reporting.terminal_tables import branch_table, inspection, inspection_summary
 from lazy_compile.runtime.module import LazyModule
 from lazy_compile.storage import atomic_path, save_sealed_json
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lazy_compile.reporting.tables import inspection
+from lazy_compile.reporting.terminal_tables import inspection
 from lazy_compile.runtime.module import LazyModule
 
 

@@ -9,7 +9,7 @@ from typing import TypeGuard
 import numpy as np
 
 from lazy_compile.runtime.fingerprint import LATENTS, Floats, unexplained
-from lazy_compile.runtime.positions import HALF, PROPORTIONAL, REACH, Position, Returned, is_at
+from lazy_compile.runtime.positions import HALF, PROPORTIONAL, REACH, SPARE, Position, Returned, is_at
 
 EXACT = 2.5e-3
 """Share of the latents (of their squares) that may stay unexplained where a step is a sum of what was there before."""
@@ -29,11 +29,6 @@ RELATED = 0.75
 
 MARGIN = 0.1
 """How much more the step of another request must leave unexplained where a sampler adds noise or clips."""
-
-
-SPARE = 12
-"""How many more numbers latents must have than things that they may follow from: those of another request then leave
-no more than EXACT once in 10^12 times, as the beta distribution of what a projection leaves says."""
 
 
 @dataclass(frozen=True, order=True)

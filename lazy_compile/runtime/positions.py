@@ -27,6 +27,11 @@ RISE = 10.0
 """How much more than one of the last two steps a step may leave unexplained, beyond rounding."""
 
 
+SPARE = 12
+"""How many more numbers latents must have than things that they may follow from: those of another request then leave
+no more than EXACT once in 10^12 times, as the beta distribution of what a projection leaves says."""
+
+
 @dataclass(frozen=True)
 class Doubt:
     """A step that another one may follow.
@@ -96,6 +101,8 @@ class Position:
         returned = [item.values.get(name) for position in (self, *self.ancestors()) for item in position.returned]
         basis = {each[:-1].tobytes(): each[:-1] for each in returned if each is not None and each.shape == now.shape}
         if not basis or before.shape != now.shape or not np.isfinite(now).all():
+            return False
+        if len(now) - 1 < 1 + len(basis) + SPARE:  # too few numbers to tell it from another
             return False
         return unexplained(now[:-1], [before[:-1], *basis.values()]) <= HALF
 

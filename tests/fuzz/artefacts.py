@@ -38,7 +38,7 @@ from lazy_compile.planning.import_schedule import import_schedule
 from lazy_compile.planning.journal import Journal
 from lazy_compile.planning.timings import BranchTimings
 from lazy_compile.policies.serialize import to_json
-from lazy_compile.reporting.page import write_report
+from lazy_compile.reporting.html_report import write_report
 from lazy_compile.runtime.artifact import read
 from lazy_compile.storage import atomic_path, load_tensors, save_json, save_sealed_json, save_tensors
 from support.toy_models import Toy, call

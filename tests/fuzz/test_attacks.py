@@ -31,7 +31,7 @@ from lazy_compile.capture.exported_file import load_exported
 from lazy_compile.digests import DIGEST, verification, with_digest
 from lazy_compile.errors import ArtifactError, ConfigError, LazyCompileError
 from lazy_compile.integrations.engine_module import EngineModule
-from lazy_compile.reporting.page import write_report
+from lazy_compile.reporting.html_report import write_report
 from lazy_compile.tree_specs import load_tree_spec
 from lazy_compile.verification import compare
 from support.toy_models import Toy, call

@@ -16,7 +16,7 @@ import lazy_compile
 from lazy_compile import CacheSchedule, GateTable, LazyModule, Learned, Scheduled
 from lazy_compile.digests import verification, with_digest
 from lazy_compile.errors import ArtifactError
-from lazy_compile.reporting.page import SAMPLES, write_report
+from lazy_compile.reporting.html_report import SAMPLES, write_report
 from support.factories import tiny_dit
 
 
