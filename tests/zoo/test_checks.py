@@ -103,6 +103,7 @@ class Silent(Small):
 
 def test_a_branch_without_a_say_needs_no_gradient_and_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.gradients(asked(Silent())) == "1 of 2 gates"
+    assert [checks._has_a_say(asked(Silent()), name) for name in ("attn", "mlp")] == [True, False]
     monkeypatch.setattr(checks, "_has_a_say", lambda *args: True)
     with pytest.raises(AssertionError, match="no gradient at mlp"):
         checks.gradients(asked(Silent()))
