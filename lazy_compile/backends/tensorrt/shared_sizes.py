@@ -136,8 +136,10 @@ def _split_rows(arm: GraphProto, constants: Mapping[str, Any], length: Callable[
 
     def number(name: str) -> int | None:
         tensor = constants.get(name)
-        values = None if tensor is None else onnx.numpy_helper.to_array(tensor).ravel()
-        return int(values[0]) if values is not None and len(values) == 1 else None
+        if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return None
+        values = onnx.numpy_helper.to_array(tensor).ravel()
+        return int(values[0]) if len(values) == 1 else None
 
     parts: dict[tuple[str, int, str], dict[int, NodeProto]] = {}
     for node in arm.node:
