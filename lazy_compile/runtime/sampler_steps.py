@@ -14,6 +14,10 @@ LATEST = 8
 """Steps that wait to be read; of a model that is not called meanwhile, older ones are dropped."""
 
 
+Step = tuple[Tensor, Tensor]
+"""Samples of the latents before and after."""
+
+
 class SamplerSteps:
     """Steps that a host has seen its sampler make, until the next call of the model reads them.
 
@@ -22,23 +26,31 @@ class SamplerSteps:
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Tensor, Tensor]] = deque(maxlen=LATEST)
+        self._waiting: deque[Step] = deque(maxlen=LATEST)
 
     def note(self, before: Tensor, after: Tensor) -> None:
         """One step: ``float[B, ...]``, the latents that it was given and those that it returned."""
         if before.shape == after.shape and before.dim() > 1 and before.numel() and not before.is_meta:
             self._waiting.append((samples_of(before), samples_of(after)))
 
-    def take(self) -> dict[str, Tensor]:
-        """The numbers of all that wait, by names of their own."""
-        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        return {f"{_STEP}{number} {end}": each for number, pair in enumerate(waiting) for end, each in enumerate(pair)}
+    def waiting(self) -> list[Step]:
+        """Those that nobody has noted."""
+        return list(self._waiting)
+
+    def drop(self, noted: Sequence[Step]) -> None:
+        kept = [step for step in self._waiting if not any(step is other for other in noted)]
+        self._waiting = deque(kept, maxlen=LATEST)
 
     def clear(self) -> None:
         self._waiting.clear()
 
 
 _STEP = "sampler step "
+
+
+def named_steps(steps: Sequence[Step]) -> dict[str, Tensor]:
+    """The numbers of steps, by names of their own."""
+    return {f"{_STEP}{number} {end}": each for number, pair in enumerate(steps) for end, each in enumerate(pair)}
 
 
 def note_sampler_steps(found: Mapping[str, Floats], positions: Sequence[Position]) -> None:
@@ -49,7 +61,7 @@ def note_sampler_steps(found: Mapping[str, Floats], positions: Sequence[Position
        the two halves of a short step of Heun's are.
 
     Args:
-        found: what :meth:`SamplerSteps.take` returned, read.
+        found: what :func:`named_steps` returned, read.
         positions: where streams stand.
     """
     before = [name for name in found if name.startswith(_STEP) and name.endswith(" 0")]

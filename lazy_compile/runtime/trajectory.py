@@ -26,7 +26,7 @@ from lazy_compile.runtime.host_hints import Known, known_trajectory
 from lazy_compile.runtime.matching import Content, Leaves, find_position, find_stream, was_called_here
 from lazy_compile.runtime.placed_call import Placed, Row
 from lazy_compile.runtime.positions import REACH, Doubt, Position, Returned, Stream, Trajectory
-from lazy_compile.runtime.sampler_steps import SamplerSteps, note_sampler_steps
+from lazy_compile.runtime.sampler_steps import SamplerSteps, named_steps, note_sampler_steps
 from lazy_compile.runtime.step_invariants import StepInvariants
 
 logger = logging.getLogger("lazy_compile")
@@ -88,16 +88,17 @@ class Trajectories:
             moved = [named[name][0] for name in moving_names]
             is_joint = latents.row_axis is None and sum(len(tensor) for tensor in moved) > 1
             tensors[LATENTS] = samples_of(latents.together(moved, latents.row_axis))
+        with self._mutex:  # what another thread is about to read, too: a row is not placed before its own is there
+            waiting, steps = [(item, item.tensors) for item in self._unread], self._steps.waiting()
+        pending = {f"{_RETURNED}{id(each)}": each for _, returned in waiting for each in returned.values()}
+        found = read({**tensors, **named_steps(steps), **pending})
         with self._mutex:
-            waiting, self._unread = self._unread, []
-            steps = self._steps.take()
-        pending = {f"{_RETURNED}{id(each)}": each for item in waiting for each in item.tensors.values()}
-        found = read({**tensors, **steps, **pending})
-        for item in waiting:
-            item.take({name: found[f"{_RETURNED}{id(each)}"] for name, each in item.tensors.items()})
-        if steps:
-            with self._mutex:
+            for item, returned in waiting:
+                item.take({name: found[f"{_RETURNED}{id(each)}"] for name, each in returned.items()})
+            self._unread = [item for item in self._unread if item.tensors]
+            if steps:
                 note_sampler_steps(found, Leaves(self._alive).positions)
+                self._steps.drop(steps)
         times = _times(found.pop(time_name)) if time_name in found else None
         moving = found.pop(LATENTS, None)
         if times is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lazy_compile.runtime.fingerprint import LATENTS, read, samples_of
 from lazy_compile.runtime.positions import Position, Trajectory
-from lazy_compile.runtime.sampler_steps import LATEST, SamplerSteps, note_sampler_steps
+from lazy_compile.runtime.sampler_steps import LATEST, SamplerSteps, named_steps, note_sampler_steps
 
 
 def noise(seed: int, rows: int = 1) -> Tensor:
@@ -24,8 +24,10 @@ def noted(before: Tensor, after: Tensor, *positions: Position) -> list[int]:
     """How many steps were noted at each position."""
     steps = SamplerSteps()
     steps.note(before, after)
-    note_sampler_steps(read(steps.take()), positions)
-    assert not steps.take()
+    waiting = steps.waiting()
+    note_sampler_steps(read(named_steps(waiting)), positions)
+    steps.drop(waiting)
+    assert not steps.waiting()
     return [len(each.returned) for each in positions]
 
 
@@ -54,6 +56,8 @@ def test_steps_that_nobody_reads_are_dropped() -> None:
     steps = SamplerSteps()
     for seed in range(3 * LATEST):
         steps.note(noise(seed), noise(seed))
-    assert len(steps.take()) == 2 * LATEST
+    assert len(steps.waiting()) == LATEST
     steps.note(noise(0), noise(0)[:, :8])  # of other latents
-    assert not steps.take()
+    assert len(steps.waiting()) == LATEST
+    steps.drop(steps.waiting())
+    assert not steps.waiting()

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from torch import Tensor
 import lazy_compile
 from lazy_compile import CacheSchedule, LazyModule, Scheduled
 from lazy_compile.bench.simulated_memory import SimulatedMemory
+from lazy_compile.runtime import trajectory as trajectory_module
+from lazy_compile.runtime.fingerprint import read
 from support.layers import TOKENS, WIDTH
 from support.small_model import ALWAYS, NEVER, RISING, SMALL, STEPS, Decides, reused, run, same
 from support.toy_models import TOYS, call, trajectory
@@ -169,6 +172,36 @@ def test_threads_have_streams_of_their_own() -> None:
         calls = trajectory(SMALL, steps=STEPS, seed=seed)
         run(lazy, calls)
         assert same(results[seed], run(lazy, calls))
+
+
+def test_what_another_thread_is_reading_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SMALL.model()
+    lazy = lazy_compile.transform(model, call(SMALL))
+    lazy.policy = Scheduled(CacheSchedule.every(2, STEPS, 2))
+    entered, leave = threading.Event(), threading.Event()
+
+    def held(tensors: dict[str, Tensor]) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            assert leave.wait(60)
+        return read(tensors)
+
+    def stepped(x: Tensor, step: int) -> Tensor:
+        with torch.no_grad():
+            return x - 9.0 * lazy(x=x, t=torch.full((len(x),), 900.0 - 150 * step))
+
+    first, other = call(SMALL, seed=1)["x"], call(SMALL, seed=2)["x"]
+    expected = stepped(stepped(first, 0), 1)
+    lazy.reset()
+    halfway = stepped(first, 0)
+    monkeypatch.setattr(trajectory_module, "read", held)
+    thread = threading.Thread(target=stepped, args=(other, 0))
+    thread.start()
+    assert entered.wait(60)
+    seen = stepped(halfway, 1)
+    leave.set()
+    thread.join()
+    assert torch.equal(seen, expected)
 
 
 def test_named_streams_are_trajectories_of_their_own(compiled: Compiled) -> None:
